@@ -1,0 +1,84 @@
+"""A file plan -> one GGUF file, streamed: read, to float32 rows, quantised in threads, written in order.
+
+Each source byte is read once and no tensor is held whole. Knows the container (gguf's GGUFWriter writes
+its header) and threads; nothing of models. The caller gives a path that no reader looks at yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+
+from pocketllava.convert.plan import FilePlan, PlannedTensor, SourceReader
+from pocketllava.convert.quantize import quantize
+from pocketllava.errors import ConvertError
+
+ALIGNMENT = 32
+Progress = Callable[[str, int, int], None]  # stage ("convert", "verify"), bytes done, bytes in all
+
+
+def write(plan: FilePlan, path: Path, reader: SourceReader, threads: int, advance: Callable[[int], None]) -> None:
+    """Write the file and flush it to the disk. `advance` is told the source bytes of every piece written."""
+    writer = _header(plan, path)
+    file: Any = writer.fout[0]  # type: ignore[index]
+    try:
+        for tensor, last, data, source_bytes in _pieces(plan, reader, threads):
+            file.write(data)
+            if last:
+                file.write(b"\0" * (-tensor.n_bytes % ALIGNMENT))
+            advance(source_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        file.close()
+
+
+def _header(plan: FilePlan, path: Path) -> GGUFWriter:
+    writer = GGUFWriter(path, plan.architecture)
+    for key in plan.keys:
+        writer.add_key_value(key.name, key.value, key.kind, sub_type=key.item)
+    for tensor in plan.tensors:
+        dtype = np.dtype(np.float32)  # ignored: raw_dtype names the type
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.n_bytes, raw_dtype=tensor.type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file: Any = writer.fout[0]  # type: ignore[index]
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return writer
+
+
+Piece = tuple[PlannedTensor, bool, bytes, int]
+
+
+def _pieces(plan: FilePlan, reader: SourceReader, threads: int) -> Iterator[Piece]:
+    """(tensor, is its last piece, quantised bytes, source bytes) in file order, a few pieces ahead."""
+
+    def work(tensor: PlannedTensor, last: bool, raw: bytes) -> Piece:
+        return tensor, last, quantize(tensor.to_float(raw), tensor.type, tensor.source.name), len(raw)
+
+    pending: deque[Future[Piece]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
+    try:
+        for tensor in plan.tensors:
+            for first, count in tensor.chunks():
+                last = first + count == tensor.n_rows
+                pending.append(pool.submit(work, tensor, last, reader.rows(tensor, first, count)))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

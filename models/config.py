@@ -1,0 +1,324 @@
+"""What a checkpoint's JSON files say, with transformers' defaults filled in, refused by name if unknown.
+
+Knows config.json and the processor files of LlavaForConditionalGeneration; no tensor data, no GGUF.
+Defaults are those of transformers' LlamaConfig, MistralConfig, CLIPVisionConfig and LlavaConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+
+TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+}
+ALL_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "projection_dim": 512,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+LLAVA_CLIP: dict[str, Any] = {  # LlavaConfig's vision tower when config.json has no vision_config
+    **CLIP_DEFAULTS,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Llama or Mistral decoder. rope_scale is the factor of linear position interpolation, 1.0 for none."""
+
+    kind: str
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+    n_ctx: int
+    rms_eps: float
+    rope_theta: float
+    rope_scale: float
+    tied: bool
+    bos_id: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP tower of which the first n_used blocks run (hidden_states[n_used] are the features)."""
+
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_used: int
+    n_head: int
+    image_size: int
+    patch_size: int
+    projection_dim: int
+    quick_gelu: bool
+    eps: float
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side: 336 // 14 = 24."""
+        return self.image_size // self.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        """Image tokens of one picture: 24 * 24 = 576."""
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels are prepared: [pad to a square,] resize, centre crop, then normalise by mean and std.
+
+    shortest_edge: resize so that the shorter side has that many pixels; None resizes to
+    (crop_size, crop_size) without keeping the aspect ratio. resample: Pillow's code, 3 is bicubic.
+    """
+
+    shortest_edge: int | None = 336
+    crop_size: int = 336
+    resample: int = 3
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    pad_to_square: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in bundle.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """From bundle.json."""
+        fields = dict(data)
+        return cls(**{**fields, "mean": _three(fields["mean"]), "std": _three(fields["std"])})
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A LLaVA-1.5 model: vision tower, two-layer GELU projector, text model."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> LlavaConfig:
+        """Read config.json's content. Raises UnsupportedCheckpoint or ConvertError, naming what was found."""
+        _refuse_other_architectures(config)
+        text = _text(config)
+        return cls(text, _vision(config), _whole(config, ("image_token_index", "image_token_id"), 32000))
+
+
+def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
+    kind = str(config.get("model_type"))
+    architectures = ", ".join(map(str, config.get("architectures") or [])) or kind
+    if "quantization_config" in config or "quantization_config" in (config.get("text_config") or {}):
+        method = (config.get("quantization_config") or {}).get("quant_method", "unknown method")
+        raise UnsupportedCheckpoint(
+            f"config.json: the checkpoint is already quantised ({method}); convert the F16 or BF16 original"
+        )
+    if kind != "llava" or "LlavaForConditionalGeneration" not in architectures and architectures != "llava":
+        raise UnsupportedCheckpoint(
+            f"config.json: found {architectures} (model_type {kind!r}), expected LlavaForConditionalGeneration"
+            " (model_type 'llava'); pocketllava converts LLaVA-1.5 in the Hugging Face layout"
+        )
+    act = config.get("projector_hidden_act", "gelu")
+    if act != "gelu":
+        raise UnsupportedCheckpoint(f"config.json: projector_hidden_act {act!r}, expected 'gelu'")
+    if config.get("multimodal_projector_bias") is False:
+        raise UnsupportedCheckpoint("config.json: multimodal_projector_bias false, expected a projector with biases")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy != "default":
+        raise UnsupportedCheckpoint(
+            f"config.json: vision_feature_select_strategy {strategy!r}, expected 'default'"
+            " (llama.cpp always drops the class token)"
+        )
+
+
+def _text(config: Mapping[str, Any]) -> TextConfig:
+    given = config.get("text_config") or {}
+    kind = str(given.get("model_type", "llama"))
+    if kind not in TEXT_DEFAULTS:
+        raise UnsupportedCheckpoint(
+            f"config.json: text model {kind!r}, expected one of {', '.join(TEXT_DEFAULTS)}"
+        )
+    t = {**ALL_TEXT_DEFAULTS, **TEXT_DEFAULTS[kind], **{k: v for k, v in given.items() if v is not None}}
+    _expect(t.get("hidden_act", "silu") == "silu", "hidden_act", t.get("hidden_act"), "'silu'")
+    for bias in ("attention_bias", "mlp_bias"):
+        _expect(not t.get(bias), bias, t.get(bias), "false")
+    n_embd, n_head = _whole(t, ("hidden_size",)), _whole(t, ("num_attention_heads",))
+    theta, scale = _rope(t)
+    n_ctx = _whole(t, ("max_position_embeddings",))
+    if t.get("sliding_window"):  # llama.cpp's llama has no window: stay inside it, where both agree
+        n_ctx = min(n_ctx, _whole(t, ("sliding_window",)))
+    head_dim = _whole(t, ("head_dim",), n_embd // n_head)
+    n_head_kv = _whole(t, ("num_key_value_heads",), n_head)
+    _expect(n_head % n_head_kv == 0, "num_key_value_heads", n_head_kv, f"a divisor of {n_head} heads")
+    _expect(head_dim % 2 == 0, "head_dim", head_dim, "an even number")
+    eos = t["eos_token_id"]
+    return TextConfig(
+        kind=kind,
+        n_embd=n_embd,
+        n_ff=_whole(t, ("intermediate_size",)),
+        n_layer=_whole(t, ("num_hidden_layers",)),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim=head_dim,
+        n_vocab=_whole(t, ("vocab_size",)),
+        n_ctx=n_ctx,
+        rms_eps=_number(t, "rms_norm_eps"),
+        rope_theta=theta,
+        rope_scale=scale,
+        tied=bool(config.get("tie_word_embeddings") or given.get("tie_word_embeddings")),
+        bos_id=int(t["bos_token_id"]),
+        eos_ids=tuple(eos) if isinstance(eos, list) else (int(eos),),
+    )
+
+
+def _rope(t: Mapping[str, Any]) -> tuple[float, float]:
+    """(theta, linear scale) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+    rope = {**(t.get("rope_scaling") or {}), **(t.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", t.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, 1.0
+    if kind == "linear":
+        return theta, float(rope["factor"])
+    raise UnsupportedCheckpoint(f"config.json: rope_type {kind!r}, expected 'default' or 'linear'")
+
+
+def _vision(config: Mapping[str, Any]) -> VisionConfig:
+    given = config.get("vision_config")
+    kind = str((given or {}).get("model_type", "clip_vision_model"))
+    if kind != "clip_vision_model":
+        raise UnsupportedCheckpoint(f"config.json: vision tower {kind!r}, expected 'clip_vision_model'")
+    v = {**CLIP_DEFAULTS, **{k: x for k, x in given.items() if x is not None}} if given else LLAVA_CLIP
+    _expect(v["hidden_act"] in ("quick_gelu", "gelu"), "hidden_act", v["hidden_act"], "'quick_gelu' or 'gelu'")
+    _expect(v.get("num_channels", 3) == 3, "num_channels", v.get("num_channels"), "3")
+    n_layer, n_embd = _whole(v, ("num_hidden_layers",)), _whole(v, ("hidden_size",))
+    image_size, patch_size = _whole(v, ("image_size",)), _whole(v, ("patch_size",))
+    n_head = _whole(v, ("num_attention_heads",))
+    _expect(n_embd % n_head == 0, "num_attention_heads", n_head, f"a divisor of hidden_size {n_embd}")
+    _expect(image_size % patch_size == 0, "patch_size", patch_size, f"a divisor of image_size {image_size}")
+    return VisionConfig(
+        n_embd=n_embd,
+        n_ff=_whole(v, ("intermediate_size",)),
+        n_layer=n_layer,
+        n_used=_blocks_used(config.get("vision_feature_layer", -2), n_layer),
+        n_head=n_head,
+        image_size=image_size,
+        patch_size=patch_size,
+        projection_dim=_whole(v, ("projection_dim",)),
+        quick_gelu=v["hidden_act"] == "quick_gelu",
+        eps=_number(v, "layer_norm_eps"),
+    )
+
+
+def _blocks_used(layer: Any, n_layer: int) -> int:
+    """The index into hidden_states (n_layer + 1 of them) that vision_feature_layer means: -2 of 24 is 23."""
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise UnsupportedCheckpoint(f"config.json: vision_feature_layer {layer!r}, expected one whole number")
+    used = layer if layer >= 0 else n_layer + 1 + layer
+    _expect(1 <= used <= n_layer, "vision_feature_layer", layer, f"one of {n_layer} blocks")
+    return used
+
+
+def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Preprocessing:
+    """What preprocessor_config.json, or processor_config.json's image_processor, says.
+
+    files: JSON content by file name. Raises UnsupportedCheckpoint for steps that CLIP's and LLaVA's
+    image processors don't have.
+    """
+    p = files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get("image_processor")
+    if not p:
+        return Preprocessing(shortest_edge=image_size, crop_size=image_size)
+    kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
+    if not kind.startswith(("CLIP", "Llava")) or "Next" in kind:
+        raise UnsupportedCheckpoint(f"preprocessor: {kind!r}, expected CLIPImageProcessor or LlavaImageProcessor")
+    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        _expect(p.get(step, True) is not False, step, p.get(step), "true", "preprocessor")
+    scale = p.get("rescale_factor", 1 / 255)
+    _expect(abs(scale * 255 - 1) < 1e-6, "rescale_factor", scale, "1/255", "preprocessor")
+    crop = _sides(p.get("crop_size", image_size), "crop_size")
+    _expect(crop == (image_size, image_size), "crop_size", crop, f"{image_size} x {image_size}", "preprocessor")
+    size = p.get("size", {"shortest_edge": image_size})
+    edge = size if isinstance(size, int) else size.get("shortest_edge")
+    if edge is None:
+        sides = _sides(size, "size")
+        _expect(sides == crop, "size", sides, f"{crop}", "preprocessor")
+    return Preprocessing(
+        shortest_edge=edge,
+        crop_size=image_size,
+        resample=int(p.get("resample", 3)),
+        mean=_three(p.get("image_mean", CLIP_MEAN)),
+        std=_three(p.get("image_std", CLIP_STD)),
+        pad_to_square=kind.startswith("Llava") and bool(p.get("do_pad")),
+    )
+
+
+def _sides(size: Any, name: str) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    try:
+        return int(size["height"]), int(size["width"])
+    except (KeyError, TypeError, ValueError):
+        raise UnsupportedCheckpoint(f"preprocessor: {name} {size!r}, expected height and width") from None
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    try:
+        r, g, b = (float(v) for v in values)
+    except (TypeError, ValueError):
+        raise ConvertError(f"preprocessor: {values!r}, expected three numbers") from None
+    return r, g, b
+
+
+def _whole(data: Mapping[str, Any], names: tuple[str, ...], default: int | None = None) -> int:
+    value = next((data[n] for n in names if data.get(n) is not None), default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+        raise ConvertError(f"config.json: {names[0]} is {value!r}, expected a positive whole number")
+    return value
+
+
+def _number(data: Mapping[str, Any], name: str) -> float:
+    value = data[name]
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ConvertError(f"config.json: {name} is {value!r}, expected a small positive number")
+    return float(value)
+
+
+def _expect(ok: bool, name: str, found: Any, expected: str, file: str = "config.json") -> None:
+    if not ok:
+        raise UnsupportedCheckpoint(f"{file}: {name} is {found!r}, expected {expected}")

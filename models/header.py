@@ -1,0 +1,157 @@
+"""What a GGUF file says of itself: keys and tensors, read without touching tensor data.
+
+Everything is checked before it is believed, because llama.cpp aborts the process on much of what can
+be wrong. Knows the container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), no model.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pocketllava.errors import BundleError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_ITEMS = 1 << 24  # keys, tensors or array elements: far above any model, far below memory
+MAX_STRING_BYTES = 1 << 26
+STRING, ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor. `shape` is in numpy's order (rows first); `offset` counts from the data's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """Keys (with their GGUF value types) and tensors of one file."""
+
+    path: Path
+    keys: dict[str, Any]
+    key_types: dict[str, int]
+    tensors: dict[str, TensorInfo]
+    data_start: int
+    file_bytes: int
+
+    @classmethod
+    def read(cls, path: Path) -> Header:
+        """Read and check the header. Raises BundleError naming the file and what is wrong with it."""
+        try:
+            file_bytes = path.stat().st_size
+            with path.open("rb") as file:
+                return _Reader(path, file, file_bytes).header()
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+class _Reader:
+    """A cursor over the file that refuses to run past its end."""
+
+    def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
+        self.path, self.file, self.file_bytes = path, file, file_bytes
+
+    def fail(self, what: str) -> BundleError:
+        return BundleError(f"{self.path}: not a whole GGUF file: {what}; convert or download it again")
+
+    def take(self, n: int) -> bytes:
+        if n > self.file_bytes - self.file.tell():
+            raise self.fail(f"ends after {self.file_bytes} bytes, in the middle of its header")
+        return self.file.read(n)
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self, what: str) -> int:
+        n = int(self.scalar("Q"))
+        if n > MAX_ITEMS:
+            raise self.fail(f"{n} {what}")
+        return n
+
+    def string(self) -> str:
+        n = int(self.scalar("Q"))
+        if n > MAX_STRING_BYTES:
+            raise self.fail(f"a text of {n} bytes")
+        return self.take(n).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            return self.array()
+        raise self.fail(f"value type {kind}")
+
+    def array(self) -> list[Any]:
+        kind, n = int(self.scalar("I")), self.count("array elements")
+        if kind in SCALARS:
+            code = f"<{n}{SCALARS[kind]}"
+            return list(struct.unpack(code, self.take(struct.calcsize(code))))
+        if kind == STRING:
+            return [self.string() for _ in range(n)]
+        raise self.fail(f"an array of value type {kind}")
+
+    def header(self) -> Header:
+        if self.file_bytes < 24 or self.take(4) != MAGIC:
+            raise self.fail(f"{self.file_bytes} bytes that do not begin with {MAGIC.decode()}")
+        if (version := self.scalar("I")) not in VERSIONS:
+            raise self.fail(f"version {version}, expected {' or '.join(map(str, VERSIONS))}")
+        n_tensors, n_keys = self.count("tensors"), self.count("keys")
+        keys: dict[str, Any] = {}
+        key_types: dict[str, int] = {}
+        for _ in range(n_keys):
+            name, kind = self.string(), int(self.scalar("I"))
+            if name in keys:
+                raise self.fail(f"key {name!r} twice")
+            keys[name], key_types[name] = self.value(kind), kind
+        infos = [self.tensor() for _ in range(n_tensors)]
+        alignment = keys.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment {alignment!r}")
+        start = -(-self.file.tell() // alignment) * alignment
+        tensors = {info.name: info for info in infos}
+        if len(tensors) != len(infos):
+            raise self.fail("two tensors of one name")
+        for info in infos:
+            self.check(info, start, alignment)
+        return Header(self.path, keys, key_types, tensors, start, self.file_bytes)
+
+    def tensor(self) -> TensorInfo:
+        name, n_dims = self.string(), int(self.scalar("I"))
+        if not 1 <= n_dims <= 4:
+            raise self.fail(f"tensor {name!r} has {n_dims} dimensions")
+        shape = tuple(int(self.scalar("Q")) for _ in range(n_dims))[::-1]
+        kind, offset = int(self.scalar("I")), int(self.scalar("Q"))
+        return TensorInfo(name, shape, kind, offset, self.size(name, shape, kind))
+
+    def size(self, name: str, shape: tuple[int, ...], kind: int) -> int:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if kind not in [int(t) for t in GGML_QUANT_SIZES]:
+            raise self.fail(f"tensor {name!r} has the unknown type {kind}")
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        values = 1
+        for n in shape:
+            values *= n
+        if not 0 < values < 1 << 48 or shape[-1] % block:
+            raise self.fail(f"tensor {name!r} has the shape {shape}")
+        return values // block * block_bytes
+
+    def check(self, info: TensorInfo, start: int, alignment: int) -> None:
+        if info.offset % alignment:
+            raise self.fail(f"tensor {info.name!r} lies at {info.offset}, not a multiple of {alignment}")
+        if start + info.offset + info.n_bytes > self.file_bytes:
+            raise self.fail(
+                f"{self.file_bytes} bytes, but tensor {info.name!r} ends at"
+                f" {start + info.offset + info.n_bytes}"
+            )

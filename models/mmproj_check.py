@@ -1,0 +1,144 @@
+"""Whether a GGUF file is a LLaVA-1.5 mmproj that libmtmd reads rightly: keys, tensor names, shapes, types.
+
+libmtmd itself crashes on, or silently misreads, most of what can be wrong; so nothing is handed to it that
+was not checked here. Knows the mmproj contract, no engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pocketllava.errors import BundleError
+from pocketllava.models.header import ARRAY, Header
+
+F32, F16, BF16 = 0, 1, 30  # enum ggml_type
+MATRIX_TYPES = (F32, F16, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, BF16)
+U32, I32, FLOAT, BOOL, TEXT = 4, 5, 6, 7, 8  # enum gguf_type
+CLIP_L_BLOCKS_STORED = 23  # what published files hold of CLIP ViT-L's 24 blocks
+PREFIX = "clip.vision."
+
+
+@dataclass(frozen=True)
+class MmprojInfo:
+    """The shape of a vision tower and projector, as its file says."""
+
+    image_size: int
+    patch_size: int
+    n_blocks: int
+    vision_width: int
+    projected_width: int
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        """Image tokens of one picture."""
+        return self.grid**2
+
+
+def check_mmproj(header: Header) -> MmprojInfo:
+    """Check the whole contract. Raises BundleError naming the file, what was found and what was expected."""
+    if header.keys.get("general.architecture") != "clip":
+        found = header.keys.get("general.architecture")
+        raise BundleError(
+            f"{header.path}: found a GGUF file of architecture {found!r}, expected 'clip'; it is a text model,"
+            " not an mmproj"
+        )
+    _expect(header, "clip.has_vision_encoder", BOOL, True)
+    _expect(header, "clip.projector_type", TEXT, "mlp")
+    n = {name: _positive(header, PREFIX + name) for name in (
+        "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "projection_dim",
+        "image_size", "patch_size",
+    )}
+    if n["embedding_length"] % n["attention.head_count"] or n["image_size"] % n["patch_size"]:
+        raise BundleError(f"{header.path}: head_count or patch_size do not divide their sizes; download it again")
+    _number(header, PREFIX + "attention.layer_norm_epsilon")
+    for name in ("image_mean", "image_std"):
+        _array(header, PREFIX + name, 3)
+    _check_depth(header, n["block_count"])
+    _check_tensors(header, n)
+    return MmprojInfo(
+        n["image_size"], n["patch_size"], n["block_count"], n["embedding_length"], n["projection_dim"]
+    )
+
+
+def _check_depth(header: Header, n_blocks: int) -> None:
+    layers = header.keys.get(PREFIX + "feature_layer")
+    if layers is None and n_blocks == CLIP_L_BLOCKS_STORED:
+        raise BundleError(
+            f"{header.path}: no {PREFIX}feature_layer, so llama.cpp would run {n_blocks - 1} of its {n_blocks}"
+            " blocks; convert the checkpoint with `pocketllava convert` instead"
+        )
+    if layers is not None and (not isinstance(layers, list) or layers != [layers[0]] or not 1 <= layers[0] <= n_blocks):
+        raise BundleError(f"{header.path}: feature_layer {layers!r}, expected one layer of {n_blocks}")
+
+
+def _check_tensors(header: Header, n: dict[str, int]) -> None:
+    expected = dict(_expected(n))
+    found = {name: t for name, t in header.tensors.items() if not name.startswith("v.post_ln.")}
+    for name in sorted(set(expected) ^ set(found)):
+        state = "missing" if name in expected else "unexpected"
+        raise BundleError(f"{header.path}: tensor {name!r} is {state} for a LLaVA-1.5 mmproj; convert or download it again")
+    for name, (shape, types) in expected.items():
+        tensor = found[name]
+        if tensor.shape != shape or tensor.type not in types:
+            raise BundleError(
+                f"{header.path}: tensor {name!r} has shape {list(tensor.shape)} and type {tensor.type}, expected"
+                f" {list(shape)} and one of {list(types)}; convert or download it again"
+            )
+
+
+def _expected(n: dict[str, int]) -> list[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    width, wide, out = n["embedding_length"], n["feed_forward_length"], n["projection_dim"]
+    vector: tuple[int, ...] = (F32,)
+    patch, grid = n["patch_size"], n["image_size"] // n["patch_size"]
+
+    def linear(name: str, rows: int, columns: int) -> list[Any]:
+        return [(f"{name}.weight", ((rows, columns), MATRIX_TYPES)), (f"{name}.bias", ((rows,), vector))]
+
+    def norm(name: str) -> list[Any]:
+        return [(f"{name}.{kind}", ((width,), vector)) for kind in ("weight", "bias")]
+
+    tensors: list[Any] = [
+        ("v.class_embd", ((width,), vector)),
+        ("v.patch_embd.weight", ((width, 3, patch, patch), (F32, F16))),
+        ("v.position_embd.weight", ((grid * grid + 1, width), (F32, F16))),
+        *norm("v.pre_ln"),
+        *linear("mm.0", out, width),
+        *linear("mm.2", out, out),
+    ]
+    for block in range(n["block_count"]):
+        at = f"v.blk.{block}."
+        tensors += [*norm(at + "ln1"), *norm(at + "ln2")]
+        tensors += [t for p in ("attn_q", "attn_k", "attn_v", "attn_out") for t in linear(at + p, width, width)]
+        tensors += [*linear(at + "ffn_up", wide, width), *linear(at + "ffn_down", width, wide)]
+    return tensors
+
+
+def _expect(header: Header, name: str, kind: int, value: Any) -> None:
+    found = header.keys.get(name)
+    if found != value or header.key_types.get(name) != kind:
+        raise BundleError(f"{header.path}: key {name} is {found!r}, expected {value!r}; not a LLaVA-1.5 mmproj")
+
+
+def _positive(header: Header, name: str) -> int:
+    value = header.keys.get(name)
+    if header.key_types.get(name) != U32 or not isinstance(value, int) or not 0 < value < 1 << 20:
+        raise BundleError(f"{header.path}: key {name} is {value!r}, expected a positive 32-bit whole number")
+    return value
+
+
+def _number(header: Header, name: str) -> None:
+    value = header.keys.get(name)
+    if header.key_types.get(name) != FLOAT or not isinstance(value, float) or not 0 < value < 1:
+        raise BundleError(f"{header.path}: key {name} is {value!r}, expected a small positive float")
+
+
+def _array(header: Header, name: str, length: int) -> None:
+    value = header.keys.get(name)
+    if header.key_types.get(name) != ARRAY or not isinstance(value, list) or len(value) != length:
+        raise BundleError(f"{header.path}: key {name} is {value!r}, expected {length} floats")

@@ -1,0 +1,48 @@
+"""pocketllava: LLaVA-1.5 with llama.cpp, with the original model's own answers.
+
+Importing it is quick: nothing here loads llama_cpp, numpy or Pillow; what needs them loads them when
+it is first used. Programs that already hold a llama_cpp.Llama take `pocketllava.handler.LlavaChatHandler`.
+"""
+
+from pocketllava.errors import (
+    BackendError,
+    BundleError,
+    ContextOverflow,
+    ConvertError,
+    DiskFull,
+    ImageError,
+    InputError,
+    ModelNotFound,
+    PocketLlavaError,
+    TensorMismatch,
+    UnsupportedCheckpoint,
+    UnsupportedOption,
+)
+from pocketllava.llava import Llava
+from pocketllava.models import Bundle
+from pocketllava.types import Answer, Chunk, Message, Options, Timings, Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "Chunk",
+    "ContextOverflow",
+    "ConvertError",
+    "DiskFull",
+    "ImageError",
+    "InputError",
+    "Llava",
+    "Message",
+    "ModelNotFound",
+    "Options",
+    "PocketLlavaError",
+    "TensorMismatch",
+    "Timings",
+    "Trace",
+    "UnsupportedCheckpoint",
+    "UnsupportedOption",
+]

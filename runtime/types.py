@@ -1,0 +1,140 @@
+"""The values that calls take and give. Knows no model, no file format and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+from pocketllava.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+
+    ImageSource = Union[str, PathLike[str], bytes, Image.Image, npt.NDArray[np.generic]]
+else:
+    ImageSource = Any
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. `images` stand before the text, in the order given."""
+
+    role: Role
+    text: str
+    images: Sequence[ImageSource] = ()
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise InputError(f"role: found {self.role!r}, expected one of {', '.join(ROLES)}")
+        if not isinstance(self.text, str):
+            raise InputError(f"message text: found {type(self.text).__name__}, expected str")
+        if self.images and self.role != "user":
+            raise InputError(f"images in a {self.role!r} message: only 'user' messages may hold images")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an answer is sampled. The default, temperature 0, is greedy decoding, as the reference does.
+
+    max_tokens: upper bound on the answer's length, in tokens.
+    top_k: keep the k most likely tokens (0 keeps all). top_p: keep the smallest set with that mass.
+    seed: None draws a new one for every call. stop: texts that end the answer; they are not part of it.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._expect("max_tokens", self.max_tokens >= 1, "a whole number of at least 1")
+        self._expect("temperature", 0.0 <= self.temperature <= 100.0, "0 (greedy) to 100")
+        self._expect("top_p", 0.0 < self.top_p <= 1.0, "more than 0, at most 1")
+        self._expect("top_k", 0 <= self.top_k < 2**31, "0 (off) or more")
+        self._expect("seed", self.seed is None or 0 <= self.seed < 2**32, "None or 0 to 4294967295")
+        self._expect("stop", all(isinstance(s, str) and s for s in self.stop), "texts that are not empty")
+
+    def _expect(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise InputError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one answer went, in seconds, and how much was evaluated.
+
+    prompt_s is prompt evaluation (text and image positions) without image encoding;
+    first_token_s runs from the call to the first token, image work included;
+    devices names what evaluated the text model and the vision tower.
+    """
+
+    load_s: float = 0.0
+    prepare_s: float = 0.0
+    encode_s: float = 0.0
+    prompt_s: float = 0.0
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    answer_tokens: int = 0
+    devices: tuple[str, str] = ("", "")
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed: tokens after the first, divided by the time they took."""
+        return (self.answer_tokens - 1) / self.decode_s if self.answer_tokens > 1 and self.decode_s else 0.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed answer. The last one carries finish_reason and timings."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer. `token_ids` are those that were sampled, the end-of-sequence token left out."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    timings: Timings
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One picture followed through the model, from a real evaluation.
+
+    pixel_shape (3, H, W); grid (rows, columns); vision_shape (n_patches, vision width);
+    feature_shape (n_patches, text width); image_positions: first and last position in the prompt;
+    token_ids: the whole prompt, image positions filled with the image token's id;
+    embeddings_match: whether the text model's input embeddings at those positions, read from its own
+    graph, are the projected image features, and max_difference the largest absolute difference.
+    """
+
+    pixel_shape: tuple[int, int, int]
+    grid: tuple[int, int]
+    vision_shape: tuple[int, int]
+    feature_shape: tuple[int, int]
+    image_positions: tuple[int, int]
+    token_ids: tuple[int, ...]
+    token_texts: tuple[str, ...] = field(repr=False)
+    embeddings_match: bool
+    max_difference: float
+    class_token_corrected: bool
