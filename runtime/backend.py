@@ -24,7 +24,7 @@ logger = logging.getLogger("pocketllava.llama")
 logging.getLogger("pocketllava").addHandler(logging.NullHandler())  # nothing on stderr unless asked for
 
 GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU (ggml-backend.h)
-_LEVELS = {1: logging.INFO, 2: logging.WARNING, 3: logging.ERROR, 4: logging.DEBUG}
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
 _recent: deque[str] = deque(maxlen=200)
 
 

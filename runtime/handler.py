@@ -99,17 +99,12 @@ class LlavaChatHandler(Llava15ChatHandler):
         return _convert_completion_to_chat(completion, stream=options.get("stream", False))
 
     def vision(self, llama: Llama) -> VisionEncoder:
-        """The vision tower, loaded and held against the text model's width once."""
+        """The vision tower, loaded once. Raises BundleError for one of another model."""
         if self._vision is None:
-            path = Path(self.clip_model_path)
-            encoder = VisionEncoder(path, n_threads=llama.n_threads_batch or cores(), use_gpu=self.use_gpu)
-            if encoder.info.projected_width != llama.n_embd():
-                encoder.close()
-                raise BundleError(
-                    f"{path}: projects to width {encoder.info.projected_width}, the text model has"
-                    f" {llama.n_embd()}; it belongs to another model"
-                )
-            self._vision = encoder
+            threads = llama.n_threads_batch or cores()
+            self._vision = VisionEncoder(
+                Path(self.clip_model_path), llama.model, n_threads=threads, use_gpu=self.use_gpu
+            )
         return self._vision
 
     def template(self, llama: Llama) -> Template:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketllava.backend import ggml, gpus, log_lines, translated
-from pocketllava.errors import BackendError, InputError
+from pocketllava.errors import BackendError, BundleError, InputError
 from pocketllava.models.header import Header
 from pocketllava.models.mmproj_check import MmprojInfo, check_mmproj
 
@@ -77,13 +77,23 @@ class ClassTokenCorrection:
 class VisionEncoder:
     """A loaded vision tower and projector. Calls from several threads queue."""
 
-    def __init__(self, mmproj: Path, *, n_threads: int, use_gpu: bool = True) -> None:
-        """Check and load the file. Raises BundleError for a wrong one, BackendError if libmtmd refuses it."""
+    def __init__(self, mmproj: Path, text_model: Any, *, n_threads: int, use_gpu: bool = True) -> None:
+        """Check and load the file, for a llama_model that outlives this object.
+
+        The model is needed although no text is evaluated: without one libmtmd leaves its position type
+        uninitialised and miscounts image tokens. Raises BundleError for a wrong file or one of another
+        width than the model, BackendError if libmtmd refuses it.
+        """
         from llama_cpp import llama_cpp, mtmd_cpp
 
         self.path, self._lib = mmproj, mtmd_cpp
         header = Header.read(mmproj)
         self.info: MmprojInfo = check_mmproj(header)
+        if (width := llama_cpp.llama_model_n_embd(text_model)) != self.info.projected_width:
+            raise BundleError(
+                f"{mmproj}: projects to width {self.info.projected_width}, the text model has {width};"
+                " it belongs to another model"
+            )
         self.correction = ClassTokenCorrection(_class_embedding(header), self.info.n_patches)
         self._lock = threading.Lock()
         params = mtmd_cpp.mtmd_context_params_default()
@@ -93,7 +103,7 @@ class VisionEncoder:
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it would round keys and values to F16
         params.cb_eval = self.correction.callback
         with translated(f"{mmproj}: loading the vision tower"), log_lines() as lines:
-            self._context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), None, params)
+            self._context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), text_model, params)
             if not self._context:
                 raise BackendError(f"{mmproj}: libmtmd could not load it")
         self.device = next((w for w in map(_device_of, lines) if w), "CPU")
@@ -127,7 +137,7 @@ class VisionEncoder:
             lib.mtmd_bitmap_free(bitmap)
 
     def _image_chunk(self, bitmap: Any, chunks: Any) -> Any:
-        """A prompt that is one image and no text needs no vocabulary."""
+        """A prompt that is one image and no text."""
         lib = self._lib
         part = lib.mtmd_input_part(text=None, bitmap=bitmap)
         parts = (ctypes.POINTER(lib.mtmd_input_part) * 1)(ctypes.pointer(part))

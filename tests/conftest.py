@@ -1,0 +1,64 @@
+"""Fixtures: checkpoints, bundles and loaded models, each made once a run; nothing is faked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import small_checkpoint
+from small_checkpoint import Layout
+
+from pocketllava import Bundle, Llava
+from pocketllava.convert import convert
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--record: write what transformers gives (with `-m reference`)."""
+    parser.addoption("--record", action="store_true", help="write transformers' results to tests/recorded/")
+
+
+MakeCheckpoint = Callable[..., Path]
+MakeBundle = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """make_checkpoint(**layout) -> the checkpoint's folder; the same layout is written once."""
+    made: dict[Layout, Path] = {}
+
+    def make(**changes: object) -> Path:
+        layout = Layout(**changes)  # type: ignore[arg-type]
+        if layout not in made:
+            made[layout] = small_checkpoint.write(tmp_path_factory.mktemp("checkpoint"), layout)
+        return made[layout]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
+    """make_bundle(quant, mmproj, **layout) -> a converted bundle; the same one is converted once."""
+    made: dict[object, Bundle] = {}
+
+    def make(quant: str = "F16", mmproj: str = "F16", **changes: object) -> Bundle:
+        key = (quant, mmproj, Layout(**changes))  # type: ignore[arg-type]
+        if key not in made:
+            out = tmp_path_factory.mktemp("bundles") / "bundle"
+            made[key] = convert(make_checkpoint(**changes), out, quant=quant, mmproj=mmproj)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle(make_bundle: MakeBundle) -> Bundle:
+    """An F16 bundle of the hub's layout."""
+    return make_bundle()
+
+
+@pytest.fixture(scope="session")
+def llava(bundle: Bundle) -> Iterator[Llava]:
+    """The same bundle, loaded."""
+    with Llava.load(bundle.folder) as model:
+        yield model

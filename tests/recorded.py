@@ -1,0 +1,56 @@
+"""Results of transformers in float32, recorded with versions, so that every machine can hold ours to them.
+
+`make reference` computes them anew and compares; `pytest -m reference --record` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import small_checkpoint
+
+FOLDER = Path(__file__).parent / "recorded"
+JSON_FILE, FEATURES_FILE = FOLDER / "transformers.json", FOLDER / "features.npy"
+FEATURE_ROWS = slice(None, None, 8)  # every eighth patch is recorded
+QUESTION = "What is shown in the image?"
+N_TOKENS = 15
+# name -> (checkpoint's layout, --quant, --mmproj) of the bundles whose answers are compared
+ANSWERED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "old names, F16": ({}, "F16", "F16"),
+    "new names, BF16, two shards": ({"naming": "new", "dtype": "BF16", "shards": 2, "seed": 1}, "F16", "F16"),
+    "newest names, F32, grouped queries": (
+        {"naming": "newest", "dtype": "F32", "kv_heads": 2, "seed": 2}, "F32", "F32"
+    ),
+}  # fmt: skip
+
+
+def load() -> dict[str, Any]:
+    """The recording."""
+    return dict(json.loads(JSON_FILE.read_text("utf-8")))
+
+
+def features() -> npt.NDArray[np.float32]:
+    """Image features of the first picture and checkpoint, rows FEATURE_ROWS."""
+    return np.asarray(np.load(FEATURES_FILE))
+
+
+def keep(name: str, value: Any) -> None:
+    """Write one part of the recording."""
+    FOLDER.mkdir(exist_ok=True)
+    data = load() if JSON_FILE.exists() else {}
+    data[name] = value
+    JSON_FILE.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """||found - expected|| / ||expected||."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def image_token() -> int:
+    """<image> in the small tokenizer."""
+    return len(small_checkpoint.small_tokenizer.vocabulary())

@@ -1,0 +1,218 @@
+"""Small LLaVA-1.5 checkpoints with random weights, in every layout that the converter accepts.
+
+numpy only. The weights mean nothing; what the files hold, and every number computed from them, is real.
+Widths are multiples of 256 so that K-quants are used, unless a test asks for others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import small_tokenizer
+
+Row = tuple[str, tuple[int, ...], float, float]  # canonical name, shape, mean, standard deviation
+IMAGE, PATCH = 336, 14
+CHAT_TEMPLATE = (  # llava-1.5-7b-hf's
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint looks like. naming: "old" (hub), "new" (>= 4.52) or "newest" (>= 5.6)."""
+
+    naming: str = "old"
+    dtype: str = "F16"
+    shards: int = 1
+    hidden: int = 256
+    ffn: int = 512
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    tied: bool = False
+    kind: str = "llama"
+    tokenizer_model: bool = True
+    tokenizer_json: bool = True
+    scheme: str = "prepend"
+    seed: int = 0
+    vision: int = 64
+    vision_ffn: int = 160
+    vision_layers: int = 3
+    sparse_config: bool = False
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding: all pieces, <image>, <pad>, then rows without a token."""
+        return -(-(len(small_tokenizer.vocabulary()) + 2) // 64) * 64
+
+
+def write(folder: Path, layout: Layout | None = None, **changes: Any) -> Path:
+    """Write a checkpoint; returns its folder."""
+    layout = Layout(**changes) if layout is None else layout
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(folder, layout)
+    _write_configs(folder, layout)
+    small_tokenizer.write(
+        folder, model=layout.tokenizer_model, described=layout.tokenizer_json, scheme=layout.scheme
+    )
+    return folder
+
+
+def rows(c: Layout) -> Iterator[Row]:
+    """Every tensor, under names that _named turns into a checkpoint's."""
+
+    def linear(name: str, out: int, inp: int, bias: bool = True) -> Iterator[Row]:
+        yield name + ".weight", (out, inp), 0, inp**-0.5
+        if bias:
+            yield name + ".bias", (out,), 0, 0.02
+
+    def norm(name: str, width: int, bias: bool = True) -> Iterator[Row]:
+        yield name + ".weight", (width,), 1, 0.05
+        if bias:
+            yield name + ".bias", (width,), 0, 0.05
+
+    v = c.vision
+    yield "V.embeddings.class_embedding", (v,), 0, 0.5
+    yield "V.embeddings.patch_embedding.weight", (v, 3, PATCH, PATCH), 0, (3 * PATCH**2) ** -0.5
+    yield "V.embeddings.position_embedding.weight", ((IMAGE // PATCH) ** 2 + 1, v), 0, 0.5
+    yield from norm("V.pre_layrnorm", v)
+    for n in range(c.vision_layers):
+        block = f"V.encoder.layers.{n}."
+        for p in "kvq":
+            yield from linear(f"{block}self_attn.{p}_proj", v, v)
+        yield from linear(block + "self_attn.out_proj", v, v)
+        yield from norm(block + "layer_norm1", v)
+        yield from linear(block + "mlp.fc1", c.vision_ffn, v)
+        yield from linear(block + "mlp.fc2", v, c.vision_ffn)
+        yield from norm(block + "layer_norm2", v)
+    yield from norm("V.post_layernorm", v)
+    yield from linear("P.linear_1", c.hidden, v)
+    yield from linear("P.linear_2", c.hidden, c.hidden)
+    yield "T.embed_tokens.weight", (c.vocab, c.hidden), 0, 1.0
+    kv = c.hidden // c.heads * c.kv_heads
+    for n in range(c.layers):
+        block = f"T.layers.{n}."
+        for p, out in (("q", c.hidden), ("k", kv), ("v", kv), ("o", c.hidden)):
+            yield from linear(f"{block}self_attn.{p}_proj", out, c.hidden, bias=False)
+        yield from linear(block + "mlp.gate_proj", c.ffn, c.hidden, bias=False)
+        yield from linear(block + "mlp.up_proj", c.ffn, c.hidden, bias=False)
+        yield from linear(block + "mlp.down_proj", c.hidden, c.ffn, bias=False)
+        yield from norm(block + "input_layernorm", c.hidden, bias=False)
+        yield from norm(block + "post_attention_layernorm", c.hidden, bias=False)
+    yield from norm("T.norm", c.hidden, bias=False)
+    if not c.tied:
+        yield from linear("H", c.vocab, c.hidden, bias=False)
+
+
+PREFIXES = {
+    "old": {"V": "vision_tower.vision_model", "P": "multi_modal_projector", "T": "language_model.model",
+            "H": "language_model.lm_head"},
+    "new": {"V": "model.vision_tower.vision_model", "P": "model.multi_modal_projector", "T": "model.language_model",
+            "H": "lm_head"},
+    "newest": {"V": "model.vision_tower", "P": "model.multi_modal_projector", "T": "model.language_model",
+               "H": "lm_head"},
+}  # fmt: skip
+
+
+def _named(name: str, naming: str) -> str:
+    part, dot, rest = name.partition(".")
+    return PREFIXES[naming][part] + dot + rest
+
+
+def values(c: Layout) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Every tensor's values before they are rounded to the checkpoint's dtype."""
+    rng = np.random.default_rng(c.seed)
+    for name, shape, mean, std in rows(c):
+        drawn = rng.standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)
+        yield _named(name, c.naming), drawn
+
+
+def to_bytes(array: npt.NDArray[np.float32], dtype: str) -> bytes:
+    """float32 -> F32, F16 or BF16 (to nearest even) bytes."""
+    if dtype == "F16":
+        return array.astype(np.float16).tobytes()
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
+    return array.tobytes()
+
+
+def write_safetensors(path: Path, tensors: list[tuple[str, str, tuple[int, ...], bytes]]) -> None:
+    """(name, dtype, shape, bytes) -> one file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, data in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(t[3] for t in tensors))
+
+
+def _write_weights(folder: Path, c: Layout) -> None:
+    tensors = [(name, c.dtype, a.shape, to_bytes(a, c.dtype)) for name, a in values(c)]
+    if c.shards == 1:
+        write_safetensors(folder / "model.safetensors", tensors)
+        return
+    weight_map: dict[str, str] = {}
+    step = -(-len(tensors) // c.shards)
+    for k in range(c.shards):
+        file, group = f"model-{k + 1:05d}-of-{c.shards:05d}.safetensors", tensors[k * step : (k + 1) * step]
+        write_safetensors(folder / file, group)
+        weight_map |= {t[0]: file for t in group}
+    index = {"metadata": {"total_size": sum(len(t[3]) for t in tensors)}, "weight_map": weight_map}
+    dump(folder / "model.safetensors.index.json", index)
+
+
+def dump(path: Path, value: Any) -> None:
+    """Write JSON."""
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _write_configs(folder: Path, c: Layout) -> None:
+    torch_dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[c.dtype]
+    image_token = len(small_tokenizer.vocabulary())
+    text = {
+        "model_type": c.kind, "hidden_size": c.hidden, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "vocab_size": c.vocab,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "torch_dtype": torch_dtype,
+        "tie_word_embeddings": c.tied,
+    }
+    if not c.sparse_config:
+        text |= {"rope_theta": 10000.0, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+    dump(folder / "config.json", {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_token_index": image_token, "pad_token_id": image_token + 1, "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "tie_word_embeddings": c.tied,
+        "torch_dtype": torch_dtype, "text_config": text,
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": c.vision, "intermediate_size": c.vision_ffn,
+            "num_hidden_layers": c.vision_layers, "num_attention_heads": 2, "image_size": IMAGE,
+            "patch_size": PATCH, "projection_dim": 32, "vocab_size": 32000,
+        },
+    })  # fmt: skip
+    dump(folder / "preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": IMAGE}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": IMAGE, "width": IMAGE}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    })  # fmt: skip
+    dump(folder / "processor_config.json", {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": PATCH,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+    })  # fmt: skip
+    dump(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": image_token + 1})
+    dump(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})

@@ -1,0 +1,113 @@
+"""Every text type, byte for byte what llama.cpp's own two steps give: an F16 file, then llama_model_quantize."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as T
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pocketllava.backend import capture_log
+from pocketllava.convert.pipeline import plan
+from pocketllava.convert.plan import SourceReader
+from pocketllava.convert.quantize import ERROR_BOUNDS, MMPROJ_TYPES, TEXT_TYPES, dequantize, known, quantize
+from pocketllava.convert.writer import write
+from pocketllava.errors import ConvertError, UnsupportedOption
+from pocketllava.models.header import Header
+
+DEEP = {"layers": 16, "ffn": 256}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "16 layers": DEEP,
+    "grouped queries, 8 layers": {"layers": 8, "ffn": 256, "kv_heads": 1},
+    "tied embeddings": {"layers": 2, "ffn": 256, "tied": True},
+    "rows of 288": {"layers": 2, "ffn": 288},
+    "rows of 272": {"layers": 2, "ffn": 272},
+}
+
+
+def model_file(checkpoint: Path, quant: str, path: Path) -> Header:
+    """The text model as the converter writes it, without the rest of a conversion."""
+    with SourceReader() as reader:
+        write(plan(checkpoint, quant=quant).text, path, reader, 2, lambda n: None)  # noqa: ARG005
+    return Header.read(path)
+
+
+def llama_quantize(source: Path, quant: str, path: Path) -> Header:
+    """llama.cpp's own quantiser."""
+    from llama_cpp import llama_cpp
+
+    capture_log()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = int(TEXT_TYPES[quant][1]), 2
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)) == 0
+    return Header.read(path)
+
+
+def tensor_bytes(header: Header, name: str) -> bytes:
+    """A tensor's data."""
+    info = header.tensors[name]
+    with header.path.open("rb") as file:
+        file.seek(header.data_start + info.offset)
+        return file.read(info.n_bytes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_bytes_equal_llama_model_quantize(make_checkpoint: Any, tmp_path: Path, layout: dict[str, Any]) -> None:
+    checkpoint = make_checkpoint(**layout)
+    half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
+    for quant in TEXT_TYPES:
+        ours = model_file(checkpoint, quant, tmp_path / "ours.gguf")
+        theirs = llama_quantize(half.path, quant, tmp_path / "theirs.gguf")
+        types = [(name, T(t.type).name, t.shape) for name, t in ours.tensors.items()]
+        assert types == [(name, T(t.type).name, t.shape) for name, t in theirs.tensors.items()], quant
+        for name in ours.tensors:
+            assert tensor_bytes(ours, name) == tensor_bytes(theirs, name), (quant, name)
+
+
+def test_keys_equal_llama_model_quantize(make_checkpoint: Any, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(layers=2, ffn=256)
+    half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
+    ours = model_file(checkpoint, "Q4_K_M", tmp_path / "ours.gguf")
+    theirs = llama_quantize(half.path, "Q4_K_M", tmp_path / "theirs.gguf")
+    assert ours.keys == theirs.keys
+    assert ours.key_types == theirs.key_types
+
+
+@given(
+    rows=hnp.arrays(np.float32, (4, 256), elements=st.floats(-100, 100, width=32)),
+    kind=st.sampled_from(sorted({t for t, _ in TEXT_TYPES.values()} | {T.Q5_0, T.Q5_1})),
+)
+def test_what_is_quantised_reads_back(rows: Any, kind: T) -> None:
+    data = quantize(rows, kind, "rows")
+    back = dequantize(data, kind, rows.size).reshape(rows.shape)
+    assert np.isfinite(back).all()
+    largest = np.abs(rows).max(initial=0.0)
+    assert np.abs(back - rows).max() <= max(0.6 * largest, 1e-6)
+    if kind in (T.F32, T.F16, T.BF16):
+        assert np.abs(back - rows).max() <= ERROR_BOUNDS[kind] * largest + 1e-7
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [T.F32, T.F16, T.BF16, T.Q8_0, T.Q4_K])
+def test_values_that_are_no_numbers_are_refused(value: float, kind: T) -> None:
+    rows = np.zeros((2, 256), np.float32)
+    rows[1, 200] = value
+    with pytest.raises(ConvertError, match=r"tensor w: holds NaN or infinite"):
+        quantize(rows, kind, "w")
+
+
+def test_values_beyond_f16_are_refused() -> None:
+    with pytest.raises(ConvertError, match=r"holds 1e\+06, F16 ends at 65504; use BF16 or F32"):
+        quantize(np.full((1, 32), 1e6, np.float32), T.F16, "w")
+
+
+def test_types_are_known_by_name() -> None:
+    assert known("q4_k_m", TEXT_TYPES, "--quant") == "Q4_K_M"
+    with pytest.raises(UnsupportedOption, match=r"--mmproj: found 'Q4_0', expected one of F32, F16, BF16, Q8_0"):
+        known("Q4_0", MMPROJ_TYPES, "--mmproj")
