@@ -64,7 +64,9 @@ def fetch(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any
         return folder, {"id": folder.resolve().name, "revision": None}
     if folder.exists() or not HUB_ID.match(source):
         found = "a file" if folder.exists() else "nothing"
-        raise ConvertError(f"{source}: found {found}, expected a checkpoint's folder or a hub id like owner/name")
+        raise ConvertError(
+            f"{source}: found {found}, expected a checkpoint's folder or a hub id like owner/name"
+        )
     return _download(source, revision)
 
 
@@ -85,9 +87,13 @@ def _download(source: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 def open_checkpoint(folder: Path, identity: dict[str, Any]) -> Checkpoint:
     """Read and check the JSON files and every tensor's header. Raises ConvertError and its kinds."""
     if (folder / "adapter_config.json").is_file():
-        raise UnsupportedCheckpoint(f"{folder}: a LoRA adapter; merge it into its base model and convert that")
+        raise UnsupportedCheckpoint(
+            f"{folder}: a LoRA adapter; merge it into its base model and convert that"
+        )
     if not (folder / "config.json").is_file():
-        raise ConvertError(f"{folder}: no config.json, expected a LLaVA-1.5 checkpoint in the Hugging Face layout")
+        raise ConvertError(
+            f"{folder}: no config.json, expected a LLaVA-1.5 checkpoint in the Hugging Face layout"
+        )
     files = {path.name: _json(path) for path in sorted(folder.glob("*.json")) if path.name != INDEX}
     tensors: dict[str, SourceTensor] = {}
     dropped: dict[str, str] = {}
@@ -149,7 +155,9 @@ def read_safetensors(path: Path) -> list[SourceTensor]:
     end = start
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if tensor.offset < end:
-            raise ConvertError(f"{path}: tensor {tensor.name!r} overlaps the one before it; download it again")
+            raise ConvertError(
+                f"{path}: tensor {tensor.name!r} overlaps the one before it; download it again"
+            )
         end = tensor.offset + tensor.n_bytes
     return tensors
 
@@ -182,9 +190,12 @@ def _weight_files(folder: Path) -> list[Path]:
         return _shards(folder)
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    found = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.safetensors"))
+    found = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.safetensors")
+    )
     raise ConvertError(
-        f"{folder}: no {WEIGHTS} and no {INDEX}" + (f" (found {found[0]})" if found else "")
+        f"{folder}: no {WEIGHTS} and no {INDEX}"
+        + (f" (found {found[0]})" if found else "")
         + "; pocketllava converts safetensors checkpoints"
     )
 

@@ -15,7 +15,8 @@ from gguf import GGUFValueType as V
 from pocketllava.convert.checkpoint import Checkpoint, SourceTensor
 from pocketllava.convert.plan import FilePlan, Key, PlannedTensor, TensorTaker
 from pocketllava.convert.quantize import MMPROJ_TYPES, fitting
-from pocketllava.models.config import LlavaConfig, Preprocessing, VisionConfig
+from pocketllava.models.config import LlavaConfig, VisionConfig
+from pocketllava.models.preprocessing import Preprocessing
 
 ARCHITECTURE = "clip"
 PROJECTOR_TYPE = "mlp"  # gguf has no constant for it
@@ -32,7 +33,11 @@ BLOCK = (  # canonical name in a layer, libmtmd's name in a block
 
 
 def plan_mmproj(
-    checkpoint: Checkpoint, config: LlavaConfig, preprocessing: Preprocessing, quant: str, dropped: dict[str, str]
+    checkpoint: Checkpoint,
+    config: LlavaConfig,
+    preprocessing: Preprocessing,
+    quant: str,
+    dropped: dict[str, str],
 ) -> FilePlan:
     """Map every vision and projector tensor. Raises TensorMismatch; records in `dropped` what is left out."""
     vision = TensorTaker(checkpoint.tensors, "vision")
@@ -58,7 +63,12 @@ def _vision(taker: TensorTaker, v: VisionConfig) -> Iterator[tuple[str, SourceTe
     positions = (v.n_patches + 1, v.n_embd)
     yield "v.position_embd.weight", taker.take(embeddings + "position_embedding.weight", positions)
     yield from _pair(taker, "vision.pre_layrnorm", "v.pre_ln", (v.n_embd,))
-    shapes = {"ffn_up": (v.n_ff, v.n_embd), "ffn_down": (v.n_embd, v.n_ff), "ln1": (v.n_embd,), "ln2": (v.n_embd,)}
+    shapes = {
+        "ffn_up": (v.n_ff, v.n_embd),
+        "ffn_down": (v.n_embd, v.n_ff),
+        "ln1": (v.n_embd,),
+        "ln2": (v.n_embd,),
+    }
     for n in range(v.n_used):
         for theirs, ours in BLOCK:
             shape = shapes.get(ours, (v.n_embd, v.n_embd))
@@ -71,7 +81,9 @@ def _projector(taker: TensorTaker, c: LlavaConfig) -> Iterator[tuple[str, Source
     yield from _pair(taker, "projector.linear_2", "mm.2", (c.text.n_embd, c.text.n_embd))
 
 
-def _pair(taker: TensorTaker, theirs: str, ours: str, shape: tuple[int, ...]) -> Iterator[tuple[str, SourceTensor]]:
+def _pair(
+    taker: TensorTaker, theirs: str, ours: str, shape: tuple[int, ...]
+) -> Iterator[tuple[str, SourceTensor]]:
     yield f"{ours}.weight", taker.take(f"{theirs}.weight", shape)
     yield f"{ours}.bias", taker.take(f"{theirs}.bias", shape[:1])
 

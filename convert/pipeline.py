@@ -29,7 +29,8 @@ from pocketllava.convert.vocab import Vocab, read_vocab
 from pocketllava.convert.writer import Progress, write
 from pocketllava.errors import ConvertError, DiskFull
 from pocketllava.models.bundle import DEFAULT_TEMPLATE, FORMAT, MANIFEST, MMPROJ, MODEL, Bundle, describe_file
-from pocketllava.models.config import LlavaConfig, Preprocessing, preprocessing
+from pocketllava.models.config import LlavaConfig
+from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
 DISK_MARGIN_BYTES = 16 << 20
 LOCK = "lock"
@@ -78,9 +79,7 @@ def plan(
     dropped = dict(checkpoint.dropped)
     text = plan_text(checkpoint, config.text, vocab, template, quant, dropped)
     vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
-    return ConvertPlan(
-        checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped
-    )
+    return ConvertPlan(checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped)
 
 
 def convert(
@@ -104,7 +103,10 @@ def convert(
     _check_target(target, force)
     return execute(
         plan(source, quant=quant, mmproj=mmproj, revision=revision),
-        target, force=force, threads=threads or cores(), progress=progress,
+        target,
+        force=force,
+        threads=threads or cores(),
+        progress=progress,
     )
 
 
@@ -114,6 +116,7 @@ def execute(
     """Write, verify and put in place what was planned."""
     _check_target(target, force)
     with _working_folder(target) as work:
+        _check_target(target, force)  # again: a bundle may have been recovered
         _check_disk(planned, target)
         files = ((planned.text, work / MODEL), (planned.mmproj, work / MMPROJ))
         with SourceReader() as reader:
@@ -155,7 +158,9 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
         "pocketllava": __version__,
         "source": {
             **checkpoint.identity,
-            "weights": {f.name: f.stat().st_size for f in sorted({t.file for t in checkpoint.tensors.values()})},
+            "weights": {
+                f.name: f.stat().st_size for f in sorted({t.file for t in checkpoint.tensors.values()})
+            },
         },
         "types": {"model": planned.quant, "mmproj": planned.mmproj_quant},
         "files": {name: describe_file(work / name) for name in (MODEL, MMPROJ)},
@@ -180,7 +185,9 @@ def _check_target(target: Path, force: bool) -> None:
         raise ConvertError(f"{target}: a file; --out names the folder to make")
     held = {path.name for path in target.iterdir()}
     if foreign := sorted(held - {MODEL, MMPROJ, MANIFEST}):
-        raise ConvertError(f"{target}: holds {foreign[0]!r}; --out must be a new or empty folder, or a bundle")
+        raise ConvertError(
+            f"{target}: holds {foreign[0]!r}; --out must be a new or empty folder, or a bundle"
+        )
     if held and not force:
         raise ConvertError(f"{target}: holds a bundle already; use --force to replace it, or another --out")
 
@@ -209,9 +216,13 @@ def _working_folder(target: Path) -> Iterator[Path]:
         lock = FileLock(work / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConvertError(f"{target}: another conversion is writing there; wait for it, or choose another --out") from None
+        raise ConvertError(
+            f"{target}: another conversion is writing there; wait for it, or choose another --out"
+        ) from None
     except OSError as error:
-        raise ConvertError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from error
+        raise ConvertError(
+            f"{target}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
     try:
         _recover(target)
         for name in (MODEL, MMPROJ, MANIFEST):

@@ -122,7 +122,9 @@ class SourceReader:
             parts.append(part)
             wanted -= len(part)
         if wanted:
-            raise ConvertError(f"{source.file}: ends inside tensor {source.name!r}; it changed while being read")
+            raise ConvertError(
+                f"{source.file}: ends inside tensor {source.name!r}; it changed while being read"
+            )
         return b"".join(parts)
 
 

@@ -163,7 +163,7 @@ def known(name: str, types: dict[str, tuple[T, F]], option: str) -> str:
 def n_bytes(kind: T, shape: tuple[int, ...]) -> int:
     """Size of a tensor of this type and shape."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    return int(np.prod(shape, dtype=np.int64)) // block * block_bytes
+    return int(np.prod(shape, dtype=np.int64)) // int(block) * int(block_bytes)
 
 
 def quantize(rows: Floats, kind: T, name: str) -> bytes:
@@ -174,7 +174,9 @@ def quantize(rows: Floats, kind: T, name: str) -> bytes:
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     largest = float(np.max(np.abs(rows), initial=0.0))  # NaN survives max
     if not np.isfinite(largest):
-        raise ConvertError(f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged")
+        raise ConvertError(
+            f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged"
+        )
     if kind is T.F16 and largest > MAX_F16:
         raise ConvertError(f"tensor {name}: holds {largest:g}, F16 ends at {MAX_F16:g}; use BF16 or F32")
     if kind is T.F32:
@@ -183,7 +185,9 @@ def quantize(rows: Floats, kind: T, name: str) -> bytes:
     out = np.empty(n_bytes(kind, rows.shape), np.uint8)
     written = ggml().ggml_quantize_chunk(int(kind), _at(rows), _at(out), 0, n_rows, n_per_row, None)
     if written != out.nbytes or not ggml().ggml_validate_row_data(int(kind), _at(out), out.nbytes):
-        raise ConvertError(f"tensor {name}: its values up to {largest:g} do not fit {kind.name}; use BF16 or F32")
+        raise ConvertError(
+            f"tensor {name}: its values up to {largest:g} do not fit {kind.name}; use BF16 or F32"
+        )
     return out.tobytes()
 
 

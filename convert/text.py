@@ -33,7 +33,12 @@ BLOCK = (  # canonical name in a layer, GGUF name in a block
 
 
 def plan_text(
-    checkpoint: Checkpoint, config: TextConfig, vocab: Vocab, template: str, quant: str, dropped: dict[str, str]
+    checkpoint: Checkpoint,
+    config: TextConfig,
+    vocab: Vocab,
+    template: str,
+    quant: str,
+    dropped: dict[str, str],
 ) -> FilePlan:
     """Map every text tensor. Raises TensorMismatch; records in `dropped` what is left out and why."""
     taker = TensorTaker(checkpoint.tensors, "text")
@@ -46,8 +51,11 @@ def plan_text(
     ]
     taker.finish()
     tensors.sort(key=lambda t: _llama_cpp_order(t.name))
-    keys = (*_model_keys(checkpoint, config, quant), *_vocab_keys(vocab), Key(
-        "tokenizer.chat_template", template, V.STRING))
+    keys = (
+        *_model_keys(checkpoint, config, quant),
+        *_vocab_keys(vocab),
+        Key("tokenizer.chat_template", template, V.STRING),
+    )
     return FilePlan(ARCHITECTURE, keys, tuple(tensors))
 
 

@@ -47,7 +47,9 @@ def _compare_lists(plan: FilePlan, header: Header) -> None:
     expected = [(t.name, t.shape, int(t.type)) for t in plan.tensors]
     found = [(t.name, t.shape, t.type) for t in header.tensors.values()]
     if expected != found:
-        odd = next((pair for pair in zip(expected, found, strict=False) if pair[0] != pair[1]), (expected, found))
+        odd = next(
+            (pair for pair in zip(expected, found, strict=False) if pair[0] != pair[1]), (expected, found)
+        )
         raise ConvertError(f"verification failed: {header.path}: found {odd[1]!r}, expected {odd[0]!r}")
 
 
@@ -109,7 +111,12 @@ def load_test(model: Path, mmproj: Path) -> None:
     command = [sys.executable, "-m", "pocketllava.convert.loadtest", str(model), str(mmproj)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=LOAD_TEST_TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LOAD_TEST_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConvertError(f"load test: could not be run ({error})") from error

@@ -40,7 +40,9 @@ class Vocab:
 
     def special(self) -> dict[str, int]:
         """Control tokens by their text: what a chat template may write and a user must not."""
-        return {t: i for i, (t, kind) in enumerate(zip(self.tokens, self.types, strict=True)) if kind == CONTROL}
+        return {
+            t: i for i, (t, kind) in enumerate(zip(self.tokens, self.types, strict=True)) if kind == CONTROL
+        }
 
 
 def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) -> Vocab:
@@ -55,7 +57,10 @@ def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) ->
         raise ConvertError(f"{checkpoint.folder}: no tokenizer.model and no tokenizer.json, expected either")
     config = checkpoint.files.get("tokenizer_config.json", {})
     vocab = replace(
-        vocab, bos_id=bos_id, eos_id=eos_id, add_bos=config.get("add_bos_token") is not False,
+        vocab,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        add_bos=config.get("add_bos_token") is not False,
         space_prefix=_space_prefix(described, config),
     )
     added = _added_tokens(checkpoint)
@@ -157,7 +162,9 @@ def _extend(vocab: Vocab, added: dict[int, tuple[str, bool]], n_rows: int) -> No
     """Put added tokens in and pad to the embedding's rows, in place."""
     if len(vocab.tokens) > n_rows or any(not 0 <= i < n_rows for i in added):
         most = max([len(vocab.tokens) - 1, *added])
-        raise ConvertError(f"tokenizer: token id {most}, but the embedding has {n_rows} rows; expected one a token")
+        raise ConvertError(
+            f"tokenizer: token id {most}, but the embedding has {n_rows} rows; expected one a token"
+        )
     for i in range(len(vocab.tokens), n_rows):
         vocab.tokens.append(f"[PAD{i}]")
         vocab.scores.append(PADDING_SCORE)

@@ -24,10 +24,12 @@ ALIGNMENT = 32
 Progress = Callable[[str, int, int], None]  # stage ("convert", "verify"), bytes done, bytes in all
 
 
-def write(plan: FilePlan, path: Path, reader: SourceReader, threads: int, advance: Callable[[int], None]) -> None:
+def write(
+    plan: FilePlan, path: Path, reader: SourceReader, threads: int, advance: Callable[[int], None]
+) -> None:
     """Write the file and flush it to the disk. `advance` is told the source bytes of every piece written."""
     writer = _header(plan, path)
-    file: Any = writer.fout[0]  # type: ignore[index]
+    file: Any = writer.fout[0]
     try:
         for tensor, last, data, source_bytes in _pieces(plan, reader, threads):
             file.write(data)
@@ -53,7 +55,7 @@ def _header(plan: FilePlan, path: Path) -> GGUFWriter:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        file: Any = writer.fout[0]  # type: ignore[index]
+        file: Any = writer.fout[0]
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
     except OSError as error:
         raise ConvertError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketllava.errors import BundleError, ModelNotFound
-from pocketllava.models.config import Preprocessing
 from pocketllava.models.header import Header
+from pocketllava.models.preprocessing import Preprocessing
 
 MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"
 FORMAT = 1

@@ -1,13 +1,13 @@
-"""What a checkpoint's JSON files say, with transformers' defaults filled in, refused by name if unknown.
+"""What a checkpoint's config.json says, with transformers' defaults filled in, refused by name if unknown.
 
-Knows config.json and the processor files of LlavaForConditionalGeneration; no tensor data, no GGUF.
+Knows config.json of LlavaForConditionalGeneration; no tensor data, no GGUF.
 Defaults are those of transformers' LlamaConfig, MistralConfig, CLIPVisionConfig and LlavaConfig.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
@@ -46,8 +46,6 @@ LLAVA_CLIP: dict[str, Any] = {  # LlavaConfig's vision tower when config.json ha
     "patch_size": 14,
     "projection_dim": 768,
 }
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -98,32 +96,6 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """How pixels are prepared: [pad to a square,] resize, centre crop, then normalise by mean and std.
-
-    shortest_edge: resize so that the shorter side has that many pixels; None resizes to
-    (crop_size, crop_size) without keeping the aspect ratio. resample: Pillow's code, 3 is bicubic.
-    """
-
-    shortest_edge: int | None = 336
-    crop_size: int = 336
-    resample: int = 3
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-    pad_to_square: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """As stored in bundle.json."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """From bundle.json."""
-        fields = dict(data)
-        return cls(**{**fields, "mean": _three(fields["mean"]), "std": _three(fields["std"])})
-
-
-@dataclass(frozen=True)
 class LlavaConfig:
     """A LLaVA-1.5 model: vision tower, two-layer GELU projector, text model."""
 
@@ -147,7 +119,7 @@ def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
         raise UnsupportedCheckpoint(
             f"config.json: the checkpoint is already quantised ({method}); convert the F16 or BF16 original"
         )
-    if kind != "llava" or "LlavaForConditionalGeneration" not in architectures and architectures != "llava":
+    if kind != "llava" or ("LlavaForConditionalGeneration" not in architectures and architectures != "llava"):
         raise UnsupportedCheckpoint(
             f"config.json: found {architectures} (model_type {kind!r}), expected LlavaForConditionalGeneration"
             " (model_type 'llava'); pocketllava converts LLaVA-1.5 in the Hugging Face layout"
@@ -156,7 +128,9 @@ def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
     if act != "gelu":
         raise UnsupportedCheckpoint(f"config.json: projector_hidden_act {act!r}, expected 'gelu'")
     if config.get("multimodal_projector_bias") is False:
-        raise UnsupportedCheckpoint("config.json: multimodal_projector_bias false, expected a projector with biases")
+        raise UnsupportedCheckpoint(
+            "config.json: multimodal_projector_bias false, expected a projector with biases"
+        )
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy != "default":
         raise UnsupportedCheckpoint(
@@ -223,7 +197,9 @@ def _vision(config: Mapping[str, Any]) -> VisionConfig:
     if kind != "clip_vision_model":
         raise UnsupportedCheckpoint(f"config.json: vision tower {kind!r}, expected 'clip_vision_model'")
     v = {**CLIP_DEFAULTS, **{k: x for k, x in given.items() if x is not None}} if given else LLAVA_CLIP
-    _expect(v["hidden_act"] in ("quick_gelu", "gelu"), "hidden_act", v["hidden_act"], "'quick_gelu' or 'gelu'")
+    _expect(
+        v["hidden_act"] in ("quick_gelu", "gelu"), "hidden_act", v["hidden_act"], "'quick_gelu' or 'gelu'"
+    )
     _expect(v.get("num_channels", 3) == 3, "num_channels", v.get("num_channels"), "3")
     n_layer, n_embd = _whole(v, ("num_hidden_layers",)), _whole(v, ("hidden_size",))
     image_size, patch_size = _whole(v, ("image_size",)), _whole(v, ("patch_size",))
@@ -255,56 +231,6 @@ def _blocks_used(layer: Any, n_layer: int) -> int:
     return used
 
 
-def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Preprocessing:
-    """What preprocessor_config.json, or processor_config.json's image_processor, says.
-
-    files: JSON content by file name. Raises UnsupportedCheckpoint for steps that CLIP's and LLaVA's
-    image processors don't have.
-    """
-    p = files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get("image_processor")
-    if not p:
-        return Preprocessing(shortest_edge=image_size, crop_size=image_size)
-    kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
-    if not kind.startswith(("CLIP", "Llava")) or "Next" in kind:
-        raise UnsupportedCheckpoint(f"preprocessor: {kind!r}, expected CLIPImageProcessor or LlavaImageProcessor")
-    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
-        _expect(p.get(step, True) is not False, step, p.get(step), "true", "preprocessor")
-    scale = p.get("rescale_factor", 1 / 255)
-    _expect(abs(scale * 255 - 1) < 1e-6, "rescale_factor", scale, "1/255", "preprocessor")
-    crop = _sides(p.get("crop_size", image_size), "crop_size")
-    _expect(crop == (image_size, image_size), "crop_size", crop, f"{image_size} x {image_size}", "preprocessor")
-    size = p.get("size", {"shortest_edge": image_size})
-    edge = size if isinstance(size, int) else size.get("shortest_edge")
-    if edge is None:
-        sides = _sides(size, "size")
-        _expect(sides == crop, "size", sides, f"{crop}", "preprocessor")
-    return Preprocessing(
-        shortest_edge=edge,
-        crop_size=image_size,
-        resample=int(p.get("resample", 3)),
-        mean=_three(p.get("image_mean", CLIP_MEAN)),
-        std=_three(p.get("image_std", CLIP_STD)),
-        pad_to_square=kind.startswith("Llava") and bool(p.get("do_pad")),
-    )
-
-
-def _sides(size: Any, name: str) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    try:
-        return int(size["height"]), int(size["width"])
-    except (KeyError, TypeError, ValueError):
-        raise UnsupportedCheckpoint(f"preprocessor: {name} {size!r}, expected height and width") from None
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    try:
-        r, g, b = (float(v) for v in values)
-    except (TypeError, ValueError):
-        raise ConvertError(f"preprocessor: {values!r}, expected three numbers") from None
-    return r, g, b
-
-
 def _whole(data: Mapping[str, Any], names: tuple[str, ...], default: int | None = None) -> int:
     value = next((data[n] for n in names if data.get(n) is not None), default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
@@ -319,6 +245,6 @@ def _number(data: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _expect(ok: bool, name: str, found: Any, expected: str, file: str = "config.json") -> None:
+def _expect(ok: bool, name: str, found: Any, expected: str) -> None:
     if not ok:
-        raise UnsupportedCheckpoint(f"{file}: {name} is {found!r}, expected {expected}")
+        raise UnsupportedCheckpoint(f"config.json: {name} is {found!r}, expected {expected}")

@@ -145,7 +145,7 @@ class _Reader:
             values *= n
         if not 0 < values < 1 << 48 or shape[-1] % block:
             raise self.fail(f"tensor {name!r} has the shape {shape}")
-        return values // block * block_bytes
+        return values // int(block) * int(block_bytes)
 
     def check(self, info: TensorInfo, start: int, alignment: int) -> None:
         if info.offset % alignment:

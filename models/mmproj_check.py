@@ -50,12 +50,22 @@ def check_mmproj(header: Header) -> MmprojInfo:
         )
     _expect(header, "clip.has_vision_encoder", BOOL, True)
     _expect(header, "clip.projector_type", TEXT, "mlp")
-    n = {name: _positive(header, PREFIX + name) for name in (
-        "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "projection_dim",
-        "image_size", "patch_size",
-    )}
+    n = {
+        name: _positive(header, PREFIX + name)
+        for name in (
+            "embedding_length",
+            "feed_forward_length",
+            "block_count",
+            "attention.head_count",
+            "projection_dim",
+            "image_size",
+            "patch_size",
+        )
+    }
     if n["embedding_length"] % n["attention.head_count"] or n["image_size"] % n["patch_size"]:
-        raise BundleError(f"{header.path}: head_count or patch_size do not divide their sizes; download it again")
+        raise BundleError(
+            f"{header.path}: head_count or patch_size do not divide their sizes; download it again"
+        )
     _number(header, PREFIX + "attention.layer_norm_epsilon")
     for name in ("image_mean", "image_std"):
         _array(header, PREFIX + name, 3)
@@ -73,7 +83,9 @@ def _check_depth(header: Header, n_blocks: int) -> None:
             f"{header.path}: no {PREFIX}feature_layer, so llama.cpp would run {n_blocks - 1} of its {n_blocks}"
             " blocks; convert the checkpoint with `pocketllava convert` instead"
         )
-    if layers is not None and (not isinstance(layers, list) or layers != [layers[0]] or not 1 <= layers[0] <= n_blocks):
+    if layers is not None and (
+        not isinstance(layers, list) or layers != [layers[0]] or not 1 <= layers[0] <= n_blocks
+    ):
         raise BundleError(f"{header.path}: feature_layer {layers!r}, expected one layer of {n_blocks}")
 
 
@@ -82,7 +94,9 @@ def _check_tensors(header: Header, n: dict[str, int]) -> None:
     found = {name: t for name, t in header.tensors.items() if not name.startswith("v.post_ln.")}
     for name in sorted(set(expected) ^ set(found)):
         state = "missing" if name in expected else "unexpected"
-        raise BundleError(f"{header.path}: tensor {name!r} is {state} for a LLaVA-1.5 mmproj; convert or download it again")
+        raise BundleError(
+            f"{header.path}: tensor {name!r} is {state} for a LLaVA-1.5 mmproj; convert or download it again"
+        )
     for name, (shape, types) in expected.items():
         tensor = found[name]
         if tensor.shape != shape or tensor.type not in types:
@@ -114,7 +128,9 @@ def _expected(n: dict[str, int]) -> list[tuple[str, tuple[tuple[int, ...], tuple
     for block in range(n["block_count"]):
         at = f"v.blk.{block}."
         tensors += [*norm(at + "ln1"), *norm(at + "ln2")]
-        tensors += [t for p in ("attn_q", "attn_k", "attn_v", "attn_out") for t in linear(at + p, width, width)]
+        tensors += [
+            t for p in ("attn_q", "attn_k", "attn_v", "attn_out") for t in linear(at + p, width, width)
+        ]
         tensors += [*linear(at + "ffn_up", wide, width), *linear(at + "ffn_down", width, wide)]
     return tensors
 
@@ -122,7 +138,9 @@ def _expected(n: dict[str, int]) -> list[tuple[str, tuple[tuple[int, ...], tuple
 def _expect(header: Header, name: str, kind: int, value: Any) -> None:
     found = header.keys.get(name)
     if found != value or header.key_types.get(name) != kind:
-        raise BundleError(f"{header.path}: key {name} is {found!r}, expected {value!r}; not a LLaVA-1.5 mmproj")
+        raise BundleError(
+            f"{header.path}: key {name} is {found!r}, expected {value!r}; not a LLaVA-1.5 mmproj"
+        )
 
 
 def _positive(header: Header, name: str) -> int:

@@ -31,7 +31,7 @@ _recent: deque[str] = deque(maxlen=200)
 class TypeTraits(ctypes.Structure):
     """struct ggml_type_traits (ggml.h)."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("type_name", ctypes.c_char_p),
         ("blck_size", ctypes.c_int64),
         ("blck_size_interleave", ctypes.c_int64),

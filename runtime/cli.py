@@ -11,18 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from pocketllava.errors import PocketLlavaError
+from pocketllava.show import plan_lines, size, timing_line, trace_lines, tree
 
-if TYPE_CHECKING:
-    from pocketllava.convert import ConvertPlan
-    from pocketllava.models import Bundle
-    from pocketllava.types import Answer, Timings, Trace
-
-AROUND = 6  # token ids shown on either side of an image
 MEGA = 1_000_000
 
 
@@ -43,17 +38,34 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("source")
-@click.option("--out", required=True, metavar="DIR", help="Folder to make: model.gguf, mmproj.gguf, bundle.json.")
+@click.option(
+    "--out", required=True, metavar="DIR", help="Folder to make: model.gguf, mmproj.gguf, bundle.json."
+)
 @click.option("--quant", default="Q4_K_M", show_default=True, metavar="TYPE", help="Type of the text model.")
-@click.option("--mmproj", default="F16", show_default=True, metavar="TYPE", help="Type of the vision tower: F32, F16, BF16, Q8_0.")
+@click.option(
+    "--mmproj",
+    default="F16",
+    show_default=True,
+    metavar="TYPE",
+    help="Type of the vision tower: F32, F16, BF16, Q8_0.",
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores].")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
+)
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 def convert(
-    source: str, out: str, quant: str, mmproj: str, revision: str | None, threads: int | None,
-    force: bool, dry_run: bool, quiet: bool,
+    source: str,
+    out: str,
+    quant: str,
+    mmproj: str,
+    revision: str | None,
+    threads: int | None,
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
 ) -> None:
     """Convert a LLaVA-1.5 checkpoint (a folder or a Hugging Face id) into two llama.cpp files.
 
@@ -66,41 +78,82 @@ def convert(
     from pocketllava.convert import execute, plan
 
     if quiet:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
     planned = plan(source, quant=quant, mmproj=mmproj, revision=revision)
     if dry_run:
-        _print_plan(planned, out, threads or cores())
+        click.echo("\n".join(plan_lines(planned, out, threads or cores())))
         return
     with _progress_bar(quiet) as progress:
-        bundle = execute(planned, Path(out).expanduser(), force=force, threads=threads or cores(), progress=progress)
+        bundle = execute(
+            planned, Path(out).expanduser(), force=force, threads=threads or cores(), progress=progress
+        )
     if not quiet:
         sizes = {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()}
-        click.echo(", ".join(f"{bundle.folder / n} {_size(b)}" for n, b in sizes.items()), err=True)
+        click.echo(", ".join(f"{bundle.folder / n} {size(b)}" for n, b in sizes.items()), err=True)
 
 
 @cli.command()
 @click.argument("model", metavar="DIR")
 @click.argument("image", metavar="IMAGE")
 @click.argument("question")
-@click.option("--image", "more_images", multiple=True, metavar="IMAGE", help="A further image, after the first; repeatable.")
+@click.option(
+    "--image",
+    "more_images",
+    multiple=True,
+    metavar="IMAGE",
+    help="A further image, after the first; repeatable.",
+)
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy, as the reference decodes.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 100),
+    default=0.0,
+    show_default=True,
+    help="0 is greedy, as the reference decodes.",
+)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeats a sampled answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeatable.")
-@click.option("--ctx", type=click.IntRange(1), default=2048, show_default=True, help="Context in tokens; an image takes 576.")
+@click.option(
+    "--ctx",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Context in tokens; an image takes 576.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads [default: physical cores].")
-@click.option("--gpu-layers", type=click.IntRange(-1), default=-1, show_default=True, help="Text layers on the GPU; -1 all, 0 none.")
-@click.option("--max-pixels", type=click.IntRange(1), default=50 * MEGA, show_default=True, help="Refuse larger images.")
+@click.option(
+    "--gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    show_default=True,
+    help="Text layers on the GPU; -1 all, 0 none.",
+)
+@click.option(
+    "--max-pixels", type=click.IntRange(1), default=50 * MEGA, show_default=True, help="Refuse larger images."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def ask(
-    model: str, image: str, question: str, more_images: tuple[str, ...], system: str | None, max_tokens: int,
-    temperature: float, top_p: float, top_k: int, seed: int | None, stop: tuple[str, ...], ctx: int,
-    threads: int | None, gpu_layers: int, max_pixels: int, as_json: bool,
+    model: str,
+    image: str,
+    question: str,
+    more_images: tuple[str, ...],
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: tuple[str, ...],
+    ctx: int,
+    threads: int | None,
+    gpu_layers: int,
+    max_pixels: int,
+    as_json: bool,
 ) -> None:
     """Ask about an image: a path, - for stdin, or a data URI.
 
@@ -110,9 +163,13 @@ def ask(
 
     options = Options(max_tokens, temperature, top_p, top_k, seed, stop)
     images = [_image_argument(i) for i in (image, *more_images)]
-    with Llava.load(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers, max_pixels=max_pixels) as llava:
+    with Llava.load(
+        model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers, max_pixels=max_pixels
+    ) as llava:
         if as_json:
-            _print_json(llava.ask(images, question, options=options, system=system))
+            answer = llava.ask(images, question, options=options, system=system)
+            fields = {**asdict(answer), "tokens_per_s": round(answer.timings.tokens_per_s, 2)}
+            click.echo(json.dumps(fields, ensure_ascii=False))
             return
         from pocketllava.llava import conversation
 
@@ -123,13 +180,15 @@ def ask(
             timings = chunk.timings or timings
         click.echo()
         if timings:
-            click.echo(_timing_line(timings), err=True)
+            click.echo(timing_line(timings), err=True)
 
 
 @cli.command()
 @click.argument("model", metavar="DIR")
 @click.option("--image", metavar="IMAGE", help="Follow this picture through the model.")
-@click.option("--question", default="What is in the image?", show_default=True, help="The question asked with --image.")
+@click.option(
+    "--question", default="What is in the image?", show_default=True, help="The question asked with --image."
+)
 @click.option("--check", is_flag=True, help="Compare both files' SHA-256 with the recorded ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(model: str, image: str | None, question: str, check: bool, as_json: bool) -> None:
@@ -144,12 +203,12 @@ def inspect(model: str, image: str | None, question: str, check: bool, as_json: 
 
         with Llava.load(model, n_gpu_layers=0) as llava:
             trace = llava.trace(_image_argument(image), question)
-        click.echo(json.dumps(asdict(trace)) if as_json else "\n".join(_trace_lines(trace)))
+        click.echo(json.dumps(asdict(trace)) if as_json else "\n".join(trace_lines(trace)))
         return
     if as_json:
         click.echo(json.dumps(bundle.manifest, ensure_ascii=False))
         return
-    click.echo("\n".join(_tree(bundle)))
+    click.echo("\n".join(tree(bundle)))
     if check:
         click.echo("SHA-256 of both files: as recorded")
 
@@ -169,7 +228,9 @@ def _progress_bar(quiet: bool) -> Iterator[Any]:
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             disable = True if quiet else None  # None: only on a terminal
-            bars[stage] = tqdm(total=total, desc=stage, unit="B", unit_scale=True, disable=disable, leave=True)
+            bars[stage] = tqdm(
+                total=total, desc=stage, unit="B", unit_scale=True, disable=disable, leave=True
+            )
         bars[stage].update(done - bars[stage].n if not bars[stage].disable else 0)
 
     try:
@@ -179,118 +240,5 @@ def _progress_bar(quiet: bool) -> Iterator[Any]:
             bar.close()
 
 
-def _print_plan(planned: ConvertPlan, out: str, threads: int) -> None:
-    for file, name in ((planned.text, "model.gguf"), (planned.mmproj, "mmproj.gguf")):
-        click.echo(f"{name}  {_size(file.n_bytes)} of tensors")
-        for t in file.tensors:
-            shape = " x ".join(map(str, t.shape))
-            click.echo(f"  {t.name:<28} {shape:<20} {t.source.dtype:>4} -> {t.type.name:<6} {_size(t.n_bytes):>10}")
-    for name, reason in planned.dropped.items():
-        click.echo(f"  left out: {name} ({reason})")
-    memory = _size(planned.memory_bytes(threads))
-    click.echo(f"disk: {_size(planned.disk_bytes)} in {out}; memory: about {memory} with {threads} threads")
-
-
-def _print_json(answer: Answer) -> None:
-    click.echo(json.dumps({**asdict(answer), "tokens_per_s": round(answer.timings.tokens_per_s, 2)}, ensure_ascii=False))
-
-
-def _timing_line(t: Timings) -> str:
-    return (
-        f"load {t.load_s:.2f} s | image {t.prepare_s:.2f} s | encoding {t.encode_s:.2f} s"
-        f" | prompt {t.prompt_tokens} tokens {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
-        f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | text: {t.devices[0]} | vision: {t.devices[1]}"
-    )
-
-
-def _tree(bundle: Bundle) -> list[str]:
-    from gguf import GGMLQuantizationType
-
-    from pocketllava.models.header import Header, TensorInfo
-
-    def summary(tensors: list[TensorInfo]) -> str:
-        counts: dict[str, int] = {}
-        for t in tensors:
-            kind = GGMLQuantizationType(t.type).name
-            counts[kind] = counts.get(kind, 0) + 1
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items(), key=lambda item: -item[1]))
-        return f"{len(tensors)} tensors ({kinds}), {_size(sum(t.n_bytes for t in tensors))}"
-
-    def line(t: TensorInfo) -> str:
-        return f"{t.name} {' x '.join(map(str, t.shape))} {GGMLQuantizationType(t.type).name}"
-
-    text, vision = Header.read(bundle.model), Header.read(bundle.mmproj)
-    k, v = text.keys, vision.keys
-    parts = [t for t in vision.tensors.values() if t.name.startswith("v.")]
-    projector = [t for t in vision.tensors.values() if t.name.startswith("mm.")]
-    p = bundle.preprocessing
-    size, patch = v["clip.vision.image_size"], v["clip.vision.patch_size"]
-    resize = f"shortest edge {p.shortest_edge}" if p.shortest_edge else f"{p.crop_size} x {p.crop_size}"
-    return [
-        f"{bundle.folder}  ({bundle.manifest['source']['id']}, {bundle.manifest['types']['model']}"
-        f" + {bundle.manifest['types']['mmproj']})",
-        f"├── vision tower  {summary(parts)}",
-        f"│   ├── {v['clip.vision.block_count']} CLIP blocks, width {v['clip.vision.embedding_length']},"
-        f" {v['clip.vision.attention.head_count']} heads, feed-forward {v['clip.vision.feed_forward_length']}",
-        f"│   ├── {size} x {size} pixels, patches of {patch}: {size // patch} x {size // patch}"
-        f" = {(size // patch) ** 2}",
-        *(f"│   ├── {line(t)}" for t in parts if not t.name.startswith("v.blk.")),
-        *(f"│   {'└' if t is _last_of(parts) else '├'}── {line(t)}" for t in parts if t.name.startswith("v.blk.0.")),
-        f"├── projector  {summary(projector)}",
-        *(f"│   {'└' if t is projector[-1] else '├'}── {line(t)}" for t in projector),
-        f"└── text model  {summary(list(text.tensors.values()))}",
-        f"    ├── {k['llama.block_count']} blocks, width {k['llama.embedding_length']},"
-        f" {k['llama.attention.head_count']} heads ({k['llama.attention.head_count_kv']} for keys and values),"
-        f" feed-forward {k['llama.feed_forward_length']}",
-        f"    ├── vocabulary {k['llama.vocab_size']}, context {k['llama.context_length']}",
-        *(f"    ├── {line(t)}" for t in text.tensors.values() if not t.name.startswith("blk.")),
-        *(f"    ├── {line(t)}" for t in text.tensors.values() if t.name.startswith("blk.0.")),
-        f"    └── block 0 stands for all {k['llama.block_count']}; {_mixed(text.tensors, GGMLQuantizationType)}",
-        f"preprocessing: {'pad to a square, ' if p.pad_to_square else ''}resize {resize} (resample {p.resample}),"
-        f" crop {p.crop_size} x {p.crop_size}, mean {p.mean}, std {p.std}",
-        f"chat template: {json.dumps(bundle.template)}",
-    ]
-
-
-def _last_of(parts: list[Any]) -> Any:
-    return [t for t in parts if t.name.startswith("v.blk.0.")][-1]
-
-
-def _mixed(tensors: dict[str, Any], kinds: Any) -> str:
-    """Which tensors have another type in other blocks."""
-    seen: dict[str, set[str]] = {}
-    for t in tensors.values():
-        if t.name.startswith("blk."):
-            seen.setdefault(t.name.split(".", 2)[2], set()).add(kinds(t.type).name)
-    mixed = [f"{name} {' and '.join(sorted(types))}" for name, types in seen.items() if len(types) > 1]
-    return "; ".join(mixed) or "every block has the same types"
-
-
-def _trace_lines(t: Trace) -> list[str]:
-    first, last = t.image_positions
-    channels, height, width = t.pixel_shape
-    rows, columns = t.grid
-
-    def tokens(start: int, end: int) -> str:
-        return " ".join(f"{t.token_ids[i]}:{t.token_texts[i]!r}" for i in range(max(0, start), min(end, len(t.token_ids))))
-
-    verdict = "are" if t.embeddings_match else "ARE NOT"
-    return [
-        f"pixel_values ({channels}, {height}, {width})",
-        f"  -> {rows} x {columns} = {rows * columns} patches",
-        f"  -> vision tower {t.vision_shape}"
-        + (" (class token moved to the front)" if t.class_token_corrected else " (class token in front already)"),
-        f"  -> projector {t.feature_shape}",
-        f"  -> positions {first}..{last} of {len(t.token_ids)} in the prompt",
-        f"before: {tokens(first - AROUND, first)}",
-        f"after:  {tokens(last + 1, last + 1 + AROUND)}",
-        f"the embeddings at positions {first}..{last} {verdict} the image features"
-        f" (largest difference {t.max_difference:.1e} after the first RMS norm)",
-    ]
-
-
-def _size(n_bytes: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.2f} {unit}"
-    return f"{n_bytes} B"
+if __name__ == "__main__":
+    main()

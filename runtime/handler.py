@@ -26,7 +26,7 @@ from pocketllava.errors import BundleError, ContextOverflow, ImageError, InputEr
 from pocketllava.image import MAX_PIXELS, Pixels, prepare
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
-from pocketllava.models.config import Preprocessing
+from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt import ImagePlace, Template
 from pocketllava.types import Message
 from pocketllava.vision import Features, VisionEncoder
@@ -50,7 +50,7 @@ class Evaluated:
     prompt_s: float
 
 
-class LlavaChatHandler(Llava15ChatHandler):
+class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
     """Drop-in for llama_cpp's Llava15ChatHandler: `Llama(model, chat_handler=LlavaChatHandler(mmproj))`.
 
     clip_model_path: a bundle's folder, its mmproj.gguf, or an mmproj file that stands alone (then the
@@ -225,7 +225,9 @@ def from_openai(message: dict[str, Any]) -> Message:
         elif kind == "image_url":
             images.append(_data_uri(part["image_url"]))
         else:
-            raise InputError(f"message content: found a part of type {kind!r}, expected 'text' or 'image_url'")
+            raise InputError(
+                f"message content: found a part of type {kind!r}, expected 'text' or 'image_url'"
+            )
     return Message(message["role"], " ".join(texts), tuple(images))
 
 

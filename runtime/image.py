@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pocketllava.errors import ImageError
-from pocketllava.models.config import Preprocessing
+from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.types import ImageSource
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -60,7 +60,9 @@ def load(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
             f"{name}: {len(data)} bytes that are not an image; expected one of {', '.join(FORMATS)}"
         ) from error
     except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, MemoryError) as error:
-        raise ImageError(f"{name}: a damaged image ({error})") from error  # Pillow's decoders raise all of these
+        raise ImageError(
+            f"{name}: a damaged image ({error})"
+        ) from error  # Pillow's decoders raise all of these
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -79,7 +81,9 @@ def resize_and_crop(image: Image.Image, how: Preprocessing) -> Pixels:
         image = _pad_to_square(image, how)
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"image: {width} x {height} pixels, expected sides of at most {MAX_ASPECT}:1; crop it")
+        raise ImageError(
+            f"image: {width} x {height} pixels, expected sides of at most {MAX_ASPECT}:1; crop it"
+        )
     size = (how.crop_size, how.crop_size)
     if (edge := how.shortest_edge) is not None:
         short, long = sorted((width, height))

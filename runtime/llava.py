@@ -31,7 +31,9 @@ PIECE_BYTES = 1024
 class Llava:
     """A loaded model. Use as a context manager, or call close(). Threads may share it: calls queue."""
 
-    def __init__(self, bundle: Bundle, llama: Any, handler: LlavaChatHandler, load_s: float, device: str) -> None:
+    def __init__(
+        self, bundle: Bundle, llama: Any, handler: LlavaChatHandler, load_s: float, device: str
+    ) -> None:
         self.bundle, self._llama, self._handler = bundle, llama, handler
         self._load_s, self._device = load_s, device
         self._turns = Turns()
@@ -75,7 +77,8 @@ class Llava:
         """Answer a whole conversation, whose last message is the user's."""
         chunks = list(self.stream(messages, options=options))
         last = chunks[-1]
-        assert last.timings is not None and last.finish_reason is not None  # stream's promise
+        assert last.timings is not None  # stream's promise
+        assert last.finish_reason is not None
         ids = tuple(i for chunk in chunks for i in chunk.token_ids)
         return Answer("".join(chunk.text for chunk in chunks), ids, last.timings, last.finish_reason)
 
@@ -246,7 +249,9 @@ def conversation(
 def context_size(n_ctx: int, trained: int) -> int:
     """n_ctx rounded up as llama.cpp needs it. Raises UnsupportedOption outside what the model was trained on."""
     if not 1 <= n_ctx <= trained:
-        raise UnsupportedOption(f"n_ctx: found {n_ctx}, expected 1 to {trained}, the context of the model's training")
+        raise UnsupportedOption(
+            f"n_ctx: found {n_ctx}, expected 1 to {trained}, the context of the model's training"
+        )
     return -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
 
 

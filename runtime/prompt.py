@@ -96,9 +96,9 @@ class Template:
 
         try:
             return str(
-                _environment().from_string(self.source).render(
-                    messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos
-                )
+                _environment()
+                .from_string(self.source)
+                .render(messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos)
             )
         except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise BundleError(f"chat template: cannot be rendered ({error})") from error
@@ -108,7 +108,9 @@ def without_prefix(text: str, tokenize: Tokenize) -> list[int]:
     """Tokenise without the leading space that llama.cpp puts before every run of text."""
     anchor, ids = list(tokenize(ANCHOR)), list(tokenize(ANCHOR + text))
     if ids[: len(anchor)] != anchor:
-        raise BackendError("tokenizer: merges across a line break, so text after an image cannot be tokenised")
+        raise BackendError(
+            "tokenizer: merges across a line break, so text after an image cannot be tokenised"
+        )
     return ids[len(anchor) :]
 
 
@@ -137,7 +139,11 @@ def _environment() -> Any:
     def raise_exception(message: str) -> None:
         raise InputError(f"chat template: {message}")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Jinja2ChatFormatter.IgnoreGenerationTags])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[loopcontrols, Jinja2ChatFormatter.IgnoreGenerationTags],
+    )
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
     return environment

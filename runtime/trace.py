@@ -63,7 +63,9 @@ def trace(llama: Any, handler: LlavaChatHandler, messages: Sequence[Message]) ->
     with translated("tracing the image"):
         seen = _evaluate(llama, ids, features)
     if len(seen) != len(ids) - 1 + len(features):
-        raise BackendError(f"trace: read {len(seen)} positions of {len(ids) - 1 + len(features)} from the graph")
+        raise BackendError(
+            f"trace: read {len(seen)} positions of {len(ids) - 1 + len(features)} from the graph"
+        )
     eps = float(llama.metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-5))
     difference = float(np.abs(seen[first : last + 1] - _normalised(features, eps)).max())
     template = handler.template(llama)
@@ -116,7 +118,9 @@ def _evaluate(llama: Any, ids: list[int | ImagePlace], features: Features) -> Fe
 
 def _normalised(rows: Features, eps: float) -> Features:
     """RMS norm without weights: x / sqrt(mean(x^2) + eps), row by row."""
-    return rows / np.sqrt(np.mean(np.square(rows), axis=1, keepdims=True, dtype=np.float64) + eps)  # type: ignore[no-any-return]
+    wide = rows.astype(np.float64)
+    scale = np.sqrt(np.mean(np.square(wide), axis=1, keepdims=True) + eps)
+    return np.asarray(wide / scale, dtype=np.float32)
 
 
 def _text(llama: Any, token: int) -> str:

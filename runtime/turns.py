@@ -53,7 +53,9 @@ class Turns:
         yield
         with self._changed:
             if turn.ended:
-                raise InputError("stream: a newer call on this model ended it; finish or close a stream first")
+                raise InputError(
+                    "stream: a newer call on this model ended it; finish or close a stream first"
+                )
             turn.thread, turn.running = threading.get_ident(), True
 
     def end(self, turn: Turn) -> None:

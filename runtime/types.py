@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 from pocketllava.errors import InputError
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL import Image
 
-    ImageSource = Union[str, PathLike[str], bytes, Image.Image, npt.NDArray[np.generic]]
+    ImageSource = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.generic]
 else:
     ImageSource = Any
 

@@ -62,7 +62,9 @@ class ClassTokenCorrection:
     def _correct(self, node: int) -> None:
         rows = np.empty((self.n_rows, self.class_embedding.size), np.float32)
         if ggml().ggml_nbytes(node) != rows.nbytes:
-            raise BackendError(f"libmtmd: embeddings of {ggml().ggml_nbytes(node)} bytes, expected {rows.nbytes}")
+            raise BackendError(
+                f"libmtmd: embeddings of {ggml().ggml_nbytes(node)} bytes, expected {rows.nbytes}"
+            )
         ggml().ggml_backend_tensor_get(node, rows.ctypes.data, 0, rows.nbytes)
         if np.array_equal(rows[-1], self.class_embedding):
             rows = np.roll(rows, 1, axis=0)
@@ -71,7 +73,9 @@ class ClassTokenCorrection:
         elif np.array_equal(rows[0], self.class_embedding):
             self.left_alone += 1
         else:
-            raise BackendError("libmtmd: no class token at either end of the patch embeddings; upgrade pocketllava")
+            raise BackendError(
+                "libmtmd: no class token at either end of the patch embeddings; upgrade pocketllava"
+            )
 
 
 class VisionEncoder:
@@ -100,7 +104,9 @@ class VisionEncoder:
         params.use_gpu = use_gpu and bool(gpus())
         params.print_timings = params.warmup = False
         params.n_threads = n_threads
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it would round keys and values to F16
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )  # it would round keys and values to F16
         params.cb_eval = self.correction.callback
         with translated(f"{mmproj}: loading the vision tower"), log_lines() as lines:
             self._context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), text_model, params)
@@ -167,5 +173,5 @@ def _class_embedding(header: Header) -> Features:
 
 def _device_of(line: str) -> str | None:
     """ "clip_ctx: CLIP using CUDA0 backend" -> "CUDA0"."""
-    before, using, after = line.partition("CLIP using ")
+    _, using, after = line.partition("CLIP using ")
     return after.removesuffix(" backend").strip() if using else None

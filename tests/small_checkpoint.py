@@ -185,9 +185,16 @@ def _write_configs(folder: Path, c: Layout) -> None:
     torch_dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[c.dtype]
     image_token = len(small_tokenizer.vocabulary())
     text = {
-        "model_type": c.kind, "hidden_size": c.hidden, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "vocab_size": c.vocab,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "torch_dtype": torch_dtype,
+        "model_type": c.kind,
+        "hidden_size": c.hidden,
+        "intermediate_size": c.ffn,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "vocab_size": c.vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": torch_dtype,
         "tie_word_embeddings": c.tied,
     }
     if not c.sparse_config:
@@ -214,5 +221,14 @@ def _write_configs(folder: Path, c: Layout) -> None:
         "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": PATCH,
         "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
     })  # fmt: skip
-    dump(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": image_token + 1})
+    dump(
+        folder / "generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": image_token + 1},
+    )
     dump(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(write(Path(sys.argv[1])))

@@ -46,7 +46,9 @@ def pieces() -> tuple[list[str], list[str]]:
             learned.append(a + b)
         split = {w: _merge(s, a, b) for w, s in split.items()}
     order = sorted(characters, key=lambda c: (-characters[c], c))
-    return learned, order + [c for c in "0123456789abcdefghijklmnopqrstuvwxyzé\t{}[]<>=/*" if c not in characters]
+    return learned, order + [
+        c for c in "0123456789abcdefghijklmnopqrstuvwxyzé\t{}[]<>=/*" if c not in characters
+    ]
 
 
 def vocabulary() -> list[str]:
@@ -70,9 +72,13 @@ def write(folder: Path, *, model: bool = True, described: bool = True, scheme: s
     added = {"0": "<unk>", "1": "<s>", "2": "</s>", str(n): "<image>", str(n + 1): "<pad>"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast" if scheme != "prepend" else "LlamaTokenizer",
-        "processor_class": "LlavaProcessor", "add_bos_token": True, "add_eos_token": False,
-        "added_tokens_decoder": {i: _added(t) for i, t in added.items()}, "padding_side": "left",
-        "model_max_length": 4096, **special,
+        "processor_class": "LlavaProcessor",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {i: _added(t) for i, t in added.items()},
+        "padding_side": "left",
+        "model_max_length": 4096,
+        **special,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
@@ -93,22 +99,38 @@ def _described(tokens: list[str], scheme: str) -> dict[str, Any]:
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     return {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [{"id": i, **_added(t)} for i, t in special],
         "normalizer": prepend if scheme == "prepend" else None,
         "pre_tokenizer": None if scheme == "prepend" else metaspace,
         "post_processor": {
-            "type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+            "type": "TemplateProcessing",
+            "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
-            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-            "vocab": ids, "merges": _merges(tokens, ids),
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": _merges(tokens, ids),
         },
     }
 
@@ -130,7 +152,9 @@ def _sentencepiece(tokens: list[str]) -> bytes:
         kind = 2 if i == 0 else 3 if i < 3 else 6 if i < 259 else 1
         score = 0.0 if i < 259 else -1e9 if not text.strip(SPACE) else 259.0 - i
         data = text.encode()
-        piece = b"\x0a" + _varint(len(data)) + data + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
+        piece = (
+            b"\x0a" + _varint(len(data)) + data + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
+        )
         out += b"\x0a" + _varint(len(piece)) + piece
     trainer = b"\x18\x02" + _varint(35 << 3) + b"\x01"  # model_type BPE, byte_fallback
     normalizer = b"\x0a\x08identity" + b"\x18\x01\x20\x00\x28\x01"  # dummy prefix, keep spaces, escape them

@@ -18,7 +18,7 @@ class StockEncoder(VisionEncoder):
 
     def __init__(self, mmproj: Path, text_model: Any) -> None:
         super().__init__(mmproj, text_model, n_threads=2, use_gpu=False)
-        self.correction._correct = lambda node: None  # type: ignore[method-assign]  # noqa: ARG005
+        self.correction._correct = lambda node: None  # type: ignore[method-assign]
 
 
 def stock_features(llava: Llava, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

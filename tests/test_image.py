@@ -20,7 +20,7 @@ from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.image import load, prepare, resize_and_crop
-from pocketllava.models.config import Preprocessing
+from pocketllava.models.preprocessing import Preprocessing
 
 CLIP = Preprocessing()
 
@@ -33,7 +33,10 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def test_pixels_equal_the_recorded_reference() -> None:
-    found = {name: hashlib.sha256(prepare(data, CLIP).tobytes()).hexdigest() for name, data in pictures.twelve().items()}
+    found = {
+        name: hashlib.sha256(prepare(data, CLIP).tobytes()).hexdigest()
+        for name, data in pictures.twelve().items()
+    }
     assert found == recorded.load()["pixels"]
 
 
@@ -43,7 +46,14 @@ def test_every_way_to_give_an_image(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(data)
     expected = prepare(picture, CLIP)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
-    for source in (data, bytearray(data), tmp_path / "a b.png", str(tmp_path / "a b.png"), uri, np.asarray(picture)):
+    for source in (
+        data,
+        bytearray(data),
+        tmp_path / "a b.png",
+        str(tmp_path / "a b.png"),
+        uri,
+        np.asarray(picture),
+    ):
         assert np.array_equal(prepare(source, CLIP), expected)  # type: ignore[arg-type]
 
 
@@ -57,7 +67,16 @@ def test_lossless_formats_agree(kind: str) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_honoured(orientation: int) -> None:
     upright = pictures.scene(80, 60)
-    turns = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # what undoes each, as Transpose codes
+    turns = {
+        1: [],
+        2: [0],
+        3: [3],
+        4: [1],
+        5: [5],
+        6: [2],
+        7: [6],
+        8: [4],
+    }  # what undoes each, as Transpose codes
     stored = upright
     for code in turns[orientation]:
         stored = stored.transpose(Image.Transpose(code))
@@ -96,8 +115,13 @@ def test_arrays() -> None:
     whole = np.asarray(picture)
     assert np.array_equal(np.asarray(load(whole / 255)), whole)
     assert np.asarray(load(whole[:, :, 0])).shape == (40, 50, 3)
-    for bad in (np.zeros((3, 40, 50), np.uint8), np.zeros((0, 5, 3), np.uint8), np.full((4, 4), 7.0), np.zeros((4, 4), int)):
-        with pytest.raises(ImageError, match="^array: "):
+    for bad in (
+        np.zeros((3, 40, 50), np.uint8),
+        np.zeros((0, 5, 3), np.uint8),
+        np.full((4, 4), 7.0),
+        np.zeros((4, 4), int),
+    ):
+        with pytest.raises(ImageError, match=r"^array: "):
             load(bad)
 
 
@@ -136,7 +160,7 @@ def test_what_is_no_image_is_one_line(source: Any, message: str) -> None:
 
 def test_larger_images_on_request() -> None:
     big = encoded(Image.new("1", (10_000, 6_000)), "PNG")
-    with pytest.raises(ImageError, match="60 megapixels"):
+    with pytest.raises(ImageError, match=r"60 megapixels"):
         load(big)
     assert load(big, max_pixels=60_000_000).size == (10_000, 6_000)
 

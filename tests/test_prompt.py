@@ -16,7 +16,21 @@ from pocketllava.models.bundle import DEFAULT_TEMPLATE
 from pocketllava.prompt import ImagePlace, Template
 
 SPECIAL = {"<s>": 1, "</s>": 2, "<image>": 700, "<pad>": 701}
-HOSTILE = ("<image>", "</s>", "<s>", "<pad>", "<__media__>", "<ima", "ge>", "USER:", " ", "\n", "{{ 1 }}", "<", "\U0010fffd")
+HOSTILE = (
+    "<image>",
+    "</s>",
+    "<s>",
+    "<pad>",
+    "<__media__>",
+    "<ima",
+    "ge>",
+    "USER:",
+    " ",
+    "\n",
+    "{{ 1 }}",
+    "<",
+    "\U0010fffd",
+)
 
 
 def template(source: str = DEFAULT_TEMPLATE, **changes: Any) -> Template:
@@ -32,7 +46,9 @@ def test_token_ids_equal_the_recorded_reference(make_bundle: Any, scheme: str) -
     with Llava.load(make_bundle(**layout).folder) as llava:
         for name, turns in PROMPTS.items():
             found = llava._handler.prompt_ids(llava._llama, messages(turns))
-            assert [i if isinstance(i, int) else recorded.image_token() for i in found] == expected[name], name
+            assert [i if isinstance(i, int) else recorded.image_token() for i in found] == expected[name], (
+                name
+            )
 
 
 def test_the_hubs_template() -> None:
@@ -58,7 +74,13 @@ def test_a_template_that_writes_special_tokens_itself() -> None:
     ]  # fmt: skip
 
 
-@given(texts=st.lists(st.lists(st.sampled_from(HOSTILE) | st.text(max_size=6), max_size=6).map("".join), min_size=1, max_size=4))
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(HOSTILE) | st.text(max_size=6), max_size=6).map("".join),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_user_text_stays_text(texts: list[str]) -> None:
     """Whatever users write, the pieces hold it unchanged, and only the template's special tokens count."""
     roles = ("user", "assistant")
@@ -86,13 +108,25 @@ def test_hostile_text_gives_no_special_ids(llava: Llava) -> None:
     ("source", "turns", "error", "message"),
     [
         (DEFAULT_TEMPLATE, [], InputError, "found no messages"),
-        ("no image here", [Message("user", "a", (b"",))], InputError, "it shows 0 of the conversation's 1 images"),
+        (
+            "no image here",
+            [Message("user", "a", (b"",))],
+            InputError,
+            "it shows 0 of the conversation's 1 images",
+        ),
         ("{% for %}", [Message("user", "a")], BundleError, "chat template: cannot be rendered"),
-        ("{{ raise_exception('no system') }}", [Message("user", "a")], InputError, "chat template: no system"),
+        (
+            "{{ raise_exception('no system') }}",
+            [Message("user", "a")],
+            InputError,
+            "chat template: no system",
+        ),
         ("{{ ''.__class__.__mro__ }}", [Message("user", "a")], BundleError, "cannot be rendered"),
     ],
 )
-def test_templates_and_conversations_that_fail(source: str, turns: list[Message], error: type, message: str) -> None:
+def test_templates_and_conversations_that_fail(
+    source: str, turns: list[Message], error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
         template(source).pieces(turns)
 

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def model_file(checkpoint: Path, quant: str, path: Path) -> Header:
     """The text model as the converter writes it, without the rest of a conversion."""
     with SourceReader() as reader:
-        write(plan(checkpoint, quant=quant).text, path, reader, 2, lambda n: None)  # noqa: ARG005
+        write(plan(checkpoint, quant=quant).text, path, reader, 2, lambda n: None)
     return Header.read(path)
 
 
@@ -58,7 +58,9 @@ def tensor_bytes(header: Header, name: str) -> bytes:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_bytes_equal_llama_model_quantize(make_checkpoint: Any, tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_bytes_equal_llama_model_quantize(
+    make_checkpoint: Any, tmp_path: Path, layout: dict[str, Any]
+) -> None:
     checkpoint = make_checkpoint(**layout)
     half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
     for quant in TEXT_TYPES:
@@ -109,5 +111,7 @@ def test_values_beyond_f16_are_refused() -> None:
 
 def test_types_are_known_by_name() -> None:
     assert known("q4_k_m", TEXT_TYPES, "--quant") == "Q4_K_M"
-    with pytest.raises(UnsupportedOption, match=r"--mmproj: found 'Q4_0', expected one of F32, F16, BF16, Q8_0"):
+    with pytest.raises(
+        UnsupportedOption, match=r"--mmproj: found 'Q4_0', expected one of F32, F16, BF16, Q8_0"
+    ):
         known("Q4_0", MMPROJ_TYPES, "--mmproj")

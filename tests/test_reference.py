@@ -38,8 +38,13 @@ def judge(name: str, value: Any, record: bool) -> None:
     """Hold the recording to what transformers gives now, or write it."""
     if record:
         recorded.keep(name, value)
-        recorded.keep("versions", {p: importlib.metadata.version(p) for p in (
-            "transformers", "torch", "tokenizers", "pillow", "numpy", "llama-cpp-python")})
+        recorded.keep(
+            "versions",
+            {
+                p: importlib.metadata.version(p)
+                for p in ("transformers", "torch", "tokenizers", "pillow", "numpy", "llama-cpp-python")
+            },
+        )
     assert recorded.load()[name] == value, f"recording of {name} is stale: pytest -m reference --record"
 
 
@@ -81,7 +86,9 @@ def answer_of(model: Any, processor: Any, data: bytes) -> tuple[list[int], list[
     """(greedy token ids, logits at each step)."""
     import torch
 
-    text = processor.apply_chat_template(for_transformers([("user", recorded.QUESTION, 1)]), add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        for_transformers([("user", recorded.QUESTION, 1)]), add_generation_prompt=True
+    )
     inputs = processor(images=opened(data), text=text, return_tensors="pt")
     with torch.no_grad():
         out = model.generate(
@@ -97,7 +104,9 @@ def test_pixels(make_checkpoint: Any, bundle: Bundle, record: bool) -> None:
     processor = processor_of(make_checkpoint())
     hashes = {}
     for name, data in pictures.twelve().items():
-        values = processor.image_processor(opened(data), do_rescale=False, do_normalize=False, return_tensors="np")
+        values = processor.image_processor(
+            opened(data), do_rescale=False, do_normalize=False, return_tensors="np"
+        )
         expected = np.moveaxis(values["pixel_values"][0], 0, -1)
         found = image.prepare(data, bundle.preprocessing)
         assert found.dtype == np.uint8
@@ -109,7 +118,7 @@ def test_pixels(make_checkpoint: Any, bundle: Bundle, record: bool) -> None:
 def test_pixels_of_a_padding_processor(tmp_path: Path) -> None:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    from pocketllava.models.config import preprocessing
+    from pocketllava.models.preprocessing import preprocessing
 
     processor = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336},
@@ -229,7 +238,9 @@ def test_answers(make_checkpoint: Any, make_bundle: Any, name: str, record: bool
     model, processor = model_of(folder), processor_of(folder)
     expected = [answer_of(model, processor, data) for data in pictures.four()]
     with Llava.load(bundle.folder) as llava:
-        found = [list(llava.ask(data, recorded.QUESTION, options=GREEDY).token_ids) for data in pictures.four()]
+        found = [
+            list(llava.ask(data, recorded.QUESTION, options=GREEDY).token_ids) for data in pictures.four()
+        ]
     stock = stock_answers(bundle, pictures.four(), recorded.QUESTION, recorded.N_TOKENS)
     ids = [ids for ids, _ in expected]
     total, ours = sum(map(len, ids)), sum(_equal(f, e) for f, e in zip(found, ids, strict=True))

@@ -1,0 +1,46 @@
+# make demo | test | check | reference: each sets up what it needs in .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+ROOMS := runtime convert models
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 2)")
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test check reference record clean
+
+demo: .venv/core
+	$(BIN)/python tests/small_checkpoint.py demo-out/checkpoint
+	$(BIN)/pocketllava convert demo-out/checkpoint --out demo-out/bundle --force
+	$(BIN)/pocketllava ask demo-out/bundle tests/photo.jpg "What is in this photo?" --max-tokens 12
+
+test: .venv/dev
+	$(BIN)/pytest -m "not reference"
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+reference: .venv/reference
+	$(BIN)/pytest -m reference -s
+
+record: .venv/reference
+	$(BIN)/pytest -m reference --record
+
+# A new file in a room needs a new link tree (pyproject.toml, editable_wheel), so a stamp follows the rooms.
+.venv/core: pyproject.toml $(ROOMS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+.venv/reference: .venv/dev
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e ".[dev,reference]"
+	touch $@
+
+clean:
+	rm -rf .venv build demo-out *.egg-info

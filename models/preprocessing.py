@@ -1,0 +1,98 @@
+"""How a checkpoint's own processor prepares images: what preprocessor_config.json says, refused if unknown.
+
+Knows the files of CLIPImageProcessor and LlavaImageProcessor; touches no pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels are prepared: [pad to a square,] resize, centre crop, then normalise by mean and std.
+
+    shortest_edge: resize so that the shorter side has that many pixels; None resizes to
+    (crop_size, crop_size) without keeping the aspect ratio. resample: Pillow's code, 3 is bicubic.
+    """
+
+    shortest_edge: int | None = 336
+    crop_size: int = 336
+    resample: int = 3
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    pad_to_square: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in bundle.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """From bundle.json."""
+        fields = dict(data)
+        return cls(**{**fields, "mean": _three(fields["mean"]), "std": _three(fields["std"])})
+
+
+def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Preprocessing:
+    """What preprocessor_config.json, or processor_config.json's image_processor, says.
+
+    files: JSON content by file name. Raises UnsupportedCheckpoint for steps that CLIP's and LLaVA's
+    image processors don't have.
+    """
+    p = files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get("image_processor")
+    if not p:
+        return Preprocessing(shortest_edge=image_size, crop_size=image_size)
+    kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
+    if not kind.startswith(("CLIP", "Llava")) or "Next" in kind:
+        raise UnsupportedCheckpoint(
+            f"preprocessor: {kind!r}, expected CLIPImageProcessor or LlavaImageProcessor"
+        )
+    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        _expect(p.get(step, True) is not False, step, p.get(step), "true")
+    scale = p.get("rescale_factor", 1 / 255)
+    _expect(abs(scale * 255 - 1) < 1e-6, "rescale_factor", scale, "1/255")
+    crop = _sides(p.get("crop_size", image_size), "crop_size")
+    _expect(crop == (image_size, image_size), "crop_size", crop, f"{image_size} x {image_size}")
+    size = p.get("size", {"shortest_edge": image_size})
+    edge = size if isinstance(size, int) else size.get("shortest_edge")
+    if edge is None:
+        sides = _sides(size, "size")
+        _expect(sides == crop, "size", sides, f"{crop}")
+    return Preprocessing(
+        shortest_edge=edge,
+        crop_size=image_size,
+        resample=int(p.get("resample", 3)),
+        mean=_three(p.get("image_mean", CLIP_MEAN)),
+        std=_three(p.get("image_std", CLIP_STD)),
+        pad_to_square=kind.startswith("Llava") and bool(p.get("do_pad")),
+    )
+
+
+def _sides(size: Any, name: str) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    try:
+        return int(size["height"]), int(size["width"])
+    except (KeyError, TypeError, ValueError):
+        raise UnsupportedCheckpoint(f"preprocessor: {name} {size!r}, expected height and width") from None
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    try:
+        r, g, b = (float(v) for v in values)
+    except (TypeError, ValueError):
+        raise ConvertError(f"preprocessor: {values!r}, expected three numbers") from None
+    return r, g, b
+
+
+def _expect(ok: bool, name: str, found: Any, expected: str) -> None:
+    if not ok:
+        raise UnsupportedCheckpoint(f"preprocessor: {name} is {found!r}, expected {expected}")
