@@ -74,7 +74,9 @@ def _download(source: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=PATTERNS))
+        folder = Path(
+            snapshot_download(source, revision=revision, allow_patterns=PATTERNS, ignore_patterns=["*/*"])
+        )
     except Exception as error:  # network, hub and file errors share no base class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConvertError(
@@ -165,7 +167,9 @@ def read_safetensors(path: Path) -> list[SourceTensor]:
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> SourceTensor:
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and 0 <= n < 1 << 40 for n in (*shape, first, last))
+        whole = isinstance(dtype, str) and all(
+            type(n) is int and 0 <= n < 1 << 40 for n in (*shape, first, last)
+        )
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

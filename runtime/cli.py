@@ -121,9 +121,7 @@ def convert(
 @click.option(
     "--ctx",
     type=click.IntRange(1),
-    default=2048,
-    show_default=True,
-    help="Context in tokens; an image takes 576.",
+    help="Context in tokens [default: 2048]; an image takes 576.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads [default: physical cores].")
 @click.option(
@@ -149,7 +147,7 @@ def ask(
     top_k: int,
     seed: int | None,
     stop: tuple[str, ...],
-    ctx: int,
+    ctx: int | None,
     threads: int | None,
     gpu_layers: int,
     max_pixels: int,

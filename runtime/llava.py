@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pocketllava.handler import Evaluated, LlavaChatHandler
     from pocketllava.vision import Features
 
-DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens
+DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens; less if trained on less
 CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must agree
 PIECE_BYTES = 1024
 
@@ -43,16 +43,17 @@ class Llava:
         cls,
         path: str | PathLike[str],
         *,
-        n_ctx: int = DEFAULT_CONTEXT,
+        n_ctx: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
         max_pixels: int | None = None,
     ) -> Llava:
         """Load a bundle made by `pocketllava convert`.
 
-        n_ctx: tokens of context (an image takes 576). n_threads: CPU threads, the number of physical
-        cores unless given. n_gpu_layers: text layers on the GPU, -1 for all, 0 for none (and the vision
-        tower on the CPU). max_pixels: refuse larger images, 50 megapixels unless given.
+        n_ctx: tokens of context (an image takes 576), 2048 unless given. n_threads: CPU threads, the
+        number of physical cores unless given. n_gpu_layers: text layers on the GPU, -1 for all that fit,
+        0 for none (and the vision tower on the CPU). max_pixels: refuse larger images, 50 megapixels
+        unless given.
         Raises ModelNotFound, BundleError, UnsupportedOption, BackendError.
         """
         from pocketllava.loading import load_bundle
@@ -246,8 +247,10 @@ def conversation(
     return [*first, Message("user", question, images)]
 
 
-def context_size(n_ctx: int, trained: int) -> int:
+def context_size(n_ctx: int | None, trained: int) -> int:
     """n_ctx rounded up as llama.cpp needs it. Raises UnsupportedOption outside what the model was trained on."""
+    if n_ctx is None:
+        n_ctx = min(DEFAULT_CONTEXT, trained)
     if not 1 <= n_ctx <= trained:
         raise UnsupportedOption(
             f"n_ctx: found {n_ctx}, expected 1 to {trained}, the context of the model's training"

@@ -36,6 +36,9 @@ class Message:
             raise InputError(f"role: found {self.role!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(self.text, str):
             raise InputError(f"message text: found {type(self.text).__name__}, expected str")
+        if not isinstance(self.images, list | tuple):
+            found = type(self.images).__name__
+            raise InputError(f"message images: found {found}, expected a list or tuple of images")
         if self.images and self.role != "user":
             raise InputError(f"images in a {self.role!r} message: only 'user' messages may hold images")
 

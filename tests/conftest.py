@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import small_checkpoint
+from hypothesis import settings
 from small_checkpoint import Layout
 
 from pocketllava import Bundle, Llava
 from pocketllava.convert import convert
+
+settings.register_profile("quiet clock", deadline=None)  # timings live in benchmarks
+settings.load_profile("quiet clock")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -296,6 +296,7 @@ def test_options_are_checked(wrong: dict[str, Any]) -> None:
 
 def test_context_sizes() -> None:
     assert [context_size(n, 4096) for n in (1, 256, 257, 4096)] == [256, 256, 512, 4096]
+    assert [context_size(None, trained) for trained in (4096, 512)] == [2048, 512]
     for n in (0, 4097):
         with pytest.raises(UnsupportedOption, match=f"n_ctx: found {n}, expected 1 to 4096"):
             context_size(n, 4096)

@@ -199,7 +199,7 @@ def test_weights_too_large_for_f16(make_checkpoint: Any, tmp_path: Path) -> None
     assert convert(folder, tmp_path / "bf16", quant="BF16").manifest["types"]["model"] == "BF16"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_safetensors_headers(tmp_path: Path, data: st.DataObject) -> None:
     """Any header either lists tensors that lie inside the file, or is a ConvertError of one line."""
