@@ -49,10 +49,10 @@ def load(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     name, data = _read(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.size, name, max_pixels)
-        return to_rgb(ImageOps.exif_transpose(image))
+            _check_size(image.size, name, max_pixels)
+            return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: more pixels than Pillow opens ({error})") from error
     except UnidentifiedImageError as error:
