@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from pocketllava.convert.ordered import in_order
 from pocketllava.convert.plan import FilePlan, PlannedTensor, SourceReader
 from pocketllava.convert.quantize import ERROR_BOUNDS, dequantize
 from pocketllava.errors import BundleError, ConvertError
@@ -22,6 +22,7 @@ from pocketllava.models.header import Header
 
 LOAD_TEST_TIMEOUT_S = 600
 Sums = tuple[float, float]  # of squared differences, of squared source values
+Difference = tuple[PlannedTensor, Sums, int]  # tensor, sums over a piece, its source bytes
 
 
 def verify_file(
@@ -35,7 +36,7 @@ def verify_file(
     _compare_lists(plan, header)
     _compare_keys(plan, header)
     totals: dict[str, Sums] = {}
-    for tensor, sums, source_bytes in _differences(plan, header, reader, threads):
+    for tensor, sums, source_bytes in in_order(_jobs(plan, header, reader), threads):
         before = totals.get(tensor.name, (0.0, 0.0))
         totals[tensor.name] = (before[0] + sums[0], before[1] + sums[1])
         advance(source_bytes)
@@ -64,28 +65,18 @@ def _has_floats(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, list) and isinstance(value[0], float))
 
 
-def _differences(
-    plan: FilePlan, header: Header, reader: SourceReader, threads: int
-) -> Iterator[tuple[PlannedTensor, Sums, int]]:
-    pending: deque[Future[tuple[PlannedTensor, Sums, int]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
-    try:
-        with header.path.open("rb") as file:
-            for tensor in plan.tensors:
-                row_bytes = tensor.n_bytes // tensor.n_rows
-                file.seek(header.data_start + header.tensors[tensor.name].offset)
-                for first, count in tensor.chunks():
-                    written, raw = file.read(count * row_bytes), reader.rows(tensor, first, count)
-                    pending.append(pool.submit(_difference, tensor, written, raw))
-                    if len(pending) > 2 * threads:
-                        yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _jobs(plan: FilePlan, header: Header, reader: SourceReader) -> Iterator[Callable[[], Difference]]:
+    """One job a piece; both files are read here."""
+    with header.path.open("rb") as file:
+        for tensor in plan.tensors:
+            row_bytes = tensor.n_bytes // tensor.n_rows
+            file.seek(header.data_start + header.tensors[tensor.name].offset)
+            for first, count in tensor.chunks():
+                written, raw = file.read(count * row_bytes), reader.rows(tensor, first, count)
+                yield partial(_difference, tensor, written, raw)
 
 
-def _difference(tensor: PlannedTensor, written: bytes, raw: bytes) -> tuple[PlannedTensor, Sums, int]:
+def _difference(tensor: PlannedTensor, written: bytes, raw: bytes) -> Difference:
     expected = tensor.to_float(raw).reshape(-1)
     difference = dequantize(written, tensor.type, expected.size) - expected
     return tensor, (float(np.vdot(difference, difference)), float(np.vdot(expected, expected))), len(raw)

@@ -1,21 +1,21 @@
 """A file plan -> one GGUF file, streamed: read, to float32 rows, quantised in threads, written in order.
 
 Each source byte is read once and no tensor is held whole. Knows the container (gguf's GGUFWriter writes
-its header) and threads; nothing of models. The caller gives a path that no reader looks at yet.
+its header); nothing of models. The caller gives a path that no reader looks at yet.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
 
+from pocketllava.convert.ordered import in_order
 from pocketllava.convert.plan import FilePlan, PlannedTensor, SourceReader
 from pocketllava.convert.quantize import quantize
 from pocketllava.errors import ConvertError
@@ -31,7 +31,7 @@ def write(
     writer = _header(plan, path)
     file: Any = writer.fout[0]
     try:
-        for tensor, last, data, source_bytes in _pieces(plan, reader, threads):
+        for tensor, last, data, source_bytes in in_order(_jobs(plan, reader), threads):
             file.write(data)
             if last:
                 file.write(b"\0" * (-tensor.n_bytes % ALIGNMENT))
@@ -65,22 +65,14 @@ def _header(plan: FilePlan, path: Path) -> GGUFWriter:
 Piece = tuple[PlannedTensor, bool, bytes, int]
 
 
-def _pieces(plan: FilePlan, reader: SourceReader, threads: int) -> Iterator[Piece]:
-    """(tensor, is its last piece, quantised bytes, source bytes) in file order, a few pieces ahead."""
+def _jobs(plan: FilePlan, reader: SourceReader) -> Iterator[Callable[[], Piece]]:
+    """One job a piece: (tensor, is its last piece, quantised bytes, source bytes). Reading is done here."""
+    for tensor in plan.tensors:
+        for first, count in tensor.chunks():
+            yield partial(
+                _quantized, tensor, first + count == tensor.n_rows, reader.rows(tensor, first, count)
+            )
 
-    def work(tensor: PlannedTensor, last: bool, raw: bytes) -> Piece:
-        return tensor, last, quantize(tensor.to_float(raw), tensor.type, tensor.source.name), len(raw)
 
-    pending: deque[Future[Piece]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
-    try:
-        for tensor in plan.tensors:
-            for first, count in tensor.chunks():
-                last = first + count == tensor.n_rows
-                pending.append(pool.submit(work, tensor, last, reader.rows(tensor, first, count)))
-                if len(pending) > 2 * threads:
-                    yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _quantized(tensor: PlannedTensor, last: bool, raw: bytes) -> Piece:
+    return tensor, last, quantize(tensor.to_float(raw), tensor.type, tensor.source.name), len(raw)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+from pocketllava.models.patches import PatchGrid
 
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -70,7 +71,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(PatchGrid):
     """A CLIP tower of which the first n_used blocks run (hidden_states[n_used] are the features)."""
 
     n_embd: int
@@ -78,21 +79,9 @@ class VisionConfig:
     n_layer: int
     n_used: int
     n_head: int
-    image_size: int
-    patch_size: int
     projection_dim: int
     quick_gelu: bool
     eps: float
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side: 336 // 14 = 24."""
-        return self.image_size // self.patch_size
-
-    @property
-    def n_patches(self) -> int:
-        """Image tokens of one picture: 24 * 24 = 576."""
-        return self.grid**2
 
 
 @dataclass(frozen=True)

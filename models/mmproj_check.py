@@ -11,6 +11,7 @@ from typing import Any
 
 from pocketllava.errors import BundleError
 from pocketllava.models.header import ARRAY, Header
+from pocketllava.models.patches import PatchGrid
 
 F32, F16, BF16 = 0, 1, 30  # enum ggml_type
 MATRIX_TYPES = (F32, F16, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, BF16)
@@ -20,24 +21,12 @@ PREFIX = "clip.vision."
 
 
 @dataclass(frozen=True)
-class MmprojInfo:
+class MmprojInfo(PatchGrid):
     """The shape of a vision tower and projector, as its file says."""
 
-    image_size: int
-    patch_size: int
     n_blocks: int
     vision_width: int
     projected_width: int
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def n_patches(self) -> int:
-        """Image tokens of one picture."""
-        return self.grid**2
 
 
 def check_mmproj(header: Header) -> MmprojInfo:

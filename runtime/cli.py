@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pocketllava.errors import PocketLlavaError
-from pocketllava.show import plan_lines, size, timing_line, trace_lines, tree
+from pocketllava.show import plan_lines, size, summary_lines, timing_line, trace_lines, tree
+
+if TYPE_CHECKING:
+    from pocketllava import Llava, Message, Options
 
 MEGA = 1_000_000
 
@@ -28,6 +31,21 @@ def main() -> None:
     except PocketLlavaError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+def device_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--threads and --gpu-layers, for every command that loads a model."""
+    threads = click.option(
+        "--threads", type=click.IntRange(1, 1024), help="CPU threads [default: physical cores]."
+    )
+    layers = click.option(
+        "--gpu-layers",
+        type=click.IntRange(-1),
+        default=-1,
+        show_default=True,
+        help="Text layers on the GPU; -1 all, 0 none.",
+    )
+    return threads(layers(command))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -95,7 +113,7 @@ def convert(
 
 
 @cli.command()
-@click.argument("model", metavar="DIR")
+@click.argument("model", metavar="BUNDLE")
 @click.argument("image", metavar="IMAGE")
 @click.argument("question")
 @click.option(
@@ -123,14 +141,7 @@ def convert(
     type=click.IntRange(1),
     help="Context in tokens [default: 2048]; an image takes 576.",
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads [default: physical cores].")
-@click.option(
-    "--gpu-layers",
-    type=click.IntRange(-1),
-    default=-1,
-    show_default=True,
-    help="Text layers on the GPU; -1 all, 0 none.",
-)
+@device_options
 @click.option(
     "--max-pixels", type=click.IntRange(1), default=50 * MEGA, show_default=True, help="Refuse larger images."
 )
@@ -155,7 +166,7 @@ def ask(
 ) -> None:
     """Ask about an image: a path, - for stdin, or a data URI.
 
-    The answer streams to stdout, timings go to stderr.
+    BUNDLE is a folder made by `convert`, or the name `demo`. The answer streams to stdout, timings go to stderr.
     """
     from pocketllava import Llava, Options
 
@@ -171,18 +182,11 @@ def ask(
             return
         from pocketllava.llava import conversation
 
-        timings = None
-        for chunk in llava.stream(conversation(images, question, system), options=options):
-            click.echo(chunk.text, nl=False)
-            sys.stdout.flush()
-            timings = chunk.timings or timings
-        click.echo()
-        if timings:
-            click.echo(timing_line(timings), err=True)
+        _stream(llava, conversation(images, question, system), options)
 
 
 @cli.command()
-@click.argument("model", metavar="DIR")
+@click.argument("model", metavar="BUNDLE")
 @click.option("--image", metavar="IMAGE", help="Follow this picture through the model.")
 @click.option(
     "--question", default="What is in the image?", show_default=True, help="The question asked with --image."
@@ -191,9 +195,9 @@ def ask(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(model: str, image: str | None, question: str, check: bool, as_json: bool) -> None:
     """Show a bundle's three parts with shapes and types, or follow one picture through them."""
-    from pocketllava.models import Bundle
+    from pocketllava.names import open_bundle
 
-    bundle = Bundle.open(model)
+    bundle = open_bundle(model)
     if check:
         bundle.check_hashes()
     if image is not None:
@@ -209,6 +213,100 @@ def inspect(model: str, image: str | None, question: str, check: bool, as_json: 
     click.echo("\n".join(tree(bundle)))
     if check:
         click.echo("SHA-256 of both files: as recorded")
+
+
+@cli.command()
+@click.option("--image", metavar="IMAGE", help="Ask about this picture instead of a drawn one.")
+@device_options
+def demo(image: str | None, threads: int | None, gpu_layers: int) -> None:
+    """Try it all: convert the small model in the package, draw a picture, ask five questions about it.
+
+    The bundle and the picture are kept in your cache folder. Works without a network.
+    """
+    from pocketllava import Llava, Message
+    from pocketllava.demo import QUESTIONS, drawn_picture
+    from pocketllava.names import demo_bundle
+
+    bundle = demo_bundle()
+    shown = image or str(drawn_picture())
+    picture = _image_argument(shown)
+    click.echo(f"model: {bundle.folder}", err=True)
+    click.echo(f"picture: {shown}", err=True)
+    with Llava.load(bundle.folder, n_threads=threads, n_gpu_layers=gpu_layers) as llava:
+        for question in QUESTIONS:
+            click.echo(f"> {question}")
+            _stream(llava, [Message("user", question, (picture,))])
+
+
+@cli.command("eval")
+@click.argument("model", metavar="BUNDLE")
+@click.option(
+    "--set",
+    "questions",
+    default="scenes",
+    show_default=True,
+    metavar="scenes|FILE.jsonl",
+    help="Held-out drawn scenes, or lines of {image, question, answer or answers}.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="Questions at most [default: 1000 scenes, the whole file]."
+)
+@click.option(
+    "--results",
+    metavar="FILE",
+    help="Where every answer goes; a run that was stopped goes on from it [default: MODEL.SET.results.jsonl].",
+)
+@device_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def evaluate(
+    model: str,
+    questions: str,
+    limit: int | None,
+    results: str | None,
+    threads: int | None,
+    gpu_layers: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how often a bundle's answers are right.
+
+    Exact match after normalising, VQA's soft match, and for yes/no questions POPE's precision and recall.
+    """
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from pocketllava import Llava
+    from pocketllava.evaluation import SCENES, ResultsFile, items, run, summary, what
+
+    with Llava.load(model, n_threads=threads, n_gpu_layers=gpu_layers) as llava:
+        chosen = list(items(questions, limit))
+        name = "scenes" if questions == SCENES else Path(questions).stem
+        file = ResultsFile(
+            Path(results or f"{llava.bundle.folder.name}.{name}.results.jsonl"), what(llava.bundle, questions)
+        )
+        found = []
+        for result in tqdm(
+            run(llava, chosen, file.done), total=len(chosen), unit="question", disable=True if quiet else None
+        ):
+            file.add(result)
+            found.append(result)
+    table = summary(found)
+    click.echo(json.dumps(table) if as_json else "\n".join(summary_lines(table)))
+    click.echo(f"answers: {file.path}", err=True)
+
+
+def _stream(llava: Llava, messages: list[Message], options: Options | None = None) -> None:
+    """The answer to stdout as it comes, then the timings to stderr."""
+    timings = None
+    for chunk in llava.stream(messages, options=options):
+        click.echo(chunk.text, nl=False)
+        sys.stdout.flush()
+        timings = chunk.timings or timings
+    click.echo()
+    if timings:
+        click.echo(timing_line(timings), err=True)
 
 
 def _image_argument(value: str) -> str | bytes:

@@ -6,6 +6,7 @@ Joins image.py, prompt.py, vision.py and a llama_cpp.Llama; knows no command lin
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -22,11 +23,20 @@ from llama_cpp.llama_chat_format import (
 
 from pocketllava.backend import cores, translated
 from pocketllava.batch import decode_features
-from pocketllava.errors import BundleError, ContextOverflow, ImageError, InputError, UnsupportedOption
+from pocketllava.errors import (
+    BackendError,
+    BundleError,
+    ContextOverflow,
+    ImageError,
+    InputError,
+    UnsupportedOption,
+)
+from pocketllava.features import FeatureCache, key_of
 from pocketllava.image import MAX_PIXELS, Pixels, prepare
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
 from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.prefix import Entry, ImageSpan, n_positions, shared
 from pocketllava.prompt import ImagePlace, Template
 from pocketllava.types import Message
 from pocketllava.vision import Features, VisionEncoder
@@ -39,12 +49,13 @@ CONTROL_ATTRIBUTE = 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_CONTROL
 class Evaluated:
     """A prompt that the KV cache now holds.
 
-    token_ids: one a position, the image token's id at image positions. images: (first position,
-    features) of each picture. Seconds are wall time.
+    token_ids: one a position, the image token's id at image positions. kept_tokens: positions at the
+    start that the cache held already. Seconds are wall time.
     """
 
     token_ids: list[int]
-    images: list[tuple[int, Features]]
+    image_tokens: int
+    kept_tokens: int
     prepare_s: float
     encode_s: float
     prompt_s: float
@@ -78,6 +89,12 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         self.preprocessing = self.bundle.preprocessing if self.bundle else None
         self._vision: VisionEncoder | None = None
         self._template: Template | None = None
+        self._features = FeatureCache()
+        self._bound: weakref.ref[Llama] | None = None
+        self._held: list[Entry] = []
+        self._held_ids: list[int] = []
+        self._array: object = None
+        self._count = 0
 
     def __call__(self, *, llama: Llama, messages: list[dict[str, Any]], **options: Any) -> Any:
         """Answer an OpenAI-style chat request, as Llama.create_chat_completion passes it on.
@@ -98,8 +115,17 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         completion = llama.create_completion(prompt=evaluated.token_ids, **options)
         return _convert_completion_to_chat(completion, stream=options.get("stream", False))
 
+    def _bind(self, llama: Llama) -> None:
+        """Start anew for another Llama than the last one: nothing that was computed for that holds for it."""
+        if self._bound is None or self._bound() is not llama:
+            self.close()
+            self.forget()
+            self._template, self._features = None, FeatureCache()
+            self._bound = weakref.ref(llama)
+
     def vision(self, llama: Llama) -> VisionEncoder:
         """The vision tower, loaded once. Raises BundleError for one of another model."""
+        self._bind(llama)
         if self._vision is None:
             threads = llama.n_threads_batch or cores()
             self._vision = VisionEncoder(
@@ -109,6 +135,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
 
     def template(self, llama: Llama) -> Template:
         """The checkpoint's chat template with the text model's special tokens."""
+        self._bind(llama)
         if self._template is None:
             bundle = self.bundle
             own = llama.metadata.get("tokenizer.chat_template", "")
@@ -141,55 +168,94 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         how = self.preprocessing or Preprocessing(shortest_edge=side, crop_size=side)
         return [prepare(image, how, self.max_pixels) for image in images]
 
+    def features(self, llama: Llama, pixels: Pixels) -> Features:
+        """Prepared pixels -> (n_patches, n_embd) float32, encoded unless they are remembered."""
+        key = key_of(pixels)
+        features = self._features.get(key)
+        if features is None:
+            features = self.vision(llama).encode(pixels)
+            self._features.put(key, features)
+        return features
+
     def evaluate(self, llama: Llama, messages: Sequence[Message]) -> Evaluated:
-        """Bring a conversation into the KV cache, ready for sampling.
+        """Bring a conversation into the KV cache, ready for sampling; what the cache holds of it stays.
 
         Raises InputError (ContextOverflow, ImageError) before the cache is touched, BackendError after.
         """
         ids = self.prompt_ids(llama, messages)
         images = [image for message in messages for image in message.images]
-        vision = self.vision(llama) if images else None
-        n_patches = vision.info.n_patches if vision else 0
+        n_patches = self.vision(llama).info.n_patches if images else 0
         needed = len(ids) + len(images) * (n_patches - 1)
         if needed >= llama.n_ctx():
             raise ContextOverflow(needed, llama.n_ctx())
         start = time.perf_counter()
         pixels = self.prepare(llama, images) if images else []
+        keys = [key_of(p) for p in pixels]
+        prompt: list[Entry] = [i if isinstance(i, int) else ImageSpan(keys[i.index], n_patches) for i in ids]
         prepared = time.perf_counter()
-        features = [vision.encode(p) for p in pixels] if vision else []
+        kept = shared(self._held_by(llama), prompt)
+        missing = {entry.key for entry in prompt[kept:] if isinstance(entry, ImageSpan)}
+        features = {k: self.features(llama, p) for k, p in zip(keys, pixels, strict=True) if k in missing}
         encoded = time.perf_counter()
         with translated("evaluating the prompt"):
-            places = self._fill_cache(llama, ids, features)
-        done = time.perf_counter()
+            kept_positions = self._fill_cache(llama, prompt, kept, features)
         return Evaluated(
-            llama.input_ids[: llama.n_tokens].tolist(),
-            list(zip(places, features, strict=True)),
-            prepared - start,
-            encoded - prepared,
-            done - encoded,
+            token_ids=self._held_ids,
+            image_tokens=len(images) * n_patches,
+            kept_tokens=kept_positions,
+            prepare_s=prepared - start,
+            encode_s=encoded - prepared,
+            prompt_s=time.perf_counter() - encoded,
         )
 
-    def _fill_cache(self, llama: Llama, ids: list[int | ImagePlace], features: list[Features]) -> list[int]:
-        """Evaluate from an empty cache; returns the first position of each picture."""
-        llama.reset()
-        llama._ctx.kv_cache_clear()
-        places: list[int] = []
+    def forget(self) -> None:
+        """Evaluate the next prompt from its beginning."""
+        self._held, self._held_ids = [], []
+
+    def _held_by(self, llama: Llama) -> list[Entry]:
+        """What the KV cache holds: the last prompt and what was generated after it; nothing if in doubt.
+
+        Others may have used the same Llama. Token ids alone would not show it, since every picture has the
+        same ones: so the cache's length, the count of evaluated tokens and the array itself must agree too.
+        """
+        n = len(self._held_ids)
+        generated = llama.n_tokens - n
+        memory = llama_cpp.llama_get_memory(llama.ctx)
+        untouched = (
+            self._held
+            and llama.input_ids is self._array  # load_state replaces it
+            and llama_cpp.llama_memory_seq_pos_max(memory, 0) == llama.n_tokens - 1
+            and 0 <= generated - (evaluated_tokens(llama) - self._count) <= 1  # a count of 0 is reported as 1
+            and llama.input_ids[:n].tolist() == self._held_ids
+        )
+        return [*self._held, *llama.input_ids[n : llama.n_tokens].tolist()] if untouched else []
+
+    def _fill_cache(self, llama: Llama, prompt: list[Entry], kept: int, features: dict[str, Features]) -> int:
+        """Evaluate all but the first `kept` entries; returns how many positions were kept."""
+        self.forget()  # until all of it is there: after a failure nothing counts as held
+        first = n_positions(prompt[:kept])
+        if not first:
+            llama._ctx.kv_cache_clear()
+        elif not llama._ctx.kv_cache_seq_rm(-1, first, -1):
+            raise BackendError(f"KV cache: cannot be cut at position {first}")
+        llama.n_tokens, llama._requires_eval = first, True
         run: list[int] = []
-        for item in [*ids, None]:
-            if isinstance(item, int):
-                run.append(item)
+        for entry in [*prompt[kept:], None]:
+            if isinstance(entry, int):
+                run.append(entry)
                 continue
             if run:
                 llama.eval(run)
                 run = []
-            if item is not None:
-                places.append(llama.n_tokens)
-                self._place(llama, features[item.index])
-        return places
+            if entry is not None:
+                self._place(llama, features[entry.key])
+        self._held, self._held_ids = prompt, llama.input_ids[: llama.n_tokens].tolist()
+        self._array, self._count = llama.input_ids, evaluated_tokens(llama)
+        return first
 
     def _place(self, llama: Llama, features: Features) -> None:
         first, n = llama.n_tokens, len(features)
-        decode_features(llama._ctx.ctx, features, first, llama.n_batch)
+        decode_features(llama.ctx, features, first, llama.n_batch)
         template = self.template(llama)
         llama.input_ids[first : first + n] = np.intc(template.special[template.image_token])
         llama.n_tokens = first + n
@@ -199,6 +265,13 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         if self._vision is not None:
             self._vision.close()
             self._vision = None
+
+
+def evaluated_tokens(llama: Llama) -> int:
+    """Tokens and embeddings that this context has evaluated since its timings were reset."""
+    llama_cpp.llama_synchronize(llama.ctx)
+    perf = llama_cpp.llama_perf_context(llama.ctx)
+    return int(perf.n_p_eval + perf.n_eval)
 
 
 def special_tokens(llama: Llama) -> dict[str, int]:

@@ -48,7 +48,7 @@ class Llava:
         n_gpu_layers: int = -1,
         max_pixels: int | None = None,
     ) -> Llava:
-        """Load a bundle made by `pocketllava convert`.
+        """Load a bundle: a folder made by `pocketllava convert`, or "demo", the model in the package.
 
         n_ctx: tokens of context (an image takes 576), 2048 unless given. n_threads: CPU threads, the
         number of physical cores unless given. n_gpu_layers: text layers on the GPU, -1 for all that fit,
@@ -57,9 +57,10 @@ class Llava:
         Raises ModelNotFound, BundleError, UnsupportedOption, BackendError.
         """
         from pocketllava.loading import load_bundle
+        from pocketllava.names import open_bundle
 
         start = time.perf_counter()
-        bundle = Bundle.open(path)
+        bundle = open_bundle(path)
         llama, handler, device = load_bundle(bundle, n_ctx, n_threads, n_gpu_layers, max_pixels)
         return cls(bundle, llama, handler, time.perf_counter() - start, device)
 
@@ -98,7 +99,7 @@ class Llava:
         """What the text model sees of an image: (n_patches, n_embd) float32, equal to the reference's."""
         with self._turns.turn():
             pixels = self._handler.prepare(self._llama, [image])[0]
-            return self._handler.vision(self._llama).encode(pixels)
+            return self._handler.features(self._llama, pixels)
 
     def trace(self, image: ImageSource, question: str) -> Trace:
         """Follow one picture through the model, from a real evaluation of the prompt."""
@@ -165,7 +166,8 @@ class Llava:
             first_token_s=first_s,
             decode_s=last_s - first_s,
             prompt_tokens=len(evaluated.token_ids),
-            image_tokens=sum(len(features) for _, features in evaluated.images),
+            image_tokens=evaluated.image_tokens,
+            kept_tokens=evaluated.kept_tokens,
             answer_tokens=n,
             devices=(self._device, vision.device if vision else "not used"),
         )

@@ -30,9 +30,10 @@ def plan_lines(planned: ConvertPlan, out: str, threads: int) -> list[str]:
 
 def timing_line(t: Timings) -> str:
     """Where an answer's time went, and what evaluated it."""
+    kept = f" ({t.kept_tokens} kept)" if t.kept_tokens else ""
     return (
         f"load {t.load_s:.2f} s | image {t.prepare_s:.2f} s | encoding {t.encode_s:.2f} s"
-        f" | prompt {t.prompt_tokens} tokens {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
+        f" | prompt {t.prompt_tokens} tokens{kept} {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
         f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | text: {t.devices[0]} | vision: {t.devices[1]}"
     )
 
@@ -76,6 +77,17 @@ def trace_lines(t: Trace) -> list[str]:
         f"the embeddings at positions {first}..{last} {verdict} the image features"
         f" (largest difference {t.max_difference:.1e} after the first RMS norm)",
     ]
+
+
+def summary_lines(table: dict[str, Any]) -> list[str]:
+    """An evaluation's figures."""
+    lines = [
+        f"{table['accuracy']:.1%} of {table['n']} right ({table['soft_accuracy']:.1%} by VQA's soft match)"
+    ]
+    lines += [f"  {kind:<12} {share:.1%}" for kind, share in table["by_type"].items()]
+    if "yes_no" in table:
+        lines.append("yes/no: " + ", ".join(f"{name} {value:.1%}" for name, value in table["yes_no"].items()))
+    return lines
 
 
 def size(n_bytes: int) -> str:

@@ -79,6 +79,7 @@ class Timings:
     """Where the time of one answer went, in seconds, and how much was evaluated.
 
     prompt_s is prompt evaluation (text and image positions) without image encoding;
+    prompt_tokens counts the whole prompt, kept_tokens those that were evaluated for an earlier call;
     first_token_s runs from the call to the first token, image work included;
     devices names what evaluated the text model and the vision tower.
     """
@@ -91,6 +92,7 @@ class Timings:
     decode_s: float = 0.0
     prompt_tokens: int = 0
     image_tokens: int = 0
+    kept_tokens: int = 0
     answer_tokens: int = 0
     devices: tuple[str, str] = ("", "")
 

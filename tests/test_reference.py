@@ -16,7 +16,7 @@ import recorded
 from prompts import PROMPTS, for_transformers, messages
 from stock import stock_answers, stock_features
 
-from pocketllava import Bundle, Llava, Options, image
+from pocketllava import Bundle, Llava, Message, Options, image
 from pocketllava.convert import convert
 
 pytestmark = [
@@ -249,6 +249,24 @@ def test_answers(make_checkpoint: Any, make_bundle: Any, name: str, record: bool
     for answer, (wanted, logits) in zip(found, expected, strict=True):
         _assert_equal_or_tie(answer, wanted, logits)
     judge(f"answers, {name}", ids, record)
+
+
+def test_a_conversation_about_two_images(make_checkpoint: Any, make_bundle: Any) -> None:
+    import torch
+
+    folder, bundle = make_checkpoint(), make_bundle("F16", "F16")
+    model, processor = model_of(folder), processor_of(folder)
+    first, second = pictures.four()[:2]
+    turns = PROMPTS["images in two turns"]
+    text = processor.apply_chat_template(for_transformers(turns), add_generation_prompt=True)
+    inputs = processor(images=[opened(first), opened(second)], text=text, return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=recorded.N_TOKENS, do_sample=False)
+    expected = out[0, inputs["input_ids"].shape[1] :].tolist()
+    pair = iter((first, second))
+    conversation = [Message(role, said, tuple(next(pair) for _ in range(n))) for role, said, n in turns]  # type: ignore[arg-type]
+    with Llava.load(bundle.folder) as llava:
+        assert list(llava.chat(conversation, options=GREEDY).token_ids) == expected
 
 
 def _equal(found: list[int], expected: list[int]) -> int:

@@ -29,9 +29,10 @@ def test_stock_features_are_wrong_and_ours_are_corrected(llava: Llava, bundle: B
     picture = pictures.four()[0]
     stock = stock_features(llava, image.prepare(picture, bundle.preprocessing))
     assert recorded.relative_error(stock[recorded.FEATURE_ROWS], recorded.features()) > 0.1
-    correction = llava._handler.vision(llava._llama).correction
+    encoder = llava._handler.vision(llava._llama)
+    correction = encoder.correction
     before = correction.corrected, correction.left_alone
-    llava.image_features(picture)
+    encoder.encode(image.prepare(picture, bundle.preprocessing))
     assert (correction.corrected, correction.left_alone) == (before[0] + 1, before[1])
 
 

@@ -1,0 +1,210 @@
+"""The KV cache keeps what two prompts share, knows pictures by content, and answers as a fresh model does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pictures
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pocketllava import Bundle, ContextOverflow, ImageError, Llava, Message, Options
+from pocketllava.features import FeatureCache, key_of
+from pocketllava.prefix import Entry, ImageSpan, n_positions, shared
+
+SHORT = Options(max_tokens=3)
+TEXTS = (
+    "What is it?",
+    "What is it",
+    "What is this?",
+    "",
+    "Describe the image.",
+    "the",
+    "there are",
+    "🙂 dog",
+)
+
+
+def test_what_two_prompts_share() -> None:
+    a, b = ImageSpan("a", 576), ImageSpan("b", 576)
+    assert shared([1, 2, a, 3, 4], [1, 2, a, 3, 5, 6]) == 4
+    assert shared([1, 2, a, 3], [1, 2, b, 3, 4]) == 2
+    assert shared([1, 2, 3], [1, 2, 3]) == 2  # the last one is evaluated again
+    assert shared([], [1]) == 0
+    assert n_positions([1, a, 2]) == 578
+
+
+@given(
+    held=st.lists(st.integers(0, 2) | st.builds(ImageSpan, st.sampled_from("ab"), st.just(4)), max_size=8),
+    wanted=st.lists(
+        st.integers(0, 2) | st.builds(ImageSpan, st.sampled_from("ab"), st.just(4)), min_size=1, max_size=8
+    ),
+)
+def test_the_shared_prefix_is_the_longest(held: list[Entry], wanted: list[Entry]) -> None:
+    n = shared(held, wanted)
+    assert held[:n] == wanted[:n]
+    assert n < len(wanted)
+    assert n == len(wanted) - 1 or n == len(held) or held[n] != wanted[n]
+
+
+def test_features_are_kept_within_their_bytes() -> None:
+    cache = FeatureCache(max_bytes=40)
+    for name in "abc":
+        cache.put(name, np.zeros(4, np.float32))
+        cache.get("a")
+    assert cache.get("b") is None
+    assert cache.get("a") is not None
+    assert cache.get("c") is not None
+    assert cache.n_bytes == 32
+    cache.put("a", np.zeros(2, np.float32))
+    assert cache.n_bytes == 24
+    cache.put("huge", np.zeros(100, np.float32))
+    assert cache.n_bytes == 0
+
+
+@pytest.fixture(scope="module")
+def fresh(bundle: Bundle) -> Iterator[Llava]:
+    """A second model that forgets before every answer."""
+    with Llava.load(bundle.folder) as model:
+        yield model
+
+
+def logits(model: Llava) -> Any:
+    """Next-token logits after the last evaluated token."""
+    return np.ctypeslib.as_array(model._llama._ctx.get_logits(), (model._llama.n_vocab(),)).copy()
+
+
+def same_as_fresh(llava: Llava, fresh: Llava, messages: list[Message]) -> int:
+    """Compare tokens and logits; returns how many prompt tokens were kept."""
+    fresh._handler.forget()
+    found, expected = llava.chat(messages, options=SHORT), fresh.chat(messages, options=SHORT)
+    assert expected.timings.kept_tokens == 0
+    assert found.token_ids == expected.token_ids
+    assert np.abs(logits(llava) - logits(fresh)).max() < 1e-3 * max(1.0, float(np.abs(logits(fresh)).max()))
+    return found.timings.kept_tokens
+
+
+def test_a_second_question_keeps_the_image(llava: Llava, fresh: Llava) -> None:
+    picture = pictures.four()[0]
+    same_as_fresh(llava, fresh, [Message("user", "What is it?", (picture,))])
+    kept = same_as_fresh(llava, fresh, [Message("user", "Is it red?", (picture,))])
+    assert kept > 576
+    other = same_as_fresh(llava, fresh, [Message("user", "Is it red?", (pictures.four()[1],))])
+    assert other < 20
+
+
+def test_two_pictures_in_turn_forty_times(llava: Llava) -> None:
+    """https://github.com/JamePeng/llama-cpp-python/issues/90: the wrong picture from the third call on."""
+    pair = pictures.four()[:2]
+    expected = []
+    for picture in pair:
+        llava._handler.forget()
+        expected.append(llava.ask(picture, "What is it?", options=SHORT).token_ids)
+    assert expected[0] != expected[1]
+    encoder = llava._handler.vision(llava._llama)
+    before = encoder.correction.corrected
+    for _ in range(40):
+        for picture, answer in zip(pair, expected, strict=True):
+            assert llava.ask(picture, "What is it?", options=SHORT).token_ids == answer
+    assert encoder.correction.corrected == before  # encoded once
+
+
+def test_after_other_use_of_the_same_llama(llava: Llava, fresh: Llava) -> None:
+    question = [Message("user", "What is it?", (pictures.four()[0],))]
+    same_as_fresh(llava, fresh, question)
+    llama = llava._llama
+    ids = llama.input_ids[: llama.n_tokens].tolist()
+    llama.create_completion("Something else", max_tokens=2)
+    assert same_as_fresh(llava, fresh, question) < 20
+    llama.reset()
+    llama._ctx.kv_cache_clear()
+    assert same_as_fresh(llava, fresh, question) == 0
+    llama.reset()
+    llama._ctx.kv_cache_clear()
+    llama.eval(ids)  # the same ids, with an image token's embedding where the picture was
+    assert same_as_fresh(llava, fresh, question) == 0
+    state = llama.save_state()
+    same_as_fresh(llava, fresh, [Message("user", "What is it?", (pictures.four()[1],))])
+    llama.load_state(state)  # the first picture's cache under the second one's ids
+    assert same_as_fresh(llava, fresh, [Message("user", "What is it?", (pictures.four()[1],))]) == 0
+    assert same_as_fresh(llava, fresh, question) < 20
+
+
+def test_one_handler_for_two_models(make_bundle: Any) -> None:
+    from llama_cpp import Llama
+
+    from pocketllava.handler import LlavaChatHandler
+
+    one, other = make_bundle("F16"), make_bundle("Q8_0")
+    handler = LlavaChatHandler(one.folder)
+    turns = [Message("user", "What is it?", (pictures.four()[0],))]
+    for bundle in (one, other, one):
+        llama = Llama(str(bundle.model), n_ctx=1024, n_threads=2, verbose=False)
+        assert handler.evaluate(llama, turns).kept_tokens == 0
+        assert handler.evaluate(llama, turns).kept_tokens > 576
+        handler.close()
+        llama.close()
+
+
+Step = tuple[str, Any]
+
+
+@st.composite
+def steps(draw: Any) -> list[Step]:
+    """Things that people do in a conversation, one after another."""
+    text, picture = st.sampled_from(TEXTS), st.integers(0, 2)
+    step = st.one_of(
+        st.tuples(st.just("say"), text),
+        st.tuples(st.just("show"), st.tuples(text, st.lists(picture, min_size=1, max_size=2))),
+        st.tuples(st.just("edit"), text),
+        st.tuples(st.just("again"), st.none()),
+        st.tuples(st.just("drop"), st.none()),
+        st.tuples(st.just("stop"), st.integers(1, 2)),
+        st.tuples(st.just("fail"), st.sampled_from(["image", "length"])),
+        st.tuples(st.just("new"), st.none()),
+    )
+    return list(draw(st.lists(step, min_size=2, max_size=6)))
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(script=steps())
+def test_any_conversation_answers_as_a_fresh_model_does(
+    llava: Llava, fresh: Llava, script: list[Step]
+) -> None:
+    shown = pictures.four()
+    turns: list[Message] = []
+    for action, value in script:
+        if action == "new":
+            turns = []
+        elif action == "drop":
+            turns = turns[:-2]
+        elif action == "edit" and turns:
+            turns = [Message("user", value, turns[0].images), *turns[1:]]
+        elif action == "fail":
+            wrong = (b"nonsense",) if value == "image" else ()
+            with pytest.raises((ImageError, ContextOverflow)):
+                llava.chat([*turns, Message("user", "word " * 3000, wrong)])
+            continue
+        elif action in ("say", "stop"):
+            turns = [*turns, Message("user", value if action == "say" else "Stop")]
+        elif action == "show":
+            turns = [*turns, Message("user", value[0], tuple(shown[n] for n in value[1]))]
+        if not turns or turns[-1].role != "user" or sum(len(m.images) for m in turns) > 2:
+            turns = [Message("user", "What is it?", (shown[0],))]
+        if action == "stop":
+            stream = llava.stream(turns, options=SHORT)
+            for _ in range(value):
+                next(stream)
+            stream.close()  # type: ignore[attr-defined]
+        same_as_fresh(llava, fresh, turns)
+        turns = [*turns, Message("assistant", llava.chat(turns, options=SHORT).text)]
+
+
+def test_keys_are_of_content() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    assert key_of(pixels) == key_of(pixels.copy())
+    pixels[0, 0, 0] = 1
+    assert key_of(pixels) != key_of(np.zeros((4, 4, 3), np.uint8))
