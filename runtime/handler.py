@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from llama_cpp import Llama, llama_cpp
 from llama_cpp.llama_chat_format import (
     Llava15ChatHandler,
@@ -22,17 +21,10 @@ from llama_cpp.llama_chat_format import (
 )
 
 from pocketllava.backend import cores, translated
-from pocketllava.batch import decode_features
-from pocketllava.errors import (
-    BackendError,
-    BundleError,
-    ContextOverflow,
-    ImageError,
-    InputError,
-    UnsupportedOption,
-)
+from pocketllava.errors import BundleError, ContextOverflow, ImageError, InputError, UnsupportedOption
 from pocketllava.features import FeatureCache, key_of
 from pocketllava.image import MAX_PIXELS, Pixels, prepare
+from pocketllava.kv import KvCache
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
 from pocketllava.models.preprocessing import Preprocessing
@@ -90,11 +82,8 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         self._vision: VisionEncoder | None = None
         self._template: Template | None = None
         self._features = FeatureCache()
+        self._cache = KvCache()
         self._bound: weakref.ref[Llama] | None = None
-        self._held: list[Entry] = []
-        self._held_ids: list[int] = []
-        self._array: object = None
-        self._count = 0
 
     def __call__(self, *, llama: Llama, messages: list[dict[str, Any]], **options: Any) -> Any:
         """Answer an OpenAI-style chat request, as Llama.create_chat_completion passes it on.
@@ -119,8 +108,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         """Start anew for another Llama than the last one: nothing that was computed for that holds for it."""
         if self._bound is None or self._bound() is not llama:
             self.close()
-            self.forget()
-            self._template, self._features = None, FeatureCache()
+            self._template, self._features, self._cache = None, FeatureCache(), KvCache()
             self._bound = weakref.ref(llama)
 
     def vision(self, llama: Llama) -> VisionEncoder:
@@ -193,16 +181,18 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         keys = [key_of(p) for p in pixels]
         prompt: list[Entry] = [i if isinstance(i, int) else ImageSpan(keys[i.index], n_patches) for i in ids]
         prepared = time.perf_counter()
-        kept = shared(self._held_by(llama), prompt)
+        kept = shared(self._cache.held(llama), prompt)
         missing = {entry.key for entry in prompt[kept:] if isinstance(entry, ImageSpan)}
         features = {k: self.features(llama, p) for k, p in zip(keys, pixels, strict=True) if k in missing}
         encoded = time.perf_counter()
+        template = self.template(llama)
+        image_id = template.special[template.image_token]
         with translated("evaluating the prompt"):
-            kept_positions = self._fill_cache(llama, prompt, kept, features)
+            self._cache.fill(llama, prompt, kept, features, image_id)
         return Evaluated(
-            token_ids=self._held_ids,
+            token_ids=llama.input_ids[: llama.n_tokens].tolist(),
             image_tokens=len(images) * n_patches,
-            kept_tokens=kept_positions,
+            kept_tokens=n_positions(prompt[:kept]),
             prepare_s=prepared - start,
             encode_s=encoded - prepared,
             prompt_s=time.perf_counter() - encoded,
@@ -210,68 +200,13 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
 
     def forget(self) -> None:
         """Evaluate the next prompt from its beginning."""
-        self._held, self._held_ids = [], []
-
-    def _held_by(self, llama: Llama) -> list[Entry]:
-        """What the KV cache holds: the last prompt and what was generated after it; nothing if in doubt.
-
-        Others may have used the same Llama. Token ids alone would not show it, since every picture has the
-        same ones: so the cache's length, the count of evaluated tokens and the array itself must agree too.
-        """
-        n = len(self._held_ids)
-        generated = llama.n_tokens - n
-        memory = llama_cpp.llama_get_memory(llama.ctx)
-        untouched = (
-            self._held
-            and llama.input_ids is self._array  # load_state replaces it
-            and llama_cpp.llama_memory_seq_pos_max(memory, 0) == llama.n_tokens - 1
-            and 0 <= generated - (evaluated_tokens(llama) - self._count) <= 1  # a count of 0 is reported as 1
-            and llama.input_ids[:n].tolist() == self._held_ids
-        )
-        return [*self._held, *llama.input_ids[n : llama.n_tokens].tolist()] if untouched else []
-
-    def _fill_cache(self, llama: Llama, prompt: list[Entry], kept: int, features: dict[str, Features]) -> int:
-        """Evaluate all but the first `kept` entries; returns how many positions were kept."""
-        self.forget()  # until all of it is there: after a failure nothing counts as held
-        first = n_positions(prompt[:kept])
-        if not first:
-            llama._ctx.kv_cache_clear()
-        elif not llama._ctx.kv_cache_seq_rm(-1, first, -1):
-            raise BackendError(f"KV cache: cannot be cut at position {first}")
-        llama.n_tokens, llama._requires_eval = first, True
-        run: list[int] = []
-        for entry in [*prompt[kept:], None]:
-            if isinstance(entry, int):
-                run.append(entry)
-                continue
-            if run:
-                llama.eval(run)
-                run = []
-            if entry is not None:
-                self._place(llama, features[entry.key])
-        self._held, self._held_ids = prompt, llama.input_ids[: llama.n_tokens].tolist()
-        self._array, self._count = llama.input_ids, evaluated_tokens(llama)
-        return first
-
-    def _place(self, llama: Llama, features: Features) -> None:
-        first, n = llama.n_tokens, len(features)
-        decode_features(llama.ctx, features, first, llama.n_batch)
-        template = self.template(llama)
-        llama.input_ids[first : first + n] = np.intc(template.special[template.image_token])
-        llama.n_tokens = first + n
+        self._cache.forget()
 
     def close(self) -> None:
         """Free the vision tower; the handler may be used again, which loads it anew."""
         if self._vision is not None:
             self._vision.close()
             self._vision = None
-
-
-def evaluated_tokens(llama: Llama) -> int:
-    """Tokens and embeddings that this context has evaluated since its timings were reset."""
-    llama_cpp.llama_synchronize(llama.ctx)
-    perf = llama_cpp.llama_perf_context(llama.ctx)
-    return int(perf.n_p_eval + perf.n_eval)
 
 
 def special_tokens(llama: Llama) -> dict[str, int]:

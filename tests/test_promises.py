@@ -21,7 +21,7 @@ LEVELS = [
     {"errors"},
     {"types"},
     {"backend", "batch", "turns", "prefix", "features"},
-    {"models.header", "models.patches"},
+    {"models.header", "models.patches", "kv"},
     {"models.config", "models.preprocessing", "models.mmproj_check"},
     {"models.bundle"},
     {"models", "models.demo"},
