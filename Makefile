@@ -9,9 +9,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: demo test check reference record clean
 
 demo: .venv/core
-	$(BIN)/python tests/small_checkpoint.py demo-out/checkpoint
-	$(BIN)/pocketllava convert demo-out/checkpoint --out demo-out/bundle --force
-	$(BIN)/pocketllava ask demo-out/bundle tests/photo.jpg "What is in this photo?" --max-tokens 12
+	$(BIN)/pocketllava demo
 
 test: .venv/dev
 	$(BIN)/pytest -m "not reference"
@@ -43,4 +41,4 @@ record: .venv/reference
 	touch $@
 
 clean:
-	rm -rf .venv build demo-out *.egg-info
+	rm -rf .venv build *.egg-info

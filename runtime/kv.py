@@ -27,7 +27,7 @@ class KvCache:
         """Count nothing as held."""
         self._prompt: list[Entry] = []
         self._ids: list[int] = []
-        self._array: object = None
+        self._array: Any = None
         self._count = 0
 
     def held(self, llama: Any) -> list[Entry]:

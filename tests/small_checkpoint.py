@@ -226,9 +226,3 @@ def _write_configs(folder: Path, c: Layout) -> None:
         {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": image_token + 1},
     )
     dump(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-
-
-if __name__ == "__main__":
-    import sys
-
-    print(write(Path(sys.argv[1])))
