@@ -13,7 +13,7 @@ import base64
 import importlib.metadata
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -119,10 +119,21 @@ def rows(out: Path, n: int) -> dict[str, list[Result]]:
     for quant in ("F16", "Q4_K_M"):
         bundle = _bundle(out, quant, "Q8_0")
         add(f"{quant} + Q8_0 mmproj", lambda b=bundle: Llava.load(b.folder))
+    bundle = _bundle(out, "F16", "F16")
+    add("no class-token correction, F16 + F16 mmproj", lambda: _uncorrected(bundle))
     for quant in STOCK_TYPES:
         bundle = _bundle(out, quant, "F16")
         add(f"stock handler, {quant} + F16 mmproj", lambda b=bundle: _closing(StockAnswers(b)))
     return found
+
+
+@contextmanager
+def _uncorrected(bundle: Bundle) -> Iterator[Llava]:
+    """pocketllava's prompt on libmtmd's image features as they are: what the class token's place costs."""
+    with Llava.load(bundle.folder) as llava:
+        correction = llava._handler.vision(llava._llama).correction
+        correction._correct = lambda node: None  # type: ignore[method-assign]  # noqa: ARG005
+        yield llava
 
 
 @contextmanager
@@ -152,7 +163,7 @@ def table(out: Path, found: dict[str, list[Result]]) -> str:
 def _megabytes(out: Path, name: str) -> float:
     if name.startswith("transformers"):
         return (CHECKPOINT / "model.safetensors").stat().st_size / 1e6
-    quant, mmproj = name.removeprefix("stock handler, ").removesuffix(" mmproj").split(" + ")
+    quant, mmproj = name.rpartition(", ")[2].removesuffix(" mmproj").split(" + ")
     folder = out / f"{quant}-{mmproj}"
     return sum((folder / f).stat().st_size for f in ("model.gguf", "mmproj.gguf")) / 1e6
 
@@ -164,18 +175,31 @@ def plot(out: Path, found: dict[str, list[Result]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, (close, whole) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for name, results in found.items():
-        stock, reference = name.startswith("stock"), name.startswith("transformers")
+        stock, reference = name.startswith(("stock", "no ")), name.startswith("transformers")
         colour = "tab:red" if stock else "tab:green" if reference else "tab:blue"
         x, y = _megabytes(out, name), 100 * summary(results)["accuracy"]
-        axes.scatter(x, y, color=colour, marker="x" if stock else "o")
-        label = name.removesuffix(" + F16 mmproj").replace(" mmproj", "")
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axes.set_xlabel("size of both files, MB")
-    axes.set_ylabel("accuracy on held-out questions, %")
-    axes.grid(alpha=0.3)
-    figure.savefig(out / "accuracy.png", dpi=150)
+        label = name.removesuffix(" + F16 mmproj").replace(" mmproj", "").replace(", ", ",\n")
+        for axes in (whole, *([] if stock else [close])):
+            axes.scatter(x, y, color=colour, marker="x" if stock else "o")
+            if stock or axes is close:
+                turn = 0 if stock else 50
+                axes.annotate(
+                    label, (x, y), textcoords="offset points", xytext=(3, 5), fontsize=7, rotation=turn
+                )
+    close.set_title("pocketllava and transformers", fontsize=9)
+    whole.set_title("and without the corrections", fontsize=9)
+    whole.set_ylim(0, 102)
+    bottom, top = close.get_ylim()
+    close.set_ylim(bottom, top + 0.7 * (top - bottom))
+    for axes in (close, whole):
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, right + 0.2 * (right - left))
+        axes.set_xlabel("size of both files, MB")
+        axes.grid(alpha=0.3)
+    close.set_ylabel("accuracy on held-out questions, %")
+    figure.savefig(out / "accuracy.png", dpi=110)
 
 
 def main() -> None:
