@@ -28,7 +28,7 @@ from pocketllava.kv import KvCache
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
 from pocketllava.models.preprocessing import Preprocessing
-from pocketllava.prefix import Entry, ImageSpan, n_positions, shared
+from pocketllava.prefix import Entry, ImageSpan, n_positions
 from pocketllava.prompt import ImagePlace, Template
 from pocketllava.types import Message
 from pocketllava.vision import Features, VisionEncoder
@@ -181,7 +181,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         keys = [key_of(p) for p in pixels]
         prompt: list[Entry] = [i if isinstance(i, int) else ImageSpan(keys[i.index], n_patches) for i in ids]
         prepared = time.perf_counter()
-        kept = shared(self._cache.held(llama), prompt)
+        kept = self._cache.kept(llama, prompt)
         missing = {entry.key for entry in prompt[kept:] if isinstance(entry, ImageSpan)}
         features = {k: self.features(llama, p) for k, p in zip(keys, pixels, strict=True) if k in missing}
         encoded = time.perf_counter()

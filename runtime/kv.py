@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from pocketllava.batch import decode_features
 from pocketllava.errors import BackendError
-from pocketllava.prefix import Entry, n_positions
+from pocketllava.prefix import Entry, n_positions, shared
+
+SNAP = 32  # tokens of text that are rather evaluated again than split into other batches
 
 
 class KvCache:
@@ -27,8 +29,25 @@ class KvCache:
         """Count nothing as held."""
         self._prompt: list[Entry] = []
         self._ids: list[int] = []
+        self._last_run = 0
         self._array: Any = None
         self._count = 0
+
+    def kept(self, llama: Any, prompt: list[Entry]) -> int:
+        """How many entries at the start of a prompt need no evaluation.
+
+        A run of text that would be evaluated from its middle is evaluated from its beginning if that is at
+        most SNAP tokens more, and the very same prompt from where its last run began: then batches, and so
+        logits, are bit for bit those of the first time, and a seed repeats its answer.
+        """
+        held = self.held(llama)
+        if held and prompt == self._prompt:
+            return self._last_run
+        kept = shared(held, prompt)
+        run = kept
+        while run and isinstance(prompt[run - 1], int):
+            run -= 1
+        return run if kept - run <= SNAP else kept
 
     def held(self, llama: Any) -> list[Entry]:
         """The last prompt and what was generated after it; nothing if in doubt.
@@ -70,13 +89,13 @@ class KvCache:
             raise BackendError(f"KV cache: cannot be cut at position {first}")
         llama.n_tokens, llama._requires_eval = first, True
         run: list[int] = []
-        for entry in [*prompt[kept:], None]:
+        for n, entry in enumerate([*prompt[kept:], None], kept):
             if isinstance(entry, int):
                 run.append(entry)
                 continue
             if run:
                 llama.eval(run)
-                run = []
+                self._last_run, run = n - len(run), []
             if entry is not None:
                 _place(llama, features[entry.key], image_id)
         self._prompt, self._ids = prompt, llama.input_ids[: llama.n_tokens].tolist()

@@ -96,6 +96,24 @@ def test_a_second_question_keeps_the_image(llava: Llava, fresh: Llava) -> None:
     assert other < 20
 
 
+def test_a_repeated_question_sees_the_same_bits(llava: Llava) -> None:
+    """So that a seed repeats its answer, whatever was asked in between."""
+    one = Options(max_tokens=1)
+    question = [Message("user", "What is it?", (pictures.four()[0],))]
+    later = [*question, Message("assistant", "word " * 40), Message("user", "Sure?")]
+    llava._handler.forget()
+    llava.chat(question, options=one)
+    first = logits(llava)
+    for turns in (question, later, later):
+        llava.chat(turns, options=one)
+        found = logits(llava)
+        assert llava.chat(turns, options=one).timings.kept_tokens > 576
+        assert np.array_equal(logits(llava), found)
+    llava.ask(pictures.four()[1], "Something in between?", options=one)
+    llava.chat(question, options=one)
+    assert np.array_equal(logits(llava), first)
+
+
 def test_two_pictures_in_turn_forty_times(llava: Llava) -> None:
     """https://github.com/JamePeng/llama-cpp-python/issues/90: the wrong picture from the third call on."""
     pair = pictures.four()[:2]
