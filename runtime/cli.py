@@ -321,19 +321,23 @@ def _progress_bar(quiet: bool) -> Iterator[Any]:
 
     bars: dict[str, tqdm[Any]] = {}
 
+    def close() -> None:
+        for bar in bars.values():
+            bar.close()
+        bars.clear()
+
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
+            close()
             disable = True if quiet else None  # None: only on a terminal
-            bars[stage] = tqdm(
-                total=total, desc=stage, unit="B", unit_scale=True, disable=disable, leave=True
-            )
-        bars[stage].update(done - bars[stage].n if not bars[stage].disable else 0)
+            bars[stage] = tqdm(total=total, desc=stage, unit="B", unit_scale=True, disable=disable)
+        if not bars[stage].disable:
+            bars[stage].update(done - bars[stage].n)
 
     try:
         yield progress
     finally:
-        for bar in bars.values():
-            bar.close()
+        close()
 
 
 if __name__ == "__main__":
