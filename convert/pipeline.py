@@ -171,7 +171,7 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
             "vision_width": config.vision.n_embd,
             "projected_width": config.text.n_embd,
         },
-        "tokenizer": {"space_prefix": vocab.space_prefix, "special": vocab.special()},
+        "tokenizer": {"space_prefix": vocab.space_prefix},
         "eos_token_ids": list(config.text.eos_ids),
         "preprocessing": planned.preprocessing.to_json(),
         "chat_template": planned.template,

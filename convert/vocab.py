@@ -38,12 +38,6 @@ class Vocab:
     add_bos: bool
     space_prefix: str
 
-    def special(self) -> dict[str, int]:
-        """Control tokens by their text: what a chat template may write and a user must not."""
-        return {
-            t: i for i, (t, kind) in enumerate(zip(self.tokens, self.types, strict=True)) if kind == CONTROL
-        }
-
 
 def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) -> Vocab:
     """Build the vocabulary for an embedding of n_rows rows. Raises ConvertError, UnsupportedCheckpoint."""

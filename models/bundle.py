@@ -154,7 +154,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         complete = (
             manifest["format"] == FORMAT
             and {MODEL, MMPROJ} <= set(manifest["files"])
-            and {"chat_template", "preprocessing", "tokenizer", "image"} <= set(manifest)
+            and {"chat_template", "preprocessing", "tokenizer", "image", "eos_token_ids"} <= set(manifest)
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path}: not a bundle's manifest ({error}); convert again") from error

@@ -190,7 +190,8 @@ class Llava:
     def _is_end(self, token: int) -> bool:
         from llama_cpp import llama_cpp
 
-        return bool(llama_cpp.llama_vocab_is_eog(self._llama._model.vocab, token))
+        ends = self.bundle.manifest["eos_token_ids"]  # config.json may name several; a GGUF file holds one
+        return token in ends or bool(llama_cpp.llama_vocab_is_eog(self._llama._model.vocab, token))
 
     def _piece(self, token: int) -> bytes:
         """A token's bytes. llama_cpp's own detokenizer cuts pieces off at 32 bytes."""

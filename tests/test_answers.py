@@ -119,6 +119,14 @@ def test_stop_texts_end_the_answer(llava: Llava) -> None:
     assert answer.finish_reason == "stop"
 
 
+def test_every_end_token_of_config_json_ends_the_answer(bundle: Bundle) -> None:
+    with Llava.load(bundle.folder) as llava:
+        whole = llava.ask(None, "Say something.", options=SHORT)
+        llava.bundle.manifest["eos_token_ids"].append(whole.token_ids[2])
+        answer = llava.ask(None, "Say something.", options=SHORT)
+    assert (answer.token_ids, answer.finish_reason) == (whole.token_ids[:2], "stop")
+
+
 def test_the_prompt_must_fit(bundle: Bundle) -> None:
     with Llava.load(bundle.folder, n_ctx=700) as llava:
         assert llava._llama.n_ctx() == 768
