@@ -133,6 +133,12 @@ def describe_file(path: Path) -> dict[str, Any]:
     }
 
 
+def file_identity(path: Path) -> str:
+    """What tells a file from any other that lay or will lie in its place, without reading it whole."""
+    found = path.stat()
+    return f"{header_sha256(path, Header.read(path).data_start)} {found.st_size} {found.st_mtime_ns}"
+
+
 def header_sha256(path: Path, n_bytes: int) -> str:
     """SHA-256 of the first n_bytes: keys and tensor list, without tensor data."""
     with path.open("rb") as file:

@@ -20,6 +20,7 @@ from pocketllava.errors import (
 )
 from pocketllava.llava import Llava
 from pocketllava.models import Bundle
+from pocketllava.preparation import Preparation
 from pocketllava.types import Answer, Chunk, Message, Options, Timings, Trace
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "ModelNotFound",
     "Options",
     "PocketLlavaError",
+    "Preparation",
     "TensorMismatch",
     "Timings",
     "Trace",

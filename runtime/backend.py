@@ -1,4 +1,5 @@
-"""llama.cpp's libraries: the ggml calls that llama-cpp-python leaves out, its log, its devices, its errors.
+"""llama.cpp's libraries: the ggml calls that llama-cpp-python leaves out, its log, its devices,
+its errors.
 
 Knows ctypes and llama_cpp; knows nothing of models, files or prompts. Importing it loads nothing:
 the libraries are opened by the first call.
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,35 @@ def translated(doing: str) -> Iterator[None]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = next((line for line in reversed(_recent) if "error" in line.lower()), "")
         raise BackendError(f"{doing}: {reason}" + (f" ({hint.strip()})" if hint else "")) from error
+
+
+class Interrupted(BaseException):
+    """Work on the engine was ended because it was asked to; never leaves the package."""
+
+
+@contextlib.contextmanager
+def interruptible(context: Any, stop: Callable[[], bool] | None) -> Iterator[None]:
+    """End llama_decode soon after stop() became true: at the next node on CPUs, elsewhere after the batch.
+
+    Raises Interrupted. The interrupted batch is not in the KV cache, those before it are.
+    """
+    from llama_cpp import llama_cpp
+
+    if stop is None:
+        yield
+        return
+    callback = llama_cpp.ggml_abort_callback(lambda _data: stop())
+    llama_cpp.llama_set_abort_callback(context, callback, None)
+    try:
+        yield
+    except Exception:
+        if stop():
+            raise Interrupted from None
+        raise
+    finally:
+        llama_cpp.llama_set_abort_callback(context, llama_cpp.ggml_abort_callback(), None)
+    if stop():
+        raise Interrupted
 
 
 @contextlib.contextmanager

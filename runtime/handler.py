@@ -7,31 +7,37 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from llama_cpp import Llama, llama_cpp
+from llama_cpp import __version__ as llama_cpp_version
 from llama_cpp.llama_chat_format import (
     Llava15ChatHandler,
     _convert_completion_to_chat,
     _grammar_for_response_format,
 )
 
-from pocketllava.backend import cores, translated
-from pocketllava.errors import BundleError, ContextOverflow, ImageError, InputError, UnsupportedOption
-from pocketllava.features import FeatureCache, key_of
+from pocketllava.backend import Interrupted, cores, translated
+from pocketllava.errors import BundleError, ContextOverflow, UnsupportedOption
+from pocketllava.features import FeatureCache, Features, key_of
 from pocketllava.image import MAX_PIXELS, Pixels, prepare
 from pocketllava.kv import KvCache
 from pocketllava.models import Bundle
-from pocketllava.models.bundle import DEFAULT_TEMPLATE
+from pocketllava.models.bundle import DEFAULT_TEMPLATE, file_identity
 from pocketllava.models.preprocessing import Preprocessing
-from pocketllava.prefix import Entry, ImageSpan, n_positions
+from pocketllava.openai import from_openai
+from pocketllava.prefix import Entry, ImageSpan, image_ends, n_positions
 from pocketllava.prompt import ImagePlace, Template
-from pocketllava.types import Message
-from pocketllava.vision import Features, VisionEncoder
+from pocketllava.shift import leave_out
+from pocketllava.states import Prefixes
+from pocketllava.store import Store
+from pocketllava.types import GIGA, Message
+from pocketllava.vision import ENCODER_VERSION, VisionEncoder
 
 IMAGE_TOKEN = "<image>"
 CONTROL_ATTRIBUTE = 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_CONTROL
@@ -42,7 +48,8 @@ class Evaluated:
     """A prompt that the KV cache now holds.
 
     token_ids: one a position, the image token's id at image positions. kept_tokens: positions at the
-    start that the cache held already. Seconds are wall time.
+    start that the cache held already, or that were restored. left_out: messages that did not fit. Seconds
+    are wall time.
     """
 
     token_ids: list[int]
@@ -51,6 +58,7 @@ class Evaluated:
     prepare_s: float
     encode_s: float
     prompt_s: float
+    left_out: int
 
 
 class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
@@ -69,8 +77,14 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         *,
         use_gpu: bool = True,
         max_pixels: int = MAX_PIXELS,
+        cache_dir: str | PathLike[str] | None = None,
+        cache_bytes: int = 4 * GIGA,
+        keep_prefixes: bool = False,
     ) -> None:
-        """Raises ModelNotFound or BundleError; the vision tower itself is loaded with the first call."""
+        """cache_dir, cache_bytes, keep_prefixes: as in Llava.load.
+
+        Raises ModelNotFound or BundleError; the vision tower itself is loaded with the first call.
+        """
         path = Path(clip_model_path)
         self.bundle = Bundle.open(path) if path.is_dir() else Bundle.beside(path)
         mmproj = self.bundle.mmproj if self.bundle else path
@@ -79,10 +93,13 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         super().__init__(clip_model_path=str(mmproj), verbose=verbose)
         self.use_gpu, self.max_pixels = use_gpu, max_pixels
         self.preprocessing = self.bundle.preprocessing if self.bundle else None
+        self._store = Store(Path(cache_dir), cache_bytes) if cache_dir is not None else None
+        self._keep_prefixes = keep_prefixes
+        self._encoder = f"{self._identity(mmproj)} {ENCODER_VERSION} {llama_cpp_version}"
         self._vision: VisionEncoder | None = None
         self._template: Template | None = None
-        self._features = FeatureCache()
-        self._cache = KvCache()
+        self._features = FeatureCache(store=self._store)
+        self._cache: KvCache | None = None
         self._bound: weakref.ref[Llama] | None = None
 
     def __call__(self, *, llama: Llama, messages: list[dict[str, Any]], **options: Any) -> Any:
@@ -108,7 +125,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         """Start anew for another Llama than the last one: nothing that was computed for that holds for it."""
         if self._bound is None or self._bound() is not llama:
             self.close()
-            self._template, self._features, self._cache = None, FeatureCache(), KvCache()
+            self._template, self._cache = None, None
             self._bound = weakref.ref(llama)
 
     def vision(self, llama: Llama) -> VisionEncoder:
@@ -150,6 +167,27 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
 
         return self.template(llama).token_ids(messages, tokenize)
 
+    def cache(self, llama: Llama) -> KvCache:
+        """What the Llama's KV cache holds, with the image prefixes that are kept to go back to."""
+        self._bind(llama)
+        if self._cache is None:
+            template, p = self.template(llama), llama.context_params
+            settings = (
+                *(self._identity(Path(llama.model_path)), self._encoder, llama.model_params.n_gpu_layers),
+                *(p.n_batch, p.n_ubatch, p.type_k, p.type_v, p.flash_attn_type),
+            )
+            store = self._store if self._keep_prefixes else None
+            prefixes = Prefixes(store=store, settings=repr(settings))
+            self._cache = KvCache(template.special[template.image_token], prefixes)
+        return self._cache
+
+    def _identity(self, path: Path) -> str:
+        """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""
+        bundle = self.bundle
+        if bundle and path in (bundle.model, bundle.mmproj):
+            return str(bundle.manifest["files"][path.name]["sha256"])
+        return file_identity(path)
+
     def prepare(self, llama: Llama, images: Sequence[Any]) -> list[Pixels]:
         """Decode, resize and crop pictures. Raises ImageError."""
         side = self.vision(llama).info.image_size
@@ -158,49 +196,85 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
 
     def features(self, llama: Llama, pixels: Pixels) -> Features:
         """Prepared pixels -> (n_patches, n_embd) float32, encoded unless they are remembered."""
-        key = key_of(pixels)
-        features = self._features.get(key)
-        if features is None:
-            features = self.vision(llama).encode(pixels)
-            self._features.put(key, features)
-        return features
+        info, key = self.vision(llama).info, key_of(pixels, self._encoder)
+        features = self._features.get(key, (info.n_patches, info.projected_width))
+        return (
+            features if features is not None else self._features.put(key, self.vision(llama).encode(pixels))
+        )
 
-    def evaluate(self, llama: Llama, messages: Sequence[Message]) -> Evaluated:
+    def evaluate(
+        self,
+        llama: Llama,
+        messages: Sequence[Message],
+        *,
+        stop: Callable[[], bool] | None = None,
+        to_sample: bool = True,
+        shift_for: int | None = None,
+    ) -> Evaluated:
         """Bring a conversation into the KV cache, ready for sampling; what the cache holds of it stays.
 
+        stop: ends it with Interrupted once it is true. to_sample=False: no further than the last image.
+        shift_for: leave out the oldest turns of a conversation that has no room for that many tokens more.
         Raises InputError (ContextOverflow, ImageError) before the cache is touched, BackendError after.
         """
-        ids = self.prompt_ids(llama, messages)
-        images = [image for message in messages for image in message.images]
-        n_patches = self.vision(llama).info.n_patches if images else 0
-        needed = len(ids) + len(images) * (n_patches - 1)
-        if needed >= llama.n_ctx():
-            raise ContextOverflow(needed, llama.n_ctx())
-        start = time.perf_counter()
-        pixels = self.prepare(llama, images) if images else []
-        keys = [key_of(p) for p in pixels]
-        prompt: list[Entry] = [i if isinstance(i, int) else ImageSpan(keys[i.index], n_patches) for i in ids]
-        prepared = time.perf_counter()
-        kept = self._cache.kept(llama, prompt)
+        clock = [time.perf_counter()]
+        n_messages = len(messages)
+        if shift_for is not None:
+            room = llama.n_ctx() - shift_for
+            messages = leave_out(
+                messages, lambda some: self._length(llama, self.prompt_ids(llama, some)), room
+            )
+        prompt, pixels = self._prompt(llama, messages, to_sample)
+        clock.append(time.perf_counter())
+        cache = self.cache(llama)
+        with translated("restoring the prompt"):
+            kept = cache.keep(llama, prompt, to_sample=to_sample)
+        clock.append(time.perf_counter())
         missing = {entry.key for entry in prompt[kept:] if isinstance(entry, ImageSpan)}
-        features = {k: self.features(llama, p) for k, p in zip(keys, pixels, strict=True) if k in missing}
-        encoded = time.perf_counter()
-        template = self.template(llama)
-        image_id = template.special[template.image_token]
+        features = {key: self._unless(stop, llama, pixels[key]) for key in missing}
+        clock.append(time.perf_counter())
         with translated("evaluating the prompt"):
-            self._cache.fill(llama, prompt, kept, features, image_id)
+            cache.fill(llama, prompt, kept, features, stop)
+        clock.append(time.perf_counter())
+        prepare_s, keep_s, encode_s, fill_s = (b - a for a, b in pairwise(clock))
         return Evaluated(
             token_ids=llama.input_ids[: llama.n_tokens].tolist(),
-            image_tokens=len(images) * n_patches,
+            image_tokens=n_positions([e for e in prompt if isinstance(e, ImageSpan)]),
             kept_tokens=n_positions(prompt[:kept]),
-            prepare_s=prepared - start,
-            encode_s=encoded - prepared,
-            prompt_s=time.perf_counter() - encoded,
+            prepare_s=prepare_s,
+            encode_s=encode_s,
+            prompt_s=keep_s + fill_s,
+            left_out=n_messages - len(messages),
         )
+
+    def _prompt(
+        self, llama: Llama, messages: Sequence[Message], to_sample: bool
+    ) -> tuple[list[Entry], dict[str, Pixels]]:
+        """A conversation's entries, and its pictures by key. Raises InputError and its kinds."""
+        ids = self.prompt_ids(llama, messages)
+        if (needed := self._length(llama, ids)) >= llama.n_ctx():
+            raise ContextOverflow(needed, llama.n_ctx())
+        images = [image for message in messages for image in message.images]
+        pixels = self.prepare(llama, images) if images else []
+        keys = [key_of(p, self._encoder) for p in pixels]
+        n_patches = self.vision(llama).info.n_patches if images else 0
+        prompt: list[Entry] = [i if isinstance(i, int) else ImageSpan(keys[i.index], n_patches) for i in ids]
+        if not to_sample:
+            prompt = prompt[: next(iter(image_ends(prompt)), 0)]
+        return prompt, dict(zip(keys, pixels, strict=True))
+
+    def _length(self, llama: Llama, ids: Sequence[int | ImagePlace]) -> int:
+        n_images = sum(isinstance(i, ImagePlace) for i in ids)
+        return len(ids) + (n_images * (self.vision(llama).info.n_patches - 1) if n_images else 0)
+
+    def _unless(self, stop: Callable[[], bool] | None, llama: Llama, pixels: Pixels) -> Features:
+        if stop is not None and stop():
+            raise Interrupted
+        return self.features(llama, pixels)
 
     def forget(self) -> None:
         """Evaluate the next prompt from its beginning."""
-        self._cache.forget()
+        self._cache = None
 
     def close(self) -> None:
         """Free the vision tower; the handler may be used again, which loads it anew."""
@@ -217,31 +291,3 @@ def special_tokens(llama: Llama) -> dict[str, int]:
         for i in range(llama.n_vocab())
         if llama_cpp.llama_vocab_get_attr(vocab, i) & CONTROL_ATTRIBUTE
     }
-
-
-def from_openai(message: dict[str, Any]) -> Message:
-    """An OpenAI chat message -> Message. Its images must be data URIs: no file and no address is opened."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return Message(message["role"], content or "")
-    texts: list[str] = []
-    images: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            texts.append(part["text"])
-        elif kind == "image_url":
-            images.append(_data_uri(part["image_url"]))
-        else:
-            raise InputError(
-                f"message content: found a part of type {kind!r}, expected 'text' or 'image_url'"
-            )
-    return Message(message["role"], " ".join(texts), tuple(images))
-
-
-def _data_uri(value: Any) -> str:
-    url = value.get("url") if isinstance(value, dict) else value
-    if not isinstance(url, str) or url[:5].lower() != "data:":
-        found = str(url)[:40]
-        raise ImageError(f"image_url: found {found!r}, expected a data URI (data:image/...;base64,...)")
-    return url

@@ -6,48 +6,81 @@ image files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pocketllava.backend import Interrupted, interruptible
 from pocketllava.batch import decode_features
 from pocketllava.errors import BackendError
-from pocketllava.prefix import Entry, n_positions, shared
+from pocketllava.prefix import Entry, ImageSpan, image_ends, n_positions, position_ids, shared
+from pocketllava.states import Prefixes
 
 SNAP = 32  # tokens of text that are rather evaluated again than split into other batches
 
 
 class KvCache:
-    """Remembers what was brought in. For one Llama; it is passed in, so that it can be freed."""
+    """Remembers what was brought in. For one Llama; it is passed in, so that it can be freed.
 
-    def __init__(self) -> None:
+    image_id: the token id that stands for image positions in the Llama's record.
+    """
+
+    def __init__(self, image_id: int = 0, prefixes: Prefixes | None = None) -> None:
+        self._image_id, self._prefixes = image_id, prefixes or Prefixes()
         self.forget()
 
     def forget(self) -> None:
-        """Count nothing as held."""
+        """Count nothing as held. Prefixes that were kept stay."""
         self._prompt: list[Entry] = []
         self._ids: list[int] = []
         self._last_run = 0
         self._array: Any = None
         self._count = 0
 
-    def kept(self, llama: Any, prompt: list[Entry]) -> int:
-        """How many entries at the start of a prompt need no evaluation.
+    def keep(self, llama: Any, prompt: list[Entry], *, to_sample: bool = True) -> int:
+        """Make the cache hold what is known of a prompt; returns how many entries need no evaluation.
+
+        What the cache holds is used, or an image prefix that was kept, whichever is longer. An image that
+        gets lost is kept as a prefix first. to_sample: evaluate the last entry in any case, because its
+        logits are what sampling needs.
+        """
+        held = self.held(llama)
+        kept = self._reusable(held, prompt, to_sample)
+        restorable = self._prefixes.longest(prompt)
+        self._save_images(llama, held, kept)
+        if restorable <= kept:
+            return kept
+        self.forget()
+        if (restored := self._prefixes.restore(llama, prompt[:restorable])) is None:
+            return 0
+        self._record(llama, restored)
+        return restorable
+
+    def _reusable(self, held: list[Entry], prompt: list[Entry], to_sample: bool) -> int:
+        """Entries that the cache holds, of which text in the middle of a run counts only where it saves much.
 
         A run of text that would be evaluated from its middle is evaluated from its beginning if that is at
         most SNAP tokens more, and the very same prompt from where its last run began: then batches, and so
         logits, are bit for bit those of the first time, and a seed repeats its answer.
         """
-        held = self.held(llama)
+        kept = shared(held, prompt)
+        if kept == len(prompt) and not to_sample:
+            return kept
         if held and prompt == self._prompt:
             return self._last_run
-        kept = shared(held, prompt)
-        run = kept
+        kept = run = min(kept, len(prompt) - 1)
         while run and isinstance(prompt[run - 1], int):
             run -= 1
         return run if kept - run <= SNAP else kept
+
+    def _save_images(self, llama: Any, held: list[Entry], kept: int) -> None:
+        """Before entries beyond `kept` are lost: keep the state up to the last image among them."""
+        end = next(iter(image_ends(held)), 0)
+        if end > kept:
+            self._cut(llama, held[:end])
+            self._prefixes.save(llama, held[:end])
 
     def held(self, llama: Any) -> list[Entry]:
         """The last prompt and what was generated after it; nothing if in doubt.
@@ -75,19 +108,27 @@ class KvCache:
         prompt: list[Entry],
         kept: int,
         features: Mapping[str, npt.NDArray[np.float32]],
-        image_id: int,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
-        """Evaluate all but the first `kept` entries of a prompt; image positions are recorded as image_id.
+        """Evaluate all but the first `kept` entries of a prompt, which the cache holds.
 
-        After a failure nothing counts as held. Raises BackendError, and what llama_cpp raises.
+        Once stop() is true it ends with Interrupted, and the cache holds those first entries; after any
+        other failure nothing counts as held. Raises BackendError, and what llama_cpp raises.
         """
+        self._cut(llama, prompt[:kept])
         self.forget()
-        first = n_positions(prompt[:kept])
-        if not first:
-            llama._ctx.kv_cache_clear()
-        elif not llama._ctx.kv_cache_seq_rm(-1, first, -1):
-            raise BackendError(f"KV cache: cannot be cut at position {first}")
-        llama.n_tokens, llama._requires_eval = first, True
+        try:
+            with interruptible(llama.ctx, stop):
+                self._evaluate(llama, prompt, kept, features)
+        except Interrupted:
+            self._cut(llama, prompt[:kept])
+            raise
+        self._record(llama, prompt)
+
+    def _evaluate(
+        self, llama: Any, prompt: list[Entry], kept: int, features: Mapping[str, npt.NDArray[np.float32]]
+    ) -> None:
+        last_image = next(iter(image_ends(prompt)), 0)
         run: list[int] = []
         for n, entry in enumerate([*prompt[kept:], None], kept):
             if isinstance(entry, int):
@@ -96,9 +137,32 @@ class KvCache:
             if run:
                 llama.eval(run)
                 self._last_run, run = n - len(run), []
-            if entry is not None:
-                _place(llama, features[entry.key], image_id)
-        self._prompt, self._ids = prompt, llama.input_ids[: llama.n_tokens].tolist()
+            if isinstance(entry, ImageSpan):
+                self._place(llama, features[entry.key])
+                if n + 1 == last_image:
+                    self._prefixes.write(llama, prompt[: n + 1])
+
+    def _place(self, llama: Any, features: npt.NDArray[np.float32]) -> None:
+        first, n = llama.n_tokens, len(features)
+        decode_features(llama.ctx, features, first, llama.n_batch)
+        llama.input_ids[first : first + n] = self._image_id
+        llama.n_tokens = first + n
+
+    def _cut(self, llama: Any, entries: list[Entry]) -> None:
+        """Drop everything behind these entries, with which the cache begins."""
+        n = n_positions(entries)
+        if not n:
+            llama._ctx.kv_cache_clear()
+        elif not llama._ctx.kv_cache_seq_rm(-1, n, -1):
+            raise BackendError(f"KV cache: cannot be cut at position {n}")
+        llama._requires_eval = True
+        self._record(llama, entries)
+
+    def _record(self, llama: Any, entries: list[Entry]) -> None:
+        ids = position_ids(entries, self._image_id)
+        llama.input_ids[: len(ids)] = ids
+        llama.n_tokens = len(ids)
+        self._prompt, self._ids = entries, ids
         self._array, self._count = llama.input_ids, evaluated_tokens(llama)
 
 
@@ -109,10 +173,3 @@ def evaluated_tokens(llama: Any) -> int:
     llama_cpp.llama_synchronize(llama.ctx)
     perf = llama_cpp.llama_perf_context(llama.ctx)
     return int(perf.n_p_eval + perf.n_eval)
-
-
-def _place(llama: Any, features: npt.NDArray[np.float32], image_id: int) -> None:
-    first, n = llama.n_tokens, len(features)
-    decode_features(llama.ctx, features, first, llama.n_batch)
-    llama.input_ids[first : first + n] = image_id
-    llama.n_tokens = first + n

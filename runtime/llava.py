@@ -1,4 +1,4 @@
-"""Llava: a bundle, loaded; ask, chat, stream, image_features, trace, close.
+"""Llava: a bundle, loaded; ask, chat, stream, astream, prepare, image_features, trace, close.
 
 The one generator core is `stream`; ask and chat join it. Knows how tokens become text and when an answer
 ends; prompt, image and cache work is the handler's.
@@ -6,26 +6,38 @@ ends; prompt, image and cache work is the handler's.
 
 from __future__ import annotations
 
-import codecs
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pocketllava.errors import InputError, UnsupportedOption
+from pocketllava.answer_text import AnswerText
+from pocketllava.background import in_background_async
+from pocketllava.errors import InputError
 from pocketllava.models import Bundle
+from pocketllava.preparation import Preparation
 from pocketllava.turns import Turn, Turns
-from pocketllava.types import Answer, Chunk, FinishReason, ImageSource, Message, Options, Timings, Trace
+from pocketllava.types import (
+    GIGA,
+    Answer,
+    Chunk,
+    FinishReason,
+    ImageSource,
+    LoadOptions,
+    Message,
+    Options,
+    Timings,
+    Trace,
+)
 
 if TYPE_CHECKING:
+    from pocketllava.features import Features
     from pocketllava.handler import Evaluated, LlavaChatHandler
-    from pocketllava.vision import Features
 
-DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens; less if trained on less
-CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must agree
 PIECE_BYTES = 1024
+ROOM = 4  # the part of the context that Options.shift makes free for an answer
 
 
 class Llava:
@@ -37,6 +49,7 @@ class Llava:
         self.bundle, self._llama, self._handler = bundle, llama, handler
         self._load_s, self._device = load_s, device
         self._turns = Turns()
+        self._preparation: Preparation | None = None
 
     @classmethod
     def load(
@@ -47,21 +60,39 @@ class Llava:
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
         max_pixels: int | None = None,
+        kv_type: str = "f16",
+        weights: str = "auto",
+        cache_dir: str | PathLike[str] | None = None,
+        cache_bytes: int = 4 * GIGA,
+        keep_prefixes: bool = False,
     ) -> Llava:
         """Load a bundle: a folder made by `pocketllava convert`, or "demo", the model in the package.
 
         n_ctx: tokens of context (an image takes 576), 2048 unless given. n_threads: CPU threads, the
         number of physical cores unless given. n_gpu_layers: text layers on the GPU, -1 for all that fit,
         0 for none (and the vision tower on the CPU). max_pixels: refuse larger images, 50 megapixels
-        unless given.
+        unless given. kv_type: "f16", or "q8_0" for half the memory. weights: "memory" reads them, "mapped"
+        maps the file, "auto" does what suits the device and the free memory. cache_dir: a folder to keep
+        encoded images in, at most cache_bytes; with keep_prefixes evaluated images too (0.3 GB each at 7B).
         Raises ModelNotFound, BundleError, UnsupportedOption, BackendError.
         """
         from pocketllava.loading import load_bundle
         from pocketllava.names import open_bundle
 
         start = time.perf_counter()
+        how = LoadOptions(
+            n_ctx,
+            n_threads,
+            n_gpu_layers,
+            max_pixels,
+            kv_type,
+            weights,
+            cache_dir,
+            cache_bytes,
+            keep_prefixes,
+        )
         bundle = open_bundle(path)
-        llama, handler, device = load_bundle(bundle, n_ctx, n_threads, n_gpu_layers, max_pixels)
+        llama, handler, device = load_bundle(bundle, how)
         return cls(bundle, llama, handler, time.perf_counter() - start, device)
 
     def ask(
@@ -84,16 +115,46 @@ class Llava:
         ids = tuple(i for chunk in chunks for i in chunk.token_ids)
         return Answer("".join(chunk.text for chunk in chunks), ids, last.timings, last.finish_reason)
 
-    def stream(self, messages: Sequence[Message], *, options: Options | None = None) -> Iterator[Chunk]:
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        options: Options | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Chunk]:
         """Answer piece by piece; the last chunk carries finish_reason and timings.
 
         The model is taken when the first chunk is asked for and given back when the iterator ends or is
-        closed. Raises InputError and its kinds, BackendError.
+        closed. stop is asked before every token and during prompt evaluation (on CPUs at every step of it);
+        once it is true the answer ends there, "cancelled". Raises InputError and its kinds, BackendError.
         """
-        messages = list(messages)
-        if not all(isinstance(m, Message) for m in messages):
-            raise InputError("conversation: expected pocketllava.Message objects")
-        return self._stream(messages, options or Options())
+        return self._stream(_checked(messages), options or Options(), stop)
+
+    def astream(
+        self, messages: Sequence[Message], *, options: Options | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """The same for `async for`: the event loop stays free; aclose() or cancelling ends the answer."""
+        return in_background_async(self.stream, _checked(messages), options=options)
+
+    def prepare(
+        self, image: ImageSource | Sequence[ImageSource], *, after: Sequence[Message] = ()
+    ) -> Preparation:
+        """Encode an image and evaluate the prompt up to it in the background, before its question is known.
+
+        after: the conversation so far. A question about the image then waits only for itself; one about
+        other images, or another preparation, cancels what is still going on. What is wrong with the image is
+        raised by the preparation's wait().
+        """
+        messages = [*_checked(after), Message("user", "", _as_images(image))]
+        images = [shown for message in messages for shown in message.images]
+        self._make_way(images)
+
+        def work(stop: Callable[[], bool]) -> None:
+            with self._turns.turn():
+                self._handler.evaluate(self._llama, messages, stop=stop, to_sample=False)
+
+        self._preparation = Preparation(work, images)
+        return self._preparation
 
     def image_features(self, image: ImageSource) -> Features:
         """What the text model sees of an image: (n_patches, n_embd) float32, equal to the reference's."""
@@ -110,6 +171,7 @@ class Llava:
 
     def close(self) -> None:
         """Free the model, after the answer that is running. Calling it again does nothing."""
+        self._make_way(None)
         if self._turns.close():
             self._handler.close()
             self._llama.close()
@@ -122,16 +184,37 @@ class Llava:
     ) -> None:
         self.close()
 
-    def _stream(self, messages: list[Message], options: Options) -> Iterator[Chunk]:
+    def _make_way(self, images: Sequence[ImageSource] | None) -> None:
+        """Cancel a preparation that is no help to a conversation with these images."""
+        running = self._preparation
+        if running is not None and (images is None or not running.helps(images)):
+            running.cancel()
+
+    def _stream(
+        self, messages: list[Message], options: Options, stop: Callable[[], bool] | None
+    ) -> Iterator[Chunk]:
+        from pocketllava.backend import Interrupted
+
+        start = time.perf_counter()
+        self._make_way([image for message in messages for image in message.images])
         turn = self._turns.begin()
         try:
-            start = time.perf_counter()
-            evaluated = self._handler.evaluate(self._llama, messages)
-            yield from self._answer(turn, evaluated, options, start)
+            room = min(options.max_tokens, self._llama.n_ctx() // ROOM) if options.shift else None
+            evaluated = self._handler.evaluate(self._llama, messages, stop=stop, shift_for=room)
+            yield from self._answer(turn, evaluated, options, start, stop)
+        except Interrupted:
+            yield Chunk("", (), "cancelled", Timings(load_s=self._load_s))
         finally:
             self._turns.end(turn)
 
-    def _answer(self, turn: Turn, evaluated: Evaluated, options: Options, start: float) -> Iterator[Chunk]:
+    def _answer(
+        self,
+        turn: Turn,
+        evaluated: Evaluated,
+        options: Options,
+        start: float,
+        stop: Callable[[], bool] | None,
+    ) -> Iterator[Chunk]:
         text = AnswerText(options.stop)
         room = self._llama.n_ctx() - len(evaluated.token_ids)
         limit = min(options.max_tokens, room)
@@ -140,6 +223,9 @@ class Llava:
         for token in self._tokens(evaluated.token_ids, options):
             last_s = time.perf_counter() - start
             first_s = first_s or last_s
+            if stop is not None and stop():
+                finish = "cancelled"
+                break
             if self._is_end(token):
                 finish = "stop"
                 break
@@ -170,6 +256,7 @@ class Llava:
             kept_tokens=evaluated.kept_tokens,
             answer_tokens=n,
             devices=(self._device, vision.device if vision else "not used"),
+            left_out=evaluated.left_out,
         )
 
     def _tokens(self, prompt: list[int], options: Options) -> Iterator[int]:
@@ -204,63 +291,21 @@ class Llava:
         return buffer.raw[: max(0, n)]
 
 
-class AnswerText:
-    """Token bytes -> text, whole characters only, ending before the first stop text.
-
-    A text that may become a stop text is held back until it is clear. The space that SentencePiece puts
-    before the first word is dropped, as the reference's decoder does.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop, self.stopped = stop, False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held, self._begun = "", False
-
-    def add(self, piece: bytes) -> str:
-        """The text that this token makes certain; "" while it may still be part of a stop text."""
-        return self._release(self._decoder.decode(piece))
-
-    def finish(self) -> str:
-        """What was held back, at the end of an answer."""
-        text = self._release(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return text
-
-    def _release(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        if text and not self._begun:
-            text, self._begun = text.removeprefix(" "), True
-        text = self._held + text
-        found = [at for s in self._stop if (at := text.find(s)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
 def conversation(
     image: ImageSource | Sequence[ImageSource] | None, question: str, system: str | None = None
 ) -> list[Message]:
     """A system message, if any, and one question about the images."""
-    images = () if image is None else tuple(image) if isinstance(image, list | tuple) else (image,)
     first = [Message("system", system)] if system else []
-    return [*first, Message("user", question, images)]
+    return [*first, Message("user", question, () if image is None else _as_images(image))]
 
 
-def context_size(n_ctx: int | None, trained: int) -> int:
-    """n_ctx rounded up as llama.cpp needs it. Raises UnsupportedOption outside what the model was trained on."""
-    if n_ctx is None:
-        n_ctx = min(DEFAULT_CONTEXT, trained)
-    if not 1 <= n_ctx <= trained:
-        raise UnsupportedOption(
-            f"n_ctx: found {n_ctx}, expected 1 to {trained}, the context of the model's training"
-        )
-    return -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
+def _as_images(image: ImageSource | Sequence[ImageSource]) -> tuple[ImageSource, ...]:
+    images: Any = image if isinstance(image, list | tuple) else (image,)
+    return tuple(images)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def _checked(messages: Sequence[Message]) -> list[Message]:
+    messages = list(messages)
+    if not all(isinstance(m, Message) for m in messages):
+        raise InputError("conversation: expected pocketllava.Message objects")
+    return messages

@@ -13,65 +13,90 @@ from typing import Any
 from pocketllava.backend import cores, gpus, keep_file_descriptors, log_lines, translated
 from pocketllava.errors import BackendError, UnsupportedOption
 from pocketllava.image import MAX_PIXELS
-from pocketllava.llava import context_size
+from pocketllava.memory import (
+    DEFAULT_CONTEXT,
+    available_bytes,
+    batch_size,
+    better_in_memory,
+    context_size,
+    memory,
+)
 from pocketllava.models import Bundle
 from pocketllava.models.header import Header
+from pocketllava.types import GIGA, LoadOptions
 
 logger = logging.getLogger(__name__)
 
-MIN_BATCH = 512  # llama.cpp's default; an image's patches go in one batch if there are more
+Q8_0 = 8  # enum ggml_type
 
 
-def load_bundle(
-    bundle: Bundle, n_ctx: int | None, n_threads: int | None, n_gpu_layers: int, max_pixels: int | None
-) -> tuple[Any, Any, str]:
+def load_bundle(bundle: Bundle, how: LoadOptions) -> tuple[Any, Any, str]:
     """(Llama, LlavaChatHandler, what evaluates the text model). Raises UnsupportedOption, BackendError."""
     from pocketllava.handler import LlavaChatHandler
 
-    threads = n_threads if n_threads is not None else cores()
-    if threads < 1:
-        raise UnsupportedOption(f"n_threads: found {threads}, expected at least 1")
     found = gpus()
-    if n_gpu_layers > 0 and not found:
+    if how.n_gpu_layers > 0 and not found:
         raise UnsupportedOption(
-            f"n_gpu_layers: found {n_gpu_layers}, but this llama-cpp-python was built for CPUs only;"
+            f"n_gpu_layers: found {how.n_gpu_layers}, but this llama-cpp-python was built for CPUs only;"
             " install a Metal or CUDA build (README.md) or leave it out"
         )
-    trained = int(Header.read(bundle.model).keys.get("llama.context_length", 2048))
-    batch = max(MIN_BATCH, int(bundle.manifest["image"]["n_patches"]))
-    settings = {
-        "n_ctx": context_size(n_ctx, trained),
-        "n_batch": batch,
-        "n_ubatch": batch,
-        "n_threads": threads,
-        "n_threads_batch": threads,
-        "verbose": False,
-    }
-    layers = n_gpu_layers if found else 0
-    handler = LlavaChatHandler(bundle.folder, use_gpu=layers != 0, max_pixels=max_pixels or MAX_PIXELS)
+    layers = how.n_gpu_layers if found else 0
+    handler = LlavaChatHandler(
+        bundle.folder,
+        use_gpu=layers != 0,
+        max_pixels=how.max_pixels or MAX_PIXELS,
+        cache_dir=how.cache_dir,
+        cache_bytes=how.cache_bytes,
+        keep_prefixes=how.keep_prefixes,
+    )
     try:
-        llama, lines = _load(bundle, handler, layers, settings)
+        llama, device = _load(bundle, handler, layers, how)
     except BackendError:
         if layers != -1:
             raise
         logger.warning("%s does not fit on %s: using the CPU for the text model", bundle.model, found[0])
-        llama, lines = _load(bundle, handler, 0, settings)
+        llama, device = _load(bundle, handler, 0, how)
     try:
         handler.vision(llama)  # a foreign or damaged mmproj is refused now, not with the first image
     except BaseException:
         with contextlib.suppress(Exception):
             llama.close()
         raise
-    return llama, handler, _device(lines, found, threads)
+    return llama, handler, device
 
 
-def _load(bundle: Bundle, handler: Any, layers: int, settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """(Llama, what was logged meanwhile). Raises BackendError."""
+def _load(bundle: Bundle, handler: Any, layers: int, how: LoadOptions) -> tuple[Any, str]:
+    """(Llama, where it is). Raises UnsupportedOption, BackendError."""
     from llama_cpp import Llama
 
+    threads = how.n_threads if how.n_threads is not None else cores()
+    trained = int(Header.read(bundle.model).keys.get("llama.context_length", DEFAULT_CONTEXT))
+    in_memory = _in_memory(bundle, layers != 0, how)
+    settings: dict[str, Any] = {
+        "n_ctx": context_size(how.n_ctx, trained),
+        "n_batch": batch_size(bundle),
+        "n_ubatch": batch_size(bundle),
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "use_mmap": not in_memory,
+        "verbose": False,
+    }
+    if how.kv_type == "q8_0":  # llama.cpp quantises values only with flash attention
+        settings |= {"type_k": Q8_0, "type_v": Q8_0, "flash_attn": True}
     with translated(f"{bundle.model}: loading the text model"), log_lines() as lines, keep_file_descriptors():
         llama = Llama(str(bundle.model), n_gpu_layers=layers, chat_handler=handler, **settings)
-    return llama, lines
+    where = _device(lines, gpus(), threads)
+    return llama, f"{where}, weights {'in memory' if in_memory else 'mapped'}"
+
+
+def _in_memory(bundle: Bundle, on_gpu: bool, how: LoadOptions) -> bool:
+    needed = memory(bundle, how.n_ctx, how.kv_type)
+    if not on_gpu and (free := available_bytes()) < needed.total:
+        logger.warning(
+            "%s: needs about %.1f GB of memory, %.1f GB are free; a smaller n_ctx (--ctx) or kv_type q8_0 (--kv-type)"
+            " takes less", bundle.folder, needed.total / GIGA, free / GIGA,
+        )  # fmt: skip
+    return how.weights == "memory" or (how.weights == "auto" and better_in_memory(bundle, needed, on_gpu))
 
 
 def _device(lines: list[str], found: list[str], threads: int) -> str:

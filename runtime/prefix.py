@@ -26,14 +26,21 @@ def n_positions(entries: Sequence[Entry]) -> int:
     return sum(1 if isinstance(entry, int) else entry.n_positions for entry in entries)
 
 
-def shared(held: Sequence[Entry], wanted: Sequence[Entry]) -> int:
-    """How many entries at the start of `wanted` the cache holds, the last one of `wanted` never counted.
+def position_ids(entries: Sequence[Entry], image_id: int) -> list[int]:
+    """One token id a position, image_id where pictures stand."""
+    return [i for e in entries for i in ([e] if isinstance(e, int) else [image_id] * e.n_positions)]
 
-    The last entry is always evaluated, because its logits are what sampling needs.
-    """
+
+def shared(held: Sequence[Entry], wanted: Sequence[Entry]) -> int:
+    """How many entries at the start of `wanted` the cache holds."""
     n = 0
-    for a, b in zip(held, wanted[:-1], strict=False):
+    for a, b in zip(held, wanted, strict=False):
         if a != b:
             break
         n += 1
     return n
+
+
+def image_ends(entries: Sequence[Entry]) -> list[int]:
+    """How many entries there are up to the end of each image, the last image first."""
+    return [n for n in range(len(entries), 0, -1) if isinstance(entries[n - 1], ImageSpan)]

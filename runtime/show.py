@@ -9,6 +9,7 @@ from pocketllava.types import Timings, Trace
 
 if TYPE_CHECKING:
     from pocketllava.convert import ConvertPlan
+    from pocketllava.memory import Memory
     from pocketllava.models import Bundle
     from pocketllava.models.header import Header, TensorInfo
 
@@ -31,10 +32,12 @@ def plan_lines(planned: ConvertPlan, out: str, threads: int) -> list[str]:
 def timing_line(t: Timings) -> str:
     """Where an answer's time went, and what evaluated it."""
     kept = f" ({t.kept_tokens} kept)" if t.kept_tokens else ""
+    left_out = f" | {t.left_out} oldest messages left out" if t.left_out else ""
+    where = f"text: {t.devices[0]} | vision: {t.devices[1]}"
     return (
         f"load {t.load_s:.2f} s | image {t.prepare_s:.2f} s | encoding {t.encode_s:.2f} s"
         f" | prompt {t.prompt_tokens} tokens{kept} {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
-        f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | text: {t.devices[0]} | vision: {t.devices[1]}"
+        f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | {where}{left_out}"
     )
 
 
@@ -57,6 +60,15 @@ def tree(bundle: Bundle) -> list[str]:
         _preprocessing(bundle),
         f"chat template: {json.dumps(bundle.template)}",
     ]
+
+
+def memory_line(m: Memory, available: int) -> str:
+    """What a loaded bundle takes, part by part, beside what is free."""
+    parts = f"text model {size(m.text)}, vision {size(m.vision)}, KV cache of {m.n_ctx} tokens in {m.kv_type}"
+    return (
+        f"memory: {size(m.total)} ({parts} {size(m.kv_cache)}, buffers about {size(m.buffers)}), and {size(m.prefix)}"
+        f" for each image kept to go back to; free now: {size(available)}"
+    )
 
 
 def trace_lines(t: Trace) -> list[str]:

@@ -15,11 +15,11 @@ from llama_cpp import llama_cpp
 from pocketllava.backend import ggml, translated
 from pocketllava.batch import decode_features
 from pocketllava.errors import BackendError, InputError
+from pocketllava.features import Features
 from pocketllava.handler import LlavaChatHandler
-from pocketllava.llava import CONTEXT_STEP
+from pocketllava.memory import CONTEXT_STEP
 from pocketllava.prompt import ImagePlace
 from pocketllava.types import Message, Trace
-from pocketllava.vision import Features
 
 FIRST_NORM = b"norm-0"  # llm_graph_context::build_norm names the node "norm", block 0
 TOLERANCE = 1e-4

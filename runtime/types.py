@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
-from pocketllava.errors import InputError
+from pocketllava.errors import InputError, UnsupportedOption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +19,11 @@ else:
     ImageSource = Any
 
 Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 ROLES = ("system", "user", "assistant")
+KV_TYPES = ("f16", "q8_0")
+WEIGHTS = ("auto", "memory", "mapped")
+GIGA = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Options:
     max_tokens: upper bound on the answer's length, in tokens.
     top_k: keep the k most likely tokens (0 keeps all). top_p: keep the smallest set with that mass.
     seed: None draws a new one for every call. stop: texts that end the answer; they are not part of it.
+    shift: leave out the oldest turns of a conversation that does not fit the context, never the system
+    message nor the turn of the last images, instead of raising ContextOverflow.
     """
 
     max_tokens: int = 512
@@ -58,6 +63,7 @@ class Options:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    shift: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -75,13 +81,43 @@ class Options:
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded; Llava.load says what each means."""
+
+    n_ctx: int | None = None
+    n_threads: int | None = None
+    n_gpu_layers: int = -1
+    max_pixels: int | None = None
+    kv_type: str = KV_TYPES[0]
+    weights: str = WEIGHTS[0]
+    cache_dir: str | PathLike[str] | None = None
+    cache_bytes: int = 4 * GIGA
+    keep_prefixes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv_type not in KV_TYPES:
+            raise UnsupportedOption(f"kv_type: found {self.kv_type!r}, expected one of {', '.join(KV_TYPES)}")
+        if self.weights not in WEIGHTS:
+            raise UnsupportedOption(f"weights: found {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
+        if self.n_threads is not None and self.n_threads < 1:
+            raise UnsupportedOption(f"n_threads: found {self.n_threads}, expected at least 1")
+        if self.cache_bytes < 1:
+            raise UnsupportedOption(f"cache_bytes: found {self.cache_bytes}, expected at least 1")
+        if self.keep_prefixes and self.cache_dir is None:
+            raise UnsupportedOption(
+                "keep_prefixes: expected a folder to keep them in; give cache_dir as well"
+            )
+
+
+@dataclass(frozen=True)
 class Timings:
     """Where the time of one answer went, in seconds, and how much was evaluated.
 
     prompt_s is prompt evaluation (text and image positions) without image encoding;
     prompt_tokens counts the whole prompt, kept_tokens those that were evaluated for an earlier call;
     first_token_s runs from the call to the first token, image work included;
-    devices names what evaluated the text model and the vision tower.
+    devices names what evaluated the text model and the vision tower; left_out counts the messages that
+    Options.shift left out.
     """
 
     load_s: float = 0.0
@@ -95,6 +131,7 @@ class Timings:
     kept_tokens: int = 0
     answer_tokens: int = 0
     devices: tuple[str, str] = ("", "")
+    left_out: int = 0
 
     @property
     def tokens_per_s(self) -> float:

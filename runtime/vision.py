@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from pocketllava.backend import ggml, gpus, log_lines, translated
 from pocketllava.errors import BackendError, BundleError, InputError
+from pocketllava.features import Features
 from pocketllava.models.header import Header
 from pocketllava.models.mmproj_check import MmprojInfo, check_mmproj
 
-Features = npt.NDArray[np.float32]
 CLASS_EMBEDDING = "v.class_embd"
+ENCODER_VERSION = 1  # counts changes to what encode() gives for the same pixels and file
 
 
 class ClassTokenCorrection:

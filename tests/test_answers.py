@@ -27,8 +27,9 @@ from pocketllava import (
     Options,
     UnsupportedOption,
 )
+from pocketllava.answer_text import AnswerText
 from pocketllava.handler import LlavaChatHandler
-from pocketllava.llava import AnswerText, context_size
+from pocketllava.memory import context_size
 
 GREEDY = Options(max_tokens=recorded.N_TOKENS)
 SHORT = Options(max_tokens=4)

@@ -1,0 +1,1 @@
+"""The commands, one a file. They and cli.py are the only places that print."""

@@ -1,0 +1,32 @@
+"""`pocketllava demo`: the model in the package, converted and asked about a drawn picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pocketllava.commands.common import image_argument, load_options, stream
+
+
+@click.command()
+@click.option("--image", metavar="IMAGE", help="Ask about this picture instead of a drawn one.")
+@load_options
+def demo(image: str | None, load: dict[str, Any]) -> None:
+    """Try it all: convert the small model in the package, draw a picture, ask five questions about it.
+
+    The bundle and the picture are kept in your cache folder. Works without a network.
+    """
+    from pocketllava import Llava, Message
+    from pocketllava.demo import QUESTIONS, drawn_picture
+    from pocketllava.names import demo_bundle
+
+    bundle = demo_bundle()
+    shown = image or str(drawn_picture())
+    picture = image_argument(shown)
+    click.echo(f"model: {bundle.folder}", err=True)
+    click.echo(f"picture: {shown}", err=True)
+    with Llava.load(bundle.folder, **load) as llava:
+        for question in QUESTIONS:
+            click.echo(f"> {question}")
+            stream(llava, [Message("user", question, (picture,))])

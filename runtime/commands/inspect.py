@@ -1,0 +1,57 @@
+"""`pocketllava inspect`: what a bundle is made of and takes, or one picture followed through it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from pocketllava.commands.common import image_argument
+from pocketllava.show import memory_line, trace_lines, tree
+from pocketllava.types import KV_TYPES
+
+
+@click.command()
+@click.argument("model", metavar="BUNDLE")
+@click.option("--image", metavar="IMAGE", help="Follow this picture through the model.")
+@click.option(
+    "--question", default="What is in the image?", show_default=True, help="The question asked with --image."
+)
+@click.option("--check", is_flag=True, help="Compare both files' SHA-256 with the recorded ones.")
+@click.option(
+    "--ctx", type=click.IntRange(1), help="Show the memory that this context takes [default: 2048]."
+)
+@click.option(
+    "--kv-type",
+    type=click.Choice(KV_TYPES),
+    default=KV_TYPES[0],
+    show_default=True,
+    help="Show the memory with this type of KV cache.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(
+    model: str, image: str | None, question: str, check: bool, ctx: int | None, kv_type: str, as_json: bool
+) -> None:  # fmt: skip
+    """Show a bundle's three parts with shapes and types and the memory that it takes, or follow one picture."""
+    from pocketllava.memory import available_bytes, memory
+    from pocketllava.names import open_bundle
+
+    bundle = open_bundle(model)
+    if check:
+        bundle.check_hashes()
+    if image is not None:
+        from pocketllava import Llava
+
+        with Llava.load(model, n_gpu_layers=0) as llava:
+            trace = llava.trace(image_argument(image), question)
+        click.echo(json.dumps(asdict(trace)) if as_json else "\n".join(trace_lines(trace)))
+        return
+    needed = memory(bundle, ctx, kv_type)
+    if as_json:
+        click.echo(json.dumps({**bundle.manifest, "memory": asdict(needed)}, ensure_ascii=False))
+        return
+    click.echo("\n".join(tree(bundle)))
+    click.echo(memory_line(needed, available_bytes()))
+    if check:
+        click.echo("SHA-256 of both files: as recorded")

@@ -1,0 +1,117 @@
+"""A folder of cached blobs: hashed, bounded in bytes, written whole or not at all, safe for several processes.
+
+Knows files only. It never raises for what goes wrong with the folder: a cache that fails is a warning,
+and then a cache that holds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"pocketllava cache 1\n"
+SUFFIX, PART = ".cached", ".part"
+STALE_S = 3600.0  # a part file this old was left by a process that died
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class Store:
+    """Name -> bytes. The file's modification time says when it was last used."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._warned: set[str] = set()
+        with self._guarded("cannot be used as a cache folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(p.suffix not in (SUFFIX, PART) for p in folder.iterdir()):
+                self._warn("holds other files too; they are left alone")
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name; get() says whether it is whole."""
+        return self._path(name).is_file()
+
+    def get(self, name: str) -> memoryview | None:
+        """What was put under a name. A damaged file is removed and counts as absent."""
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+        except OSError:  # absent, or removed by another process meanwhile
+            return None
+        at = len(MAGIC) + DIGEST_BYTES
+        payload = memoryview(data)[at:]
+        if data[:at] != MAGIC + _digest(name, payload):
+            logger.warning("%s: damaged; it is made again", path)
+            self.discard(name)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return payload
+
+    def put(self, name: str, payload: Any) -> None:
+        """Write a buffer under a temporary name, rename it, and drop the oldest files beyond max_bytes."""
+        view = memoryview(payload).cast("B")
+        if len(view) > self.max_bytes:
+            return
+        with self._guarded("cannot be written"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(dir=self.folder, suffix=PART)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.writelines((MAGIC, _digest(name, view), view))
+                Path(part).replace(self._path(name))
+            finally:
+                with contextlib.suppress(OSError):
+                    Path(part).unlink()
+            self._prune()
+
+    def discard(self, name: str) -> None:
+        """Remove a file, if it is there and may be removed."""
+        with contextlib.suppress(OSError):
+            self._path(name).unlink()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / (name + SUFFIX)
+
+    def _prune(self) -> None:
+        files = sorted(self._files(), key=lambda found: found[1], reverse=True)
+        total = 0
+        for path, used, n_bytes in files:
+            total += n_bytes
+            if total > self.max_bytes or (path.suffix == PART and time.time() - used > STALE_S):
+                with contextlib.suppress(OSError):  # in use elsewhere, or gone already
+                    path.unlink()
+
+    def _files(self) -> Iterator[tuple[Path, float, int]]:
+        for path in self.folder.iterdir():
+            if path.suffix in (SUFFIX, PART):
+                with contextlib.suppress(OSError):
+                    found = path.stat()
+                    yield path, found.st_mtime, found.st_size
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._warn(f"{what} ({error.strerror or error}); images are not remembered there")
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s: %s", self.folder, what)
+
+
+def _digest(name: str, payload: Any) -> bytes:
+    """SHA-256 of name and payload, so that a renamed file is a damaged one."""
+    digest = hashlib.sha256(name.encode() + b"\0")
+    digest.update(payload)
+    return digest.digest()
