@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 LEVELS = [
     {"errors"},
     {"types"},
-    {"backend", "turns", "prefix", "store", "background", "answer_text"},
+    {"backend", "turns", "prefix", "store", "background", "answer_text", "dropped"},
     {"models.header", "models.patches", "batch", "features", "states", "preparation"},
     {"models.config", "models.preprocessing", "models.mmproj_check", "kv"},
     {"models.bundle"},
@@ -30,6 +30,7 @@ LEVELS = [
     {"llava", "demo"},
     {"loading", "trace"},
     {"__init__", "show"},
+    {"bench", "dialogue"},
     {"commands"},
     {"cli"},
 ]
@@ -102,9 +103,7 @@ def test_the_version_is_told_once() -> None:
     assert f"## {pocketllava.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    "heavy", ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit"]
-)
+@pytest.mark.parametrize("heavy", ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit"])
 def test_importing_is_light(heavy: str) -> None:
     code = f"import sys, pocketllava, pocketllava.cli; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
