@@ -226,6 +226,8 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             )
         prompt, pixels = self._prompt(llama, messages, to_sample)
         clock.append(time.perf_counter())
+        if stop is not None and stop():
+            raise Interrupted
         cache = self.cache(llama)
         with translated("restoring the prompt"):
             kept = cache.keep(llama, prompt, to_sample=to_sample)

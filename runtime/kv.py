@@ -48,6 +48,8 @@ class KvCache:
         """
         held = self.held(llama)
         kept = self._reusable(held, prompt, to_sample)
+        if kept == len(prompt):  # and the text behind it stays, too
+            return kept
         restorable = self._prefixes.longest(prompt)
         self._save_images(llama, held, kept)
         if restorable <= kept:
@@ -115,6 +117,8 @@ class KvCache:
         Once stop() is true it ends with Interrupted, and the cache holds those first entries; after any
         other failure nothing counts as held. Raises BackendError, and what llama_cpp raises.
         """
+        if kept == len(prompt):
+            return
         self._cut(llama, prompt[:kept])
         self.forget()
         try:

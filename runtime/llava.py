@@ -30,6 +30,8 @@ from pocketllava.types import (
     Options,
     Timings,
     Trace,
+    as_images,
+    conversation,
 )
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ class Llava:
         other images, or another preparation, cancels what is still going on. What is wrong with the image is
         raised by the preparation's wait().
         """
-        messages = [*_checked(after), Message("user", "", _as_images(image))]
+        messages = [*_checked(after), Message("user", "", as_images(image))]
         images = [shown for message in messages for shown in message.images]
         self._make_way(images)
 
@@ -168,6 +170,11 @@ class Llava:
 
         with self._turns.turn():
             return trace(self._llama, self._handler, conversation(image, question))
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of context: a prompt and its answer."""
+        return int(self._llama.n_ctx())
 
     def close(self) -> None:
         """Free the model, after the answer that is running. Calling it again does nothing."""
@@ -199,7 +206,7 @@ class Llava:
         self._make_way([image for message in messages for image in message.images])
         turn = self._turns.begin()
         try:
-            room = min(options.max_tokens, self._llama.n_ctx() // ROOM) if options.shift else None
+            room = min(options.max_tokens, self.n_ctx // ROOM) if options.shift else None
             evaluated = self._handler.evaluate(self._llama, messages, stop=stop, shift_for=room)
             yield from self._answer(turn, evaluated, options, start, stop)
         except Interrupted:
@@ -216,7 +223,7 @@ class Llava:
         stop: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
         text = AnswerText(options.stop)
-        room = self._llama.n_ctx() - len(evaluated.token_ids)
+        room = self.n_ctx - len(evaluated.token_ids)
         limit = min(options.max_tokens, room)
         finish: FinishReason = "length"
         first_s = last_s = n = 0.0
@@ -289,19 +296,6 @@ class Llava:
         buffer = ctypes.create_string_buffer(PIECE_BYTES)
         n = llama_cpp.llama_token_to_piece(self._llama._model.vocab, token, buffer, PIECE_BYTES, 0, False)
         return buffer.raw[: max(0, n)]
-
-
-def conversation(
-    image: ImageSource | Sequence[ImageSource] | None, question: str, system: str | None = None
-) -> list[Message]:
-    """A system message, if any, and one question about the images."""
-    first = [Message("system", system)] if system else []
-    return [*first, Message("user", question, () if image is None else _as_images(image))]
-
-
-def _as_images(image: ImageSource | Sequence[ImageSource]) -> tuple[ImageSource, ...]:
-    images: Any = image if isinstance(image, list | tuple) else (image,)
-    return tuple(images)
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:

@@ -19,7 +19,8 @@ CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must
 MIN_BATCH = 512  # llama.cpp's default; an image's patches go in one batch if there are more
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # a value; ggml's block_q8_0 is 32 values in 34 bytes
 F32_BYTES = 4
-REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q2_K", "IQ4_NL"}  # ggml-cpu/repack.cpp, some CPUs
+# enum ggml_type: Q4_0, Q8_0, Q2_K, Q4_K, Q5_K, Q6_K, IQ4_NL, which ggml-cpu/repack.cpp rearranges on some CPUs
+REPACKED = (2, 8, 10, 12, 13, 14, 20)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
     resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. Where memory is short the map is better all
     the same, because its pages can be dropped; where weights are used as they lie (F16, GPUs), too.
     """
-    repacked = sum(t.n_bytes for t in Header.read(bundle.model).tensors.values() if _type(t) in REPACKED)
+    repacked = sum(t.n_bytes for t in Header.read(bundle.model).tensors.values() if t.type in REPACKED)
     return not on_gpu and 2 * repacked > needed.text and needed.total <= available_bytes()
 
 
@@ -105,9 +106,3 @@ def _buffer_bytes(keys: dict[str, Any], context: int, batch: int, *, flash: bool
 
 def _tensor_bytes(header: Header) -> int:
     return sum(t.n_bytes for t in header.tensors.values())
-
-
-def _type(tensor: Any) -> str:
-    from gguf import GGMLQuantizationType
-
-    return str(GGMLQuantizationType(tensor.type).name)

@@ -180,3 +180,17 @@ class Trace:
     embeddings_match: bool
     max_difference: float
     class_token_corrected: bool
+
+
+def conversation(
+    image: ImageSource | Sequence[ImageSource] | None, question: str, system: str | None = None
+) -> list[Message]:
+    """A system message, if any, and one question about the images."""
+    first = [Message("system", system)] if system else []
+    return [*first, Message("user", question, () if image is None else as_images(image))]
+
+
+def as_images(image: ImageSource | Sequence[ImageSource]) -> tuple[ImageSource, ...]:
+    """One image or several, as several."""
+    images: Any = image if isinstance(image, list | tuple) else (image,)
+    return tuple(images)

@@ -156,7 +156,13 @@ def test_a_prepared_image_waits_only_for_its_question(llava: Llava, expected: An
     assert timings.encode_s < 1e-3
     assert timings.kept_tokens > 576
     assert np.array_equal(found, expected[0])
-    assert llava.prepare(A).wait()  # nothing left to do
+    assert llava.prepare(A).wait()  # nothing left to do, and the question is not forgotten
+    long = "What is it? " + "Look closely. " * 20
+    expected_kept = llava.ask(A, long, options=ONE).timings.prompt_tokens
+    assert llava.prepare(A).wait()
+    again = llava.ask(A, long + " Well?", options=ONE).timings
+    assert again.kept_tokens > 576 + 40
+    assert again.kept_tokens < expected_kept
     assert np.array_equal(evaluated(llava, A)[0], expected[0])
 
 

@@ -61,7 +61,7 @@ def ask(
     BUNDLE is a folder made by `convert`, or the name `demo`. The answer streams to stdout, timings go to stderr.
     """
     from pocketllava import Llava, Options
-    from pocketllava.llava import conversation
+    from pocketllava.types import conversation
 
     options = Options(max_tokens, temperature, top_p, top_k, seed, stop)
     images = [image_argument(i) for i in (image, *more_images)]
