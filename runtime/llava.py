@@ -18,6 +18,7 @@ from pocketllava.background import in_background_async
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
 from pocketllava.preparation import Preparation
+from pocketllava.tokens import Tokens
 from pocketllava.turns import Turn, Turns
 from pocketllava.types import (
     GIGA,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from pocketllava.features import Features
     from pocketllava.handler import Evaluated, LlavaChatHandler
 
-PIECE_BYTES = 1024
 ROOM = 4  # the part of the context that Options.shift makes free for an answer
 
 
@@ -49,7 +49,9 @@ class Llava:
         self, bundle: Bundle, llama: Any, handler: LlavaChatHandler, load_s: float, device: str
     ) -> None:
         self.bundle, self._llama, self._handler = bundle, llama, handler
-        self._load_s, self._device = load_s, device
+        self.load_s, self._device = load_s, device
+        # config.json may name several ends; a GGUF file holds one
+        self._vocabulary = Tokens(llama._model.vocab, bundle.manifest["eos_token_ids"])
         self._turns = Turns()
         self._preparation: Preparation | None = None
 
@@ -172,6 +174,12 @@ class Llava:
             return trace(self._llama, self._handler, conversation(image, question))
 
     @property
+    def devices(self) -> tuple[str, str]:
+        """What evaluates the text model, and the vision tower."""
+        vision = self._handler._vision
+        return self._device, vision.device if vision else "not used"
+
+    @property
     def n_ctx(self) -> int:
         """Tokens of context: a prompt and its answer."""
         return int(self._llama.n_ctx())
@@ -210,7 +218,7 @@ class Llava:
             evaluated = self._handler.evaluate(self._llama, messages, stop=stop, shift_for=room)
             yield from self._answer(turn, evaluated, options, start, stop)
         except Interrupted:
-            yield Chunk("", (), "cancelled", Timings(load_s=self._load_s))
+            yield Chunk("", (), "cancelled", Timings(load_s=self.load_s))
         finally:
             self._turns.end(turn)
 
@@ -222,7 +230,7 @@ class Llava:
         start: float,
         stop: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
-        text = AnswerText(options.stop)
+        text, tokens = AnswerText(options.stop), self._vocabulary
         room = self.n_ctx - len(evaluated.token_ids)
         limit = min(options.max_tokens, room)
         finish: FinishReason = "length"
@@ -233,11 +241,11 @@ class Llava:
             if stop is not None and stop():
                 finish = "cancelled"
                 break
-            if self._is_end(token):
+            if tokens.is_end(token):
                 finish = "stop"
                 break
             n += 1
-            piece = text.add(self._piece(token))
+            piece = text.add(tokens.piece(token))
             if text.stopped:
                 yield Chunk(piece, (token,))
                 finish = "stop"
@@ -250,9 +258,8 @@ class Llava:
         yield Chunk(text.finish(), (), finish, timings)
 
     def _timings(self, evaluated: Evaluated, first_s: float, last_s: float, n: int) -> Timings:
-        vision = self._handler._vision
         return Timings(
-            load_s=self._load_s,
+            load_s=self.load_s,
             prepare_s=evaluated.prepare_s,
             encode_s=evaluated.encode_s,
             prompt_s=evaluated.prompt_s,
@@ -262,7 +269,7 @@ class Llava:
             image_tokens=evaluated.image_tokens,
             kept_tokens=evaluated.kept_tokens,
             answer_tokens=n,
-            devices=(self._device, vision.device if vision else "not used"),
+            devices=self.devices,
             left_out=evaluated.left_out,
         )
 
@@ -280,22 +287,6 @@ class Llava:
                 min_p=0.0,
                 repeat_penalty=1.0,
             )
-
-    def _is_end(self, token: int) -> bool:
-        from llama_cpp import llama_cpp
-
-        ends = self.bundle.manifest["eos_token_ids"]  # config.json may name several; a GGUF file holds one
-        return token in ends or bool(llama_cpp.llama_vocab_is_eog(self._llama._model.vocab, token))
-
-    def _piece(self, token: int) -> bytes:
-        """A token's bytes. llama_cpp's own detokenizer cuts pieces off at 32 bytes."""
-        import ctypes
-
-        from llama_cpp import llama_cpp
-
-        buffer = ctypes.create_string_buffer(PIECE_BYTES)
-        n = llama_cpp.llama_token_to_piece(self._llama._model.vocab, token, buffer, PIECE_BYTES, 0, False)
-        return buffer.raw[: max(0, n)]
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:

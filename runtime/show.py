@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pocketllava.types import Timings, Trace
 
 if TYPE_CHECKING:
+    from pocketllava.bench import Figure
     from pocketllava.convert import ConvertPlan
     from pocketllava.memory import Memory
     from pocketllava.models import Bundle
@@ -102,12 +103,31 @@ def summary_lines(table: dict[str, Any]) -> list[str]:
     return lines
 
 
+def figure_lines(about: dict[str, Any], figures: list[Figure]) -> list[str]:
+    """What was measured on, and a table of medians with the smallest and largest value."""
+    lines = [
+        f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in about.items()
+    ]
+    width = max(len(f.name) for f in figures)
+    lines += ["", f"{'':<{width}} {'median':>10} {'min':>10} {'max':>10}"]
+    for f in figures:
+        numbers = " ".join(f"{_figure(value):>10}" for value in (f.median, min(f.values), max(f.values)))
+        lines.append(f"{f.name:<{width}} {numbers} {f.unit}")
+    return lines
+
+
 def size(n_bytes: int) -> str:
     """Bytes with a decimal unit: "4.08 GB"."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.2f} {unit}"
     return f"{n_bytes} B"
+
+
+def _figure(value: float) -> str:
+    """Three digits that count, and no powers of ten."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _vision_facts(header: Header) -> list[str]:

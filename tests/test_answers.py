@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -120,10 +122,14 @@ def test_stop_texts_end_the_answer(llava: Llava) -> None:
     assert answer.finish_reason == "stop"
 
 
-def test_every_end_token_of_config_json_ends_the_answer(bundle: Bundle) -> None:
+def test_every_end_token_of_config_json_ends_the_answer(bundle: Bundle, tmp_path: Path) -> None:
     with Llava.load(bundle.folder) as llava:
         whole = llava.ask(None, "Say something.", options=SHORT)
-        llava.bundle.manifest["eos_token_ids"].append(whole.token_ids[2])
+    several = Path(shutil.copytree(bundle.folder, tmp_path / "several"))
+    manifest = json.loads((several / "bundle.json").read_text("utf-8"))
+    manifest["eos_token_ids"].append(whole.token_ids[2])
+    (several / "bundle.json").write_text(json.dumps(manifest), "utf-8")
+    with Llava.load(several) as llava:
         answer = llava.ask(None, "Say something.", options=SHORT)
     assert (answer.token_ids, answer.finish_reason) == (whole.token_ids[:2], "stop")
 

@@ -1,0 +1,52 @@
+"""`pocketllava bench`: where the time goes on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from pocketllava.commands.common import image_argument, load_options
+from pocketllava.show import figure_lines
+
+
+@click.command()
+@click.argument("model", metavar="BUNDLE")
+@click.option("--image", metavar="IMAGE", help="Ask about this picture instead of a drawn one.")
+@click.option(
+    "-n", "--runs", type=click.IntRange(1), default=3, show_default=True, help="Medians of this many."
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of an answer at most."
+)
+@load_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def bench(
+    model: str, image: str | None, runs: int, tokens: int, load: dict[str, Any], as_json: bool, quiet: bool
+) -> None:
+    """Measure image encoding, prompt evaluation, first tokens and decoding.
+
+    Every run shows pictures that were never shown before: the given one with a little noise in its middle.
+    Close other programs first: llama.cpp's threads wait by spinning, and share badly.
+    """
+    from tqdm import tqdm
+
+    from pocketllava import Llava
+    from pocketllava.bench import bench as measure
+    from pocketllava.bench import machine
+    from pocketllava.demo import drawn_picture
+    from pocketllava.image import load as load_image
+
+    picture = load_image(image_argument(image or str(drawn_picture())))
+    with (
+        Llava.load(model, **load) as llava,
+        tqdm(total=runs, unit="run", disable=True if quiet else None) as bar,
+    ):
+        figures = measure(llava, picture, runs=runs, tokens=tokens, progress=bar.update)
+        about = {**machine(llava), "device": ", ".join(llava.devices), "load_s": llava.load_s}
+    if as_json:
+        click.echo(json.dumps({"machine": about, "figures": {f.name: f.to_json() for f in figures}}))
+        return
+    click.echo("\n".join(figure_lines(about, figures)))
