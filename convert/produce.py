@@ -60,8 +60,9 @@ def produce(
         todo = [job for job in todo if not (resume and _finished(job))]  # again: some may have been recovered
         for job in todo:
             check_target(job.target, force)
-        _check_disk({job: works[job] for job in todo})
-        _make({job: works[job] for job in todo}, threads, progress)
+        if todo:
+            _check_disk({job: works[job] for job in todo})
+            _make({job: works[job] for job in todo}, threads, progress)
         for job in todo:
             put_in_place(works[job], job.target)
     return [Bundle.open(job.target) for job in jobs]
@@ -136,8 +137,6 @@ def _finished(job: Job) -> bool:
 
 def _check_disk(works: dict[Job, Path]) -> None:
     """Raise DiskFull if all bundles, less what is there of them, do not fit beside the first one's target."""
-    if not works:
-        return
     folder = next(iter(works)).target.parent
     there = sum(p.stat().st_size for work in works.values() for p in work.iterdir() if p.suffix == ".gguf")
     needed = sum(job.disk_bytes for job in works) - there + DISK_MARGIN_BYTES
