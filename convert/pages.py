@@ -46,12 +46,12 @@ def forget(file: BinaryIO, offset: int = 0, n_bytes: int = 0) -> None:
 
 def sha256_of(path: Path, read: Callable[[int], None]) -> str:
     """SHA-256 of a whole file as the disk holds it. `read` is told the bytes of each block."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
         forget(file)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            read(len(block))
+        while n := file.readinto(block):
+            digest.update(block[:n])
+            read(n)
     return digest.hexdigest()
 
 

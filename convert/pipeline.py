@@ -7,7 +7,8 @@ writer.py, where they lie meanwhile in place.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,8 @@ from pocketllava.errors import ConvertError
 from pocketllava.models.bundle import DEFAULT_TEMPLATE, FORMAT, Bundle
 from pocketllava.models.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
+
+MAX_TOKENS = 1 << 22  # sixteen times the largest vocabulary there is
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,48 @@ def plan(
     """Open a checkpoint and plan its conversion; nothing is written. Raises ConvertError and its kinds."""
     quant, mmproj = known(quant, TEXT_TYPES, "--quant"), known(mmproj, MMPROJ_TYPES, "--mmproj")
     folder, identity = fetch(os.fspath(source), revision)
-    try:
+    with _damage_named(folder):
         checkpoint = open_checkpoint(folder, identity)
         config = LlavaConfig.from_json(checkpoint.config)
+        _check_counts(checkpoint, config)
         prepared = preprocessing(checkpoint.files, config.vision.image_size)
         vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
+        if config.image_token_id >= len(vocab.tokens):
+            raise ConvertError(
+                f"config.json: image token {config.image_token_id}, but the vocabulary has {len(vocab.tokens)} tokens"
+            )
+        template = _template(checkpoint)
+        dropped = dict(checkpoint.dropped)
+        text = plan_text(checkpoint, config.text, vocab, template, quant, dropped)
+        vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
+    return ConvertPlan(checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped)
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Whatever a damaged JSON file or tokenizer still trips over is an error of one line, as all others are."""
+    try:
+        yield
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be read ({error.strerror or error})") from error
-    template = _template(checkpoint)
-    dropped = dict(checkpoint.dropped)
-    text = plan_text(checkpoint, config.text, vocab, template, quant, dropped)
-    vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
-    return ConvertPlan(checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConvertError(
+            f"{folder}: a JSON file or the tokenizer holds what no LLaVA-1.5 checkpoint does ({reason}); download"
+            " it again"
+        ) from error
+
+
+def _check_counts(checkpoint: Checkpoint, config: LlavaConfig) -> None:
+    """Refuse what would take all memory or time to list, before it is listed."""
+    layers, tensors = max(config.text.n_layer, config.vision.n_layer), len(checkpoint.tensors)
+    if layers > tensors:
+        raise ConvertError(
+            f"config.json: num_hidden_layers {layers}, but the checkpoint holds {tensors} tensors; it is incomplete"
+            " or its config.json describes another model"
+        )
+    if config.text.n_vocab > MAX_TOKENS:
+        raise ConvertError(f"config.json: vocab_size {config.text.n_vocab}, expected at most {MAX_TOKENS}")
 
 
 def convert(

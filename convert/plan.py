@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -65,8 +65,11 @@ class PlannedTensor:
 
     @property
     def copied(self) -> bool:
-        """Whether the source's bytes are the result: a tensor that a bundle already holds quantised."""
-        return self.source.dtype == self.type.name and self.source.dtype not in FLOAT_TYPES
+        """Whether the source's bytes are the result: the same type, and nothing that changes a value's place."""
+        changes = (f for f in fields(self) if f.default is not MISSING)
+        return self.source.dtype == self.type.name and all(
+            getattr(self, f.name) is f.default for f in changes
+        )
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) pieces of about CHUNK_VALUES values, whole heads where permuted."""

@@ -192,9 +192,11 @@ def quantize(rows: Floats, kind: T, name: str) -> bytes:
 
 
 def checked_copy(data: bytes, kind: T, name: str) -> bytes:
-    """Bytes that are of that type already. Raises ConvertError if ggml finds no valid blocks in them."""
+    """Bytes that are of that type already. Raises ConvertError if ggml finds NaN or infinity in them."""
     if not ggml().ggml_validate_row_data(int(kind), data, len(data)):
-        raise ConvertError(f"tensor {name}: holds no valid {kind.name} values; the file is damaged")
+        raise ConvertError(
+            f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged"
+        )
     return data
 
 

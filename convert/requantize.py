@@ -10,7 +10,8 @@ patch embedding in F16). Knows GGUF headers and types' mixes; no checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def _plan(header: Header, types: Mapping[str, T], file_type: int) -> FilePlan:
         PlannedTensor(info.name, info.shape, types[info.name], _source(header, info.name))
         for info in header.tensors.values()
     )
-    return FilePlan(str(header.keys[ARCHITECTURE]), tuple(_keys(header, file_type)), tensors)
+    keys = tuple(replace(k, value=file_type) if k.name == FILE_TYPE else k for k in keys_of(header))
+    return FilePlan(str(header.keys[ARCHITECTURE]), keys, tensors)
 
 
 def _source(header: Header, name: str) -> SourceTensor:
@@ -109,14 +111,14 @@ def _source(header: Header, name: str) -> SourceTensor:
     return SourceTensor(name, header.path, offset, info.n_bytes, T(info.type).name, info.shape)
 
 
-def _keys(header: Header, file_type: int) -> Sequence[Key]:
+def keys_of(header: Header) -> list[Key]:
     """Every key with its type, in order, but for the architecture, which the writer writes itself."""
     keys: list[Key] = []
     for name, value in header.keys.items():
         kind = V(header.key_types[name])
         item = V(header.item_types[name]) if kind is V.ARRAY else None
         if name != ARCHITECTURE:
-            keys.append(Key(name, file_type if name == FILE_TYPE else value, kind, item))
+            keys.append(Key(name, value, kind, item))
     return keys
 
 

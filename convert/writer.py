@@ -157,17 +157,15 @@ def _jobs(groups: list[tuple[PlannedTensor, ...]], reader: SourceReader) -> Iter
 
 
 def _piece(tensors: tuple[PlannedTensor, ...], reader: SourceReader, first: int, count: int) -> Piece:
-    tensor = tensors[0]
-    raw = reader.rows(tensor, first, count)
-    last = first + count == tensor.n_rows
-    if tensor.copied:
-        made = {tensor.type: (checked_copy(raw, tensor.type, tensor.source.name), (0.0, 0.0))}
-        return tensors, last, made, len(raw)
-    rows = tensor.to_float(raw)
-    by_type = {t.type: t for t in tensors}
-    return tensors, last, {kind: _made(t, rows) for kind, t in by_type.items()}, len(raw)
+    raw = reader.rows(tensors[0], first, count)
+    rows = None if all(t.copied for t in tensors) else tensors[0].to_float(raw)
+    made = {t.type: _made(t, raw, rows) for t in {t.type: t for t in tensors}.values()}
+    return tensors, first + count == tensors[0].n_rows, made, len(raw)
 
 
-def _made(tensor: PlannedTensor, rows: Floats) -> Made:
+def _made(tensor: PlannedTensor, raw: bytes, rows: Floats | None) -> Made:
+    """A piece in its type, and how far it is from its source: bytes that are copied are no way off."""
+    if tensor.copied or rows is None:
+        return checked_copy(raw, tensor.type, tensor.source.name), (0.0, 0.0)
     data = quantize(rows, tensor.type, tensor.source.name)
     return data, difference(data, tensor.type, rows)
