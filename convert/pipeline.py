@@ -29,6 +29,7 @@ from pocketllava.models.bundle import DEFAULT_TEMPLATE, FORMAT, Bundle
 from pocketllava.models.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
+MAX_MESSAGE = 1000  # characters
 MAX_TOKENS = 1 << 22  # sixteen times the largest vocabulary there is
 
 
@@ -83,17 +84,27 @@ def plan(
 
 @contextmanager
 def _damage_named(folder: Path) -> Iterator[None]:
-    """Whatever a damaged JSON file or tokenizer still trips over is an error of one line, as all others are."""
+    """Whatever a damaged JSON file or tokenizer trips over is an error of one line, whatever it quotes of them."""
     try:
         yield
+    except ConvertError as error:
+        error.args = (_one_line(str(error)),)
+        raise
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be read ({error.strerror or error})") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = _one_line(f"{type(error).__name__}: {error}")[:200]
         raise ConvertError(
             f"{folder}: a JSON file or the tokenizer holds what no LLaVA-1.5 checkpoint does ({reason}); download"
             " it again"
         ) from error
+
+
+def _one_line(message: str) -> str:
+    """Without line ends and what a terminal might obey or cannot show, the middle left out of a long one."""
+    shown = "".join(c if c.isprintable() else " " for c in message)
+    half = MAX_MESSAGE // 2
+    return shown if len(shown) <= MAX_MESSAGE else f"{shown[:half]} ... {shown[-half:]}"
 
 
 def _check_counts(checkpoint: Checkpoint, config: LlavaConfig) -> None:

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+
+import damage
+import pytest
+import small_checkpoint
 
 NUMBER = int(os.environ.get("POCKETLLAVA_DAMAGED", "40"))
 SEED = os.environ.get("POCKETLLAVA_SEED", "0")
@@ -27,3 +32,10 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     assert found["refused"] + found["converted"] == NUMBER
     assert found["refused"] > NUMBER / 4
     assert found["peak_bytes"] < GIGA
+
+
+@pytest.mark.parametrize("case", ["0 11", "0 98", "1 394", "2 7", "2 230"])
+def test_what_once_was_a_traceback_or_several_lines(tmp_path: Path, case: str) -> None:
+    folder = small_checkpoint.write(tmp_path / "damaged", layers=1, ffn=256)
+    damage.spoil(random.Random(case), folder)
+    assert damage.outcome(folder, tmp_path / "out") == "refused"
