@@ -1,7 +1,7 @@
 """A vision tower of one block, in memory: so that a load test needs neither the tower's 0.6 GB nor a file.
 
 libmtmd reads all of a tower into memory of its own. A large one is therefore tested in two steps: libmtmd
-opens the file itself, reads its keys and looks every tensor up, and is stopped at the first byte of data; then it
+opens the file itself, reads its keys and looks every tensor up, and is stopped after the first tensor; then it
 encodes an image with a copy that holds the first block only. Knows GGUF files and libmtmd's names.
 """
 
