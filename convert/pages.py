@@ -6,6 +6,7 @@ Windows) the kernel keeps what it likes, and nothing else changes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -41,7 +42,8 @@ def _read(file: BinaryIO, offset: int, n_bytes: int) -> bytes:
 def forget(file: BinaryIO, offset: int = 0, n_bytes: int = 0) -> None:
     """Let the page cache drop that part (0: to the end) of a file; only a hint, and only what is on disk."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, n_bytes, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # a file system that takes no advice
+            os.posix_fadvise(file.fileno(), offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def sha256_of(path: Path, read: Callable[[int], None]) -> str:
