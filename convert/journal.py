@@ -105,7 +105,7 @@ def identity(plans: Iterable[FilePlan]) -> str:
     for plan in plans:
         _feed(digest, plan)
         sources |= {tensor.source.file for tensor in plan.tensors}
-    for path in sorted(sources):
+    for path in sorted(path for path in sources if path.is_file()):
         found = path.stat()
         digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()
