@@ -47,7 +47,7 @@ def plan_mmproj(
         vision.drop(f"vision.encoder.layers.{n}.", f"features are those after block {used - 1}", dropped)
     vision.drop("vision.post_layernorm.", "not applied to patch features", dropped)
     tensors = tuple(
-        PlannedTensor(name, source.shape, _type_of(name, source.shape, quant), source)
+        PlannedTensor(name, source.shape, type_of(name, source.shape, quant), source)
         for name, source in (*_vision(vision, config.vision), *_projector(projector, config))
     )
     vision.finish()
@@ -88,7 +88,7 @@ def _pair(
     yield f"{ours}.bias", taker.take(f"{theirs}.bias", shape[:1])
 
 
-def _type_of(name: str, shape: tuple[int, ...], quant: str) -> T:
+def type_of(name: str, shape: tuple[int, ...], quant: str) -> T:
     """Vectors and positions F32; the convolution F32 or F16, since ggml has no other; matrices as asked."""
     wanted = MMPROJ_TYPES[quant][0]
     if len(shape) == 1 or name == "v.position_embd.weight":

@@ -1,39 +1,36 @@
-"""Checkpoint -> Bundle: opens, plans, writes, verifies, and puts the result in its place at once.
+"""Checkpoint -> Bundle: opens it, plans both files, and has them produced.
 
-Knows the order of the steps and where files lie; the steps themselves are in the other files. Everything
-is written in a folder beside the final one, which takes its name when all of it is whole.
+Knows what a conversion consists of and what bundle.json says; how files come about is in produce.py and
+writer.py, where they lie meanwhile in place.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pocketllava.backend import cores
 from pocketllava.convert.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.mmproj import plan_mmproj
-from pocketllava.convert.plan import CHUNK_VALUES, FilePlan, SourceReader
+from pocketllava.convert.place import check_target
+from pocketllava.convert.plan import CHUNK_VALUES, FilePlan
+from pocketllava.convert.produce import Job, produce
 from pocketllava.convert.quantize import MMPROJ_TYPES, TEXT_TYPES, known
 from pocketllava.convert.text import plan_text
-from pocketllava.convert.verify import load_test, verify_file
 from pocketllava.convert.vocab import Vocab, read_vocab
-from pocketllava.convert.writer import Progress, write
-from pocketllava.errors import ConvertError, DiskFull
-from pocketllava.models.bundle import DEFAULT_TEMPLATE, FORMAT, MANIFEST, MMPROJ, MODEL, Bundle, describe_file
+from pocketllava.convert.writer import Progress
+from pocketllava.errors import ConvertError
+from pocketllava.models.bundle import DEFAULT_TEMPLATE, FORMAT, Bundle
 from pocketllava.models.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
-DISK_MARGIN_BYTES = 16 << 20
-LOCK = "lock"
+MAX_MESSAGE = 1000  # characters
+MAX_TOKENS = 1 << 22  # sixteen times the largest vocabulary there is
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ class ConvertPlan:
         return self.text.n_bytes + self.mmproj.n_bytes + vocabulary + (1 << 16)
 
     def memory_bytes(self, threads: int) -> int:
-        """Memory that the conversion's buffers take at most: source, float32 and result of each piece."""
-        return (2 * threads + 2) * CHUNK_VALUES * 12 + (96 << 20)
+        """Memory that the conversion takes at most: pieces at work, as source, float32 and result, and waiting."""
+        return (threads * 20 + (2 * threads + 2) * 4) * CHUNK_VALUES + (96 << 20)
 
 
 def plan(
@@ -68,18 +65,58 @@ def plan(
     """Open a checkpoint and plan its conversion; nothing is written. Raises ConvertError and its kinds."""
     quant, mmproj = known(quant, TEXT_TYPES, "--quant"), known(mmproj, MMPROJ_TYPES, "--mmproj")
     folder, identity = fetch(os.fspath(source), revision)
-    try:
+    with _damage_named(folder):
         checkpoint = open_checkpoint(folder, identity)
         config = LlavaConfig.from_json(checkpoint.config)
+        _check_counts(checkpoint, config)
         prepared = preprocessing(checkpoint.files, config.vision.image_size)
         vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
+        if config.image_token_id >= len(vocab.tokens):
+            raise ConvertError(
+                f"config.json: image token {config.image_token_id}, but the vocabulary has {len(vocab.tokens)} tokens"
+            )
+        template = _template(checkpoint)
+        dropped = dict(checkpoint.dropped)
+        text = plan_text(checkpoint, config.text, vocab, template, quant, dropped)
+        vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
+    return ConvertPlan(checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped)
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Whatever a damaged JSON file or tokenizer trips over is an error of one line, whatever it quotes of them."""
+    try:
+        yield
+    except ConvertError as error:
+        error.args = (_one_line(str(error)),)
+        raise
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be read ({error.strerror or error})") from error
-    template = _template(checkpoint)
-    dropped = dict(checkpoint.dropped)
-    text = plan_text(checkpoint, config.text, vocab, template, quant, dropped)
-    vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
-    return ConvertPlan(checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = _one_line(f"{type(error).__name__}: {error}")[:200]
+        raise ConvertError(
+            f"{folder}: a JSON file or the tokenizer holds what no LLaVA-1.5 checkpoint does ({reason}); download"
+            " it again"
+        ) from error
+
+
+def _one_line(message: str) -> str:
+    """Without line ends and what a terminal might obey or cannot show, the middle left out of a long one."""
+    shown = "".join(c if c.isprintable() else " " for c in message)
+    half = MAX_MESSAGE // 2
+    return shown if len(shown) <= MAX_MESSAGE else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def _check_counts(checkpoint: Checkpoint, config: LlavaConfig) -> None:
+    """Refuse what would take all memory or time to list, before it is listed."""
+    layers, tensors = max(config.text.n_layer, config.vision.n_layer), len(checkpoint.tensors)
+    if layers > tensors:
+        raise ConvertError(
+            f"config.json: num_hidden_layers {layers}, but the checkpoint holds {tensors} tensors; it is incomplete"
+            " or its config.json describes another model"
+        )
+    if config.text.n_vocab > MAX_TOKENS:
+        raise ConvertError(f"config.json: vocab_size {config.text.n_vocab}, expected at most {MAX_TOKENS}")
 
 
 def convert(
@@ -92,55 +129,53 @@ def convert(
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    resume: bool = False,
 ) -> Bundle:
     """Convert a LLaVA-1.5 checkpoint (folder or hub id) into a bundle at `out`.
 
     quant: type of the text model; mmproj: type of the vision tower and projector. progress is called
-    with a stage ("convert", "verify"), bytes of the source done and in all. On any failure nothing lies
-    under the final name, and an earlier bundle there is kept. Raises ConvertError and its kinds.
+    with a stage ("convert": bytes of the source; "verify": bytes written), bytes done, bytes in all and the
+    tensor's or file's name. On any failure nothing lies under the final name, and an earlier bundle there is
+    kept. resume: go on from the last whole tensor of a run that was killed. Raises ConvertError and its kinds.
     """
     target = Path(out).expanduser()
-    _check_target(target, force)
+    if not resume:
+        check_target(target, force)
     return execute(
         plan(source, quant=quant, mmproj=mmproj, revision=revision),
         target,
         force=force,
         threads=threads or cores(),
         progress=progress,
+        resume=resume,
     )
 
 
 def execute(
-    planned: ConvertPlan, target: Path, *, force: bool, threads: int, progress: Progress | None
+    planned: ConvertPlan,
+    target: Path,
+    *,
+    force: bool,
+    threads: int,
+    progress: Progress | None,
+    resume: bool = False,
 ) -> Bundle:
     """Write, verify and put in place what was planned."""
-    _check_target(target, force)
-    with _working_folder(target) as work:
-        _check_target(target, force)  # again: a bundle may have been recovered
-        _check_disk(planned, target)
-        files = ((planned.text, work / MODEL), (planned.mmproj, work / MMPROJ))
-        with SourceReader() as reader:
-            for stage, step in (("convert", write), ("verify", verify_file)):
-                advance = _Advance(stage, sum(p.source_bytes for p, _ in files), progress)
-                for file_plan, path in files:
-                    step(file_plan, path, reader, threads, advance)
-        load_test(work / MODEL, work / MMPROJ)
-        manifest = _manifest(planned, work)
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        _put_in_place(work, target)
-    return Bundle.open(target)
+    (bundle,) = execute_all({target: planned}, force=force, threads=threads, progress=progress, resume=resume)
+    return bundle
 
 
-class _Advance:
-    """Adds up bytes and tells the caller."""
-
-    def __init__(self, stage: str, total: int, progress: Progress | None) -> None:
-        self.stage, self.total, self.progress, self.done = stage, total, progress, 0
-
-    def __call__(self, n_bytes: int) -> None:
-        self.done += n_bytes
-        if self.progress:
-            self.progress(self.stage, self.done, self.total)
+def execute_all(
+    planned: Mapping[Path, ConvertPlan],
+    *,
+    force: bool,
+    threads: int,
+    progress: Progress | None,
+    resume: bool = False,
+) -> list[Bundle]:
+    """Make several bundles of one checkpoint, such as one a type, reading it once."""
+    jobs = [Job(target, p.text, p.mmproj, _manifest(p)) for target, p in planned.items()]
+    return produce(jobs, force=force, threads=threads, progress=progress, resume=resume)
 
 
 def _template(checkpoint: Checkpoint) -> str:
@@ -149,7 +184,8 @@ def _template(checkpoint: Checkpoint) -> str:
     return template if template and "image" in template else DEFAULT_TEMPLATE
 
 
-def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
+def _manifest(planned: ConvertPlan) -> dict[str, Any]:
+    """bundle.json's content; its `files` are known when they are written."""
     from pocketllava import __version__
 
     config, vocab, checkpoint = planned.config, planned.vocab, planned.checkpoint
@@ -163,7 +199,7 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
             },
         },
         "types": {"model": planned.quant, "mmproj": planned.mmproj_quant},
-        "files": {name: describe_file(work / name) for name in (MODEL, MMPROJ)},
+        "files": {},
         "image": {
             "token": vocab.tokens[config.image_token_id],
             "token_id": config.image_token_id,
@@ -176,86 +212,3 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
         "preprocessing": planned.preprocessing.to_json(),
         "chat_template": planned.template,
     }
-
-
-def _check_target(target: Path, force: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConvertError(f"{target}: a file; --out names the folder to make")
-    held = {path.name for path in target.iterdir()}
-    if foreign := sorted(held - {MODEL, MMPROJ, MANIFEST}):
-        raise ConvertError(
-            f"{target}: holds {foreign[0]!r}; --out must be a new or empty folder, or a bundle"
-        )
-    if held and not force:
-        raise ConvertError(f"{target}: holds a bundle already; use --force to replace it, or another --out")
-
-
-def _check_disk(planned: ConvertPlan, target: Path) -> None:
-    needed, free = planned.disk_bytes + DISK_MARGIN_BYTES, shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise DiskFull(
-            f"{target.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed; free some space, choose"
-            " another --out or a smaller --quant",
-            needed,
-            free,
-        )
-
-
-@contextmanager
-def _working_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target, for one conversion at a time; gone afterwards, whatever happens.
-
-    A killed run leaves it behind under a hidden name; the next one to the same target clears it.
-    """
-    work = target.parent / f".{target.name}.partial"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
-        lock = FileLock(work / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConvertError(
-            f"{target}: another conversion is writing there; wait for it, or choose another --out"
-        ) from None
-    except OSError as error:
-        raise ConvertError(
-            f"{target}: cannot be written ({error.strerror or error}); choose another --out"
-        ) from error
-    try:
-        _recover(target)
-        for name in (MODEL, MMPROJ, MANIFEST):
-            (work / name).unlink(missing_ok=True)
-        yield work
-    except OSError as error:
-        raise ConvertError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        lock.release()
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _beside(target: Path) -> tuple[Path, Path]:
-    """Where a finished bundle and the one it replaces lie for the moment between two renames."""
-    return target.parent / f".{target.name}.finished", target.parent / f".{target.name}.old"
-
-
-def _recover(target: Path) -> None:
-    """Finish what a run that was killed between its last two renames left; lose no bundle."""
-    finished, old = _beside(target)
-    if not target.exists() and old.is_dir():
-        (finished if (finished / MANIFEST).is_file() else old).replace(target)
-    for leftover in (finished, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Give the finished files their final place: one rename of a folder, the old bundle kept until then."""
-    finished, old = _beside(target)
-    finished.mkdir()
-    for name in (MODEL, MMPROJ, MANIFEST):
-        (work / name).replace(finished / name)
-    if target.exists():
-        target.replace(old)
-    finished.replace(target)
-    shutil.rmtree(old, ignore_errors=True)

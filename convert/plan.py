@@ -6,8 +6,9 @@ tensor becomes float32 rows in llama.cpp's order; nothing of types' mixes or of 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -17,10 +18,14 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from pocketllava.convert.checkpoint import SourceTensor
-from pocketllava.convert.quantize import n_bytes
+from pocketllava.convert.pages import read_at
+from pocketllava.convert.quantize import dequantize, n_bytes
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
 
-CHUNK_VALUES = 1 << 20  # rows are read and quantised about 4 MB of float32 at a time
+CHUNK_VALUES = 1 << 19  # rows are read and quantised about 2 MB of float32 at a time
+
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,14 @@ class PlannedTensor:
         """Values in a row."""
         return int(np.prod(self.shape, dtype=np.int64)) // self.n_rows
 
+    @property
+    def copied(self) -> bool:
+        """Whether the source's bytes are the result: the same type, and nothing that changes a value's place."""
+        changes = (f for f in fields(self) if f.default is not MISSING)
+        return self.source.dtype == self.type.name and all(
+            getattr(self, f.name) is f.default for f in changes
+        )
+
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) pieces of about CHUNK_VALUES values, whole heads where permuted."""
         unit = self.n_rows // self.heads if self.heads else 1
@@ -89,16 +102,27 @@ class FilePlan:
         return sum(-(-t.n_bytes // 32) * 32 for t in self.tensors)
 
     @property
+    def header_bytes(self) -> int:
+        """Size of keys and tensor list, to within a few kilobytes: lists are what counts."""
+        lists = [key.value for key in self.keys if isinstance(key.value, list)]
+        texts = sum(len(str(item).encode()) + 8 for items in lists for item in items)
+        return texts + 64 * (len(self.keys) + len(self.tensors)) + (1 << 14)
+
+    @property
     def source_bytes(self) -> int:
         """Bytes that have to be read from the checkpoint."""
         return sum(t.source.n_bytes for t in self.tensors)
 
 
 class SourceReader:
-    """Reads rows from a checkpoint's files by plain reads: a file that shrinks is an error, not SIGBUS."""
+    """Reads rows from a checkpoint's files, from any thread, and drops them from the page cache.
+
+    By plain reads: a file that shrinks is an error, not SIGBUS.
+    """
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> SourceReader:
         return self
@@ -112,20 +136,22 @@ class SourceReader:
     def rows(self, tensor: PlannedTensor, first: int, count: int) -> bytes:
         """The source's bytes of `count` rows. Raises ConvertError if the file ends early."""
         source = tensor.source
-        if source.file not in self._files:
-            self._files[source.file] = source.file.open("rb", buffering=0)
-        file, row_bytes = self._files[source.file], source.n_bytes // tensor.n_rows
-        file.seek(source.offset + first * row_bytes)
-        wanted = count * row_bytes
-        parts: list[bytes] = []
-        while wanted and (part := file.read(wanted)):
-            parts.append(part)
-            wanted -= len(part)
-        if wanted:
+        row_bytes = source.n_bytes // tensor.n_rows
+        try:
+            data = read_at(self._file(source.file), source.offset + first * row_bytes, count * row_bytes)
+        except OSError as error:
+            raise ConvertError(f"{source.file}: cannot be read ({error.strerror or error})") from error
+        if len(data) < count * row_bytes:
             raise ConvertError(
                 f"{source.file}: ends inside tensor {source.name!r}; it changed while being read"
             )
-        return b"".join(parts)
+        return data
+
+    def _file(self, path: Path) -> BinaryIO:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = path.open("rb", buffering=0)
+            return self._files[path]
 
 
 class TensorTaker:
@@ -153,7 +179,7 @@ class TensorTaker:
                 f"{source.name}: shape {list(source.shape)}, expected {list(shape)} from config.json",
                 shape=source.shape,
             )
-        if source.dtype not in ("F32", "F16", "BF16"):
+        if source.dtype not in FLOAT_TYPES:
             raise UnsupportedCheckpoint(
                 f"{source.name}: stored as {source.dtype}, expected F32, F16 or BF16; convert the original"
             )
@@ -178,5 +204,7 @@ def _float32(raw: bytes, dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "F32":
         return np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
     if dtype == "F16":
-        return np.frombuffer(raw, "<f2").astype(np.float32)
-    return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        return dequantize(raw, GGMLQuantizationType.F16, len(raw) // 2)
+    wide = np.frombuffer(raw, "<u2").astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)

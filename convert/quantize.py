@@ -172,7 +172,7 @@ def quantize(rows: Floats, kind: T, name: str) -> bytes:
     Raises ConvertError for values that the type cannot hold (NaN, infinity, beyond F16's range).
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    largest = float(np.max(np.abs(rows), initial=0.0))  # NaN survives max
+    largest = float(np.maximum(-rows.min(initial=0.0), rows.max(initial=0.0)))  # NaN survives all three
     if not np.isfinite(largest):
         raise ConvertError(
             f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged"
@@ -191,13 +191,20 @@ def quantize(rows: Floats, kind: T, name: str) -> bytes:
     return out.tobytes()
 
 
+def checked_copy(data: bytes, kind: T, name: str) -> bytes:
+    """Bytes that are of that type already. Raises ConvertError if ggml finds NaN or infinity in them."""
+    if not ggml().ggml_validate_row_data(int(kind), data, len(data)):
+        raise ConvertError(
+            f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged"
+        )
+    return data
+
+
 def dequantize(data: bytes, kind: T, n_values: int) -> Floats:
     """That type's bytes -> (n_values,) float32, by ggml's own to_float."""
     raw = np.frombuffer(data, np.uint8)
     if kind is T.F32:
         return raw.view(np.float32)
-    if kind is T.F16:
-        return raw.view(np.float16).astype(np.float32)
     out = np.empty(n_values, np.float32)
     traits = ggml().ggml_get_type_traits(int(kind)).contents
     TO_FLOAT(traits.to_float)(_at(raw), _at(out), n_values)

@@ -122,14 +122,14 @@ class Bundle:
         return f"{path}: its header is not the one recorded in {MANIFEST}; it belongs to another model"
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """What the manifest records of a file: size, header length and both hashes."""
+def describe_file(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """What the manifest records of a file: size, header length and both hashes (`digest` if it is known)."""
     header = Header.read(path)
     return {
         "bytes": header.file_bytes,
         "header_bytes": header.data_start,
         "header_sha256": header_sha256(path, header.data_start),
-        "sha256": sha256(path),
+        "sha256": digest or sha256(path),
     }
 
 

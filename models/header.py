@@ -7,7 +7,7 @@ be wrong. Knows the container (https://github.com/ggml-org/ggml/blob/master/docs
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +34,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Keys (with their GGUF value types) and tensors of one file."""
+    """Keys (with their GGUF value types, and the types of arrays' items) and tensors of one file."""
 
     path: Path
     keys: dict[str, Any]
@@ -42,6 +42,7 @@ class Header:
     tensors: dict[str, TensorInfo]
     data_start: int
     file_bytes: int
+    item_types: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Header:
@@ -59,6 +60,7 @@ class _Reader:
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self.path, self.file, self.file_bytes = path, file, file_bytes
+        self.item_type = 0  # of the array read last
 
     def fail(self, what: str) -> BundleError:
         return BundleError(f"{self.path}: not a whole GGUF file: {what}; convert or download it again")
@@ -94,6 +96,7 @@ class _Reader:
 
     def array(self) -> list[Any]:
         kind, n = int(self.scalar("I")), self.count("array elements")
+        self.item_type = kind
         if kind in SCALARS:
             code = f"<{n}{SCALARS[kind]}"
             return list(struct.unpack(code, self.take(struct.calcsize(code))))
@@ -109,11 +112,14 @@ class _Reader:
         n_tensors, n_keys = self.count("tensors"), self.count("keys")
         keys: dict[str, Any] = {}
         key_types: dict[str, int] = {}
+        item_types: dict[str, int] = {}
         for _ in range(n_keys):
             name, kind = self.string(), int(self.scalar("I"))
             if name in keys:
                 raise self.fail(f"key {name!r} twice")
             keys[name], key_types[name] = self.value(kind), kind
+            if kind == ARRAY:
+                item_types[name] = self.item_type
         infos = [self.tensor() for _ in range(n_tensors)]
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
@@ -124,7 +130,7 @@ class _Reader:
             raise self.fail("two tensors of one name")
         for info in infos:
             self.check(info, start, alignment)
-        return Header(self.path, keys, key_types, tensors, start, self.file_bytes)
+        return Header(self.path, keys, key_types, tensors, start, self.file_bytes, item_types)
 
     def tensor(self) -> TensorInfo:
         name, n_dims = self.string(), int(self.scalar("I"))

@@ -15,6 +15,7 @@ from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.inspect import inspect
+from pocketllava.commands.quantize import quantize
 from pocketllava.errors import PocketLlavaError
 
 
@@ -24,7 +25,7 @@ def cli() -> None:
     """LLaVA-1.5 on a laptop, with the original model's own answers."""
 
 
-for command in (convert, ask, inspect, demo, evaluate):
+for command in (convert, quantize, ask, inspect, demo, evaluate):
     cli.add_command(command)
 
 

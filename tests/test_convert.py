@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 
 from pocketllava import Bundle, BundleError, ConvertError, DiskFull, Llava, ModelNotFound, Options
-from pocketllava.convert import convert, pipeline, plan
+from pocketllava.convert import convert, plan, produce
 from pocketllava.convert.checkpoint import canonical
 from pocketllava.models.header import Header
 
@@ -94,7 +94,7 @@ def test_progress_counts_every_byte_twice(make_checkpoint: Any, tmp_path: Path) 
     convert(
         make_checkpoint(),
         tmp_path / "b",
-        progress=lambda s, done, all_: seen.setdefault(s, []).append((done, all_)),
+        progress=lambda s, done, all_, _name: seen.setdefault(s, []).append((done, all_)),
     )
     assert list(seen) == ["convert", "verify"]
     for steps in seen.values():
@@ -151,7 +151,7 @@ def test_an_unwritable_folder(make_checkpoint: Any, tmp_path: Path) -> None:
 def test_too_little_disk_is_said_before_the_work(
     make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "DISK_MARGIN_BYTES", 1 << 60)
+    monkeypatch.setattr(produce, "DISK_MARGIN_BYTES", 1 << 60)
     with pytest.raises(DiskFull, match=r"GB free, .* GB needed") as caught:
         convert(make_checkpoint(), tmp_path / "bundle", progress=lambda *_: pytest.fail("work had begun"))
     assert caught.value.needed_bytes > caught.value.available_bytes

@@ -1,0 +1,64 @@
+"""What converting commands share: where their bundles go, a progress bar, what was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pocketllava.show import size
+
+if TYPE_CHECKING:
+    from pocketllava.models import Bundle
+
+PLACE = "{quant}"
+
+
+def targets(out: str, quants: Sequence[str]) -> dict[Path, str]:
+    """Each bundle's folder and type: `out` itself for one type; for several, `out` with {quant} replaced by the
+    type, or a folder named after the type in it."""
+    names = list(dict.fromkeys(quant.upper() for quant in quants))
+    if len(names) == 1:
+        return {Path(out).expanduser(): names[0]}
+    pattern = out if PLACE in out else str(Path(out) / PLACE)
+    return {Path(pattern.replace(PLACE, name)).expanduser(): name for name in names}
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Any]:
+    """A callback that draws bytes, rate, time left and the tensor; nothing when quiet or not on a terminal."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def close() -> None:
+        for bar in bars.values():
+            bar.close()
+        bars.clear()
+
+    def progress(stage: str, done: int, total: int, name: str) -> None:
+        if stage not in bars:
+            close()
+            disable = True if quiet else None  # None: only on a terminal
+            # what an earlier run did counts as done, and not towards the rate
+            bars[stage] = tqdm(
+                total=total, initial=done, desc=stage, unit="B", unit_scale=True, disable=disable
+            )
+        if not bars[stage].disable:
+            bars[stage].set_postfix_str(name, refresh=False)
+            bars[stage].update(done - bars[stage].n)
+
+    try:
+        yield progress
+    finally:
+        close()
+
+
+def show_bundles(bundles: Sequence[Bundle]) -> None:
+    """The files that were made, a line a bundle, on stderr."""
+    for bundle in bundles:
+        sizes = {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()}
+        click.echo(", ".join(f"{bundle.folder / n} {size(b)}" for n, b in sizes.items()), err=True)

@@ -1,0 +1,64 @@
+"""`pocketllava quantize`: a bundle of floats to a bundle of another type, or to several."""
+
+from __future__ import annotations
+
+import click
+
+from pocketllava.commands.progress import progress_bar, show_bundles, targets
+
+
+@click.command()
+@click.argument("bundle")
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    help="Folder to make; of several --quant DIR/TYPE, or as {quant} says.",
+)
+@click.option(
+    "--quant",
+    "quants",
+    required=True,
+    multiple=True,
+    metavar="TYPE",
+    help="Type of the text model; may be repeated.",
+)
+@click.option(
+    "--mmproj", metavar="TYPE", help="Type of the vision tower: F32, F16, BF16, Q8_0 [default: copied]."
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
+)
+@click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
+@click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
+@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+def quantize(
+    bundle: str,
+    out: str,
+    quants: tuple[str, ...],
+    mmproj: str | None,
+    threads: int | None,
+    force: bool,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Make bundles of other types from an F32, F16 or BF16 bundle, without its checkpoint.
+
+    An F32 bundle gives what converting the checkpoint gives; so does a BF16 bundle of a BF16 checkpoint, or
+    an F16 one of an F16 checkpoint. Other bundles of F16 and BF16 have been rounded once already.
+    """
+    from pocketllava.convert import requantize
+    from pocketllava.names import open_bundle
+
+    with progress_bar(quiet) as progress:
+        made = requantize(
+            open_bundle(bundle),
+            targets(out, quants),
+            mmproj=mmproj,
+            force=force,
+            threads=threads,
+            progress=progress,
+            resume=resume,
+        )
+    if not quiet:
+        show_bundles(made)
