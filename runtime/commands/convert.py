@@ -12,9 +12,17 @@ from pocketllava.show import plan_lines, size
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", required=False)
 @click.option(
-    "--out", required=True, metavar="DIR", help="Folder to make: model.gguf, mmproj.gguf, bundle.json."
+    "--out",
+    metavar="DIR",
+    help="Folder to make: model.gguf, mmproj.gguf, bundle.json. With --repair, the file to make.",
+)
+@click.option(
+    "--repair",
+    "broken",
+    metavar="FOLDER|FILE",
+    help="Instead of SOURCE: an mmproj to put right, as NAME-repaired.gguf; with --force in its place.",
 )
 @click.option("--quant", default="Q4_K_M", show_default=True, metavar="TYPE", help="Type of the text model.")
 @click.option(
@@ -32,8 +40,9 @@ from pocketllava.show import plan_lines, size
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 def convert(
-    source: str,
-    out: str,
+    source: str | None,
+    out: str | None,
+    broken: str | None,
     quant: str,
     mmproj: str,
     revision: str | None,
@@ -52,6 +61,14 @@ def convert(
     from pocketllava.backend import cores
     from pocketllava.convert import execute, plan
 
+    if broken is not None:
+        if source is not None:
+            raise click.UsageError("--repair takes the place of SOURCE; give one of them")
+        from pocketllava.commands.repair import repair_file
+
+        return repair_file(broken, out, force=force, dry_run=dry_run, quiet=quiet)
+    if source is None or out is None:
+        raise click.UsageError("Missing argument 'SOURCE'." if source is None else "Missing option '--out'.")
     if quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
