@@ -75,4 +75,9 @@ def _jobs(plan: FilePlan, reader: SourceReader) -> Iterator[Callable[[], Piece]]
 
 
 def _quantized(tensor: PlannedTensor, last: bool, raw: bytes) -> Piece:
-    return tensor, last, quantize(tensor.to_float(raw), tensor.type, tensor.source.name), len(raw)
+    return (
+        tensor,
+        last,
+        quantize(tensor.to_float(raw), tensor.type, tensor.source.name, tensor.importance),
+        len(raw),
+    )

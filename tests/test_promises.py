@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 LEVELS = [
     {"errors"},
     {"types"},
-    {"backend", "turns", "prefix", "store", "background", "answer_text"},
+    {"backend", "turns", "prefix", "store", "background", "answer_text", "tensors"},
     {"models.header", "models.patches", "batch", "features", "states", "preparation"},
     {"models.config", "models.preprocessing", "models.mmproj_check", "kv"},
     {"models.bundle"},
@@ -28,7 +28,7 @@ LEVELS = [
     {"convert", "image", "prompt", "vision", "evaluation", "memory", "openai", "shift"},
     {"handler", "names"},
     {"llava", "demo"},
-    {"loading", "trace"},
+    {"loading", "trace", "imatrix", "moved"},
     {"__init__", "show"},
     {"commands"},
     {"cli"},

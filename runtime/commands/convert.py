@@ -32,6 +32,9 @@ from pocketllava.show import plan_lines, size
     metavar="TYPE",
     help="Type of the vision tower: F32, F16, BF16, Q8_0.",
 )
+@click.option(
+    "--imatrix", metavar="FILE", help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one."
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
@@ -45,6 +48,7 @@ def convert(
     broken: str | None,
     quant: str,
     mmproj: str,
+    imatrix: str | None,
     revision: str | None,
     threads: int | None,
     force: bool,
@@ -54,7 +58,7 @@ def convert(
     """Convert a LLaVA-1.5 checkpoint (a folder or a Hugging Face id) into two llama.cpp files.
 
     TYPE for --quant: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K
-    Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS.
+    Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.
     """
     from pathlib import Path
 
@@ -66,14 +70,15 @@ def convert(
             raise click.UsageError("--repair takes the place of SOURCE; give one of them")
         from pocketllava.commands.repair import repair_file
 
-        return repair_file(broken, out, force=force, dry_run=dry_run, quiet=quiet)
+        repair_file(broken, out, force=force, dry_run=dry_run, quiet=quiet)
+        return
     if source is None or out is None:
         raise click.UsageError("Missing argument 'SOURCE'." if source is None else "Missing option '--out'.")
     if quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    planned = plan(source, quant=quant, mmproj=mmproj, revision=revision)
+    planned = plan(source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix)
     if dry_run:
         click.echo("\n".join(plan_lines(planned, out, threads or cores())))
         return
