@@ -2,8 +2,8 @@
 
     python benchmarks/imatrix.py OUT [--questions 300] [--positions 60]
 
-Matrices are made from the F16 bundle: `pictures` from 64 drawn scenes with their questions, `text` from the
-same number of positions of questions and answers alone. KL divergence (nats, F16's next-token distribution
+Matrices are made from the F16 bundle: `pictures` from 640 drawn scenes, a question each, and its answers,
+`text` from as many positions of questions and answers alone. KL divergence (nats, F16's next-token distribution
 against the quantised model's) is the mean over the positions of F16's own greedy answers to held-out
 questions. Writes OUT/imatrix.json (an interrupted run goes on from it) and OUT/imatrix.md.
 """
@@ -23,11 +23,11 @@ import numpy.typing as npt
 from pocketllava import Bundle, Llava, Options
 from pocketllava.convert import convert
 from pocketllava.evaluation import Item, run, scene_items, summary
-from pocketllava.imatrix import collect
+from pocketllava.imatrix import CHUNK, collect
 from pocketllava.models.demo import scenes
 
 CHECKPOINT = Path(str(files("pocketllava.models.demo") / "checkpoint"))
-FIRST_SCENE, N_SCENES = 20_000_000, 64  # neither trained on nor held out
+FIRST_SCENE, N_SCENES = 20_000_000, 640  # neither trained on nor held out
 KINDS: dict[str, tuple[str, ...]] = {
     "none": ("Q4_0", "Q3_K_S", "Q2_K"),
     "text": ("Q4_0", "Q3_K_S", "Q2_K", "IQ3_XXS", "IQ2_M", "IQ2_XXS"),
@@ -46,14 +46,17 @@ def matrices(out: Path, bundle: Bundle) -> dict[str, Path | None]:
         pairs = scenes.questions(scene)
         asked.append(pairs[n % len(pairs)].turns[0].question)
         lines += [f"{t.question} {t.answer}" for qa in pairs for t in qa.turns]
-    text.write_text("\n".join(lines * 8), "utf-8")
+    text.write_text("\n".join(lines), "utf-8")
+    positions = 0
     found: dict[str, Path | None] = {"none": None}
     for name, source in (("pictures", folder), ("text", text)):
         found[name] = path = out / f"{name}.gguf"
         if not path.exists():
             with Llava.load(bundle.folder) as llava:
-                limit = None if name == "pictures" else N_SCENES * 600 // 512
-                print(name, collect(llava, source, path, questions=asked, limit=limit), flush=True)
+                limit = max(1, positions // CHUNK) if name == "text" else None
+                done = collect(llava, source, path, questions=asked, limit=limit)
+            positions = done.positions
+            print(name, done, flush=True)
     return found
 
 

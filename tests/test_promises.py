@@ -20,8 +20,8 @@ README = (ROOT / "README.md").read_text("utf-8")
 LEVELS = [
     {"errors"},
     {"types"},
-    {"backend", "turns", "prefix", "store", "background", "answer_text", "tensors"},
-    {"models.header", "models.patches", "batch", "features", "states", "preparation"},
+    {"backend", "turns", "prefix", "store", "background", "answer_text"},
+    {"models.header", "models.patches", "batch", "features", "states", "preparation", "tensors"},
     {"models.config", "models.preprocessing", "models.mmproj_check", "kv"},
     {"models.bundle"},
     {"models", "models.demo"},
