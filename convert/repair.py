@@ -123,11 +123,14 @@ def _is_clip(path: Path) -> bool:
 
 
 def _stored_keys(path: Path) -> Iterator[Key]:
-    """Every key with its exact types; the header was checked before."""
-    for field in GGUFReader(path).fields.values():
-        if not field.name.startswith(DERIVED):
-            item = field.types[-1] if field.types[0] is V.ARRAY else None
-            yield Key(field.name, field.contents(), field.types[0], item)
+    """Every key with its exact types; the header was checked before, but gguf is stricter about texts."""
+    try:
+        for field in GGUFReader(path).fields.values():
+            if not field.name.startswith(DERIVED):
+                item = field.types[-1] if field.types[0] is V.ARRAY else None
+                yield Key(field.name, field.contents(), field.types[0], item)
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ConvertError(f"{path}: its keys cannot be read ({error}); download it again") from error
 
 
 def _renamed(header: Header, faults: list[str]) -> Iterator[tuple[str, str]]:

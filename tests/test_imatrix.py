@@ -14,14 +14,16 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 from test_quantize import tensor_bytes
 
-from pocketllava import Bundle, ConvertError, Llava, UnsupportedOption
+from pocketllava import BackendError, Bundle, ConvertError, InputError, Llava, UnsupportedOption, tensors
 from pocketllava.convert.imatrix import read_matrix
 from pocketllava.convert.pipeline import convert, plan
 from pocketllava.convert.plan import SourceReader
 from pocketllava.convert.quantize import NEED_MATRIX, TEXT_TYPES, quantize
 from pocketllava.convert.writer import write
-from pocketllava.imatrix import Sums, collect, write_matrix
+from pocketllava.imatrix import collect, write_matrix
 from pocketllava.models.header import Header
+from pocketllava.sums import Sums
+from pocketllava.tensors import mul_mat_op
 
 # Types where their mix depends on the layer, on heads or on row lengths; all eight that need a matrix, and others.
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -150,6 +152,36 @@ def test_damaged_matrices(make_checkpoint: Any, tmp_path: Path, bundle: Bundle) 
         read_matrix(bundle.model, "Q4_0")
     with pytest.raises(ConvertError, match="cannot be read"):
         read_matrix(tmp_path / "none.gguf", "Q4_0")
+
+
+def test_ggmls_layout_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mul_mat_op() > 0
+
+    class Shorter(ctypes.Structure):
+        _fields_ = [(n, ctypes.c_void_p if n == "op" else kind) for n, kind in tensors.Tensor._fields_]
+
+    monkeypatch.setattr(tensors, "Tensor", Shorter)
+    mul_mat_op.cache_clear()
+    with pytest.raises(BackendError, match="lays tensors out in another way"):
+        mul_mat_op()
+    mul_mat_op.cache_clear()
+
+
+def test_sources_without_pictures_or_text(llava: Llava, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with pytest.raises(InputError, match="no pictures, expected files that end in"):
+        collect(llava, tmp_path, out)
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match="none of its 1 pictures could be used"):
+        collect(llava, tmp_path, out)
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(InputError, match=r"short\.txt: \d+ tokens, expected at least 512"):
+        collect(llava, tmp_path / "short.txt", out)
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(InputError, match="is there already and is no importance matrix"):
+        collect(llava, tmp_path, out)
+    assert out.read_text() == "mine"
 
 
 def test_sums_are_those_of_the_activations(llava: Llava, bundle: Bundle, tmp_path: Path) -> None:

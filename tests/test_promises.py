@@ -28,8 +28,8 @@ LEVELS = [
     {"convert", "image", "prompt", "vision", "evaluation", "memory", "openai", "shift"},
     {"handler", "names"},
     {"llava", "demo"},
-    {"loading", "trace", "imatrix", "moved"},
-    {"__init__", "show"},
+    {"loading", "trace", "sums", "moved"},
+    {"__init__", "show", "imatrix"},
     {"commands"},
     {"cli"},
 ]

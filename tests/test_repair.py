@@ -180,6 +180,27 @@ def test_files_that_no_repair_helps(bundle: Bundle, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_damaged_headers_are_refused_in_one_line(bundle: Bundle, tmp_path: Path) -> None:
+    whole = bytearray(hub_file(bundle.mmproj, tmp_path / "hub.gguf").read_bytes())
+    start, rng = Header.read(tmp_path / "hub.gguf").data_start, np.random.default_rng(3)
+    damaged, out, refused = tmp_path / "damaged.gguf", tmp_path / "out.gguf", 0
+    for _ in range(120):
+        data = bytearray(whole)
+        for at in rng.integers(4, start, rng.integers(1, 4)):
+            data[at] ^= 1 << rng.integers(8)
+        damaged.write_bytes(data)
+        try:
+            repair(examine(damaged), out)
+            check_mmproj(Header.read(out))
+            out.unlink()
+        except ConvertError as error:
+            assert "\n" not in str(error)
+            assert not out.exists()
+            refused += 1
+    assert refused > 30
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.gguf", "hub.gguf"]
+
+
 def test_wrong_usage() -> None:
     for args in (["convert"], ["convert", "x"], ["convert", "x", "--repair", "y"]):
         assert CliRunner().invoke(cli, args).exit_code == 2
