@@ -16,6 +16,7 @@ from typing import Any
 
 from pocketllava.backend import cores
 from pocketllava.convert.checkpoint import Checkpoint, fetch, open_checkpoint
+from pocketllava.convert.imatrix import read_matrix
 from pocketllava.convert.mmproj import plan_mmproj
 from pocketllava.convert.place import check_target
 from pocketllava.convert.plan import CHUNK_VALUES, FilePlan
@@ -60,10 +61,16 @@ class ConvertPlan:
 
 
 def plan(
-    source: str | PathLike[str], *, quant: str = "Q4_K_M", mmproj: str = "F16", revision: str | None = None
+    source: str | PathLike[str],
+    *,
+    quant: str = "Q4_K_M",
+    mmproj: str = "F16",
+    revision: str | None = None,
+    imatrix: str | PathLike[str] | None = None,
 ) -> ConvertPlan:
     """Open a checkpoint and plan its conversion; nothing is written. Raises ConvertError and its kinds."""
     quant, mmproj = known(quant, TEXT_TYPES, "--quant"), known(mmproj, MMPROJ_TYPES, "--mmproj")
+    matrix = read_matrix(imatrix, quant)
     folder, identity = fetch(os.fspath(source), revision)
     with _damage_named(folder):
         checkpoint = open_checkpoint(folder, identity)
@@ -77,7 +84,7 @@ def plan(
             )
         template = _template(checkpoint)
         dropped = dict(checkpoint.dropped)
-        text = plan_text(checkpoint, config.text, vocab, template, quant, dropped)
+        text = plan_text(checkpoint, config.text, vocab, template, quant, dropped, matrix)
         vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
     return ConvertPlan(checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped)
 
@@ -126,6 +133,7 @@ def convert(
     quant: str = "Q4_K_M",
     mmproj: str = "F16",
     revision: str | None = None,
+    imatrix: str | PathLike[str] | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -133,16 +141,17 @@ def convert(
 ) -> Bundle:
     """Convert a LLaVA-1.5 checkpoint (folder or hub id) into a bundle at `out`.
 
-    quant: type of the text model; mmproj: type of the vision tower and projector. progress is called
-    with a stage ("convert": bytes of the source; "verify": bytes written), bytes done, bytes in all and the
-    tensor's or file's name. On any failure nothing lies under the final name, and an earlier bundle there is
-    kept. resume: go on from the last whole tensor of a run that was killed. Raises ConvertError and its kinds.
+    quant: type of the text model; mmproj: type of the vision tower and projector; imatrix: a GGUF
+    importance matrix, which types IQ2 and IQ3 need. progress is called with a stage ("convert": bytes of the
+    source; "verify": bytes written), bytes done, bytes in all and the tensor's or file's name. On any failure
+    nothing lies under the final name, and an earlier bundle there is kept. resume: go on from the last whole
+    tensor of a run that was killed. Raises ConvertError and its kinds.
     """
     target = Path(out).expanduser()
     if not resume:
         check_target(target, force)
     return execute(
-        plan(source, quant=quant, mmproj=mmproj, revision=revision),
+        plan(source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix),
         target,
         force=force,
         threads=threads or cores(),

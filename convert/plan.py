@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -40,13 +40,17 @@ class Key:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of an output file. heads > 0: rows go from rotary halves to rotary pairs in each head."""
+    """One tensor of an output file. heads > 0: rows go from rotary halves to rotary pairs in each head.
+
+    importance: (n_per_row,) float32 from an importance matrix, or None.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     source: SourceTensor
     heads: int = 0
+    importance: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Which tensor gets which type, and rows -> quantised bytes with ggml's own code.
 
-The mixes follow llama.cpp's llama_tensor_get_type_impl and tensor_type_fallback (src/llama-quant.cpp,
-without an importance matrix); tests hold every one of them to llama_model_quantize's bytes. Knows GGUF
+The mixes follow llama.cpp's llama_tensor_get_type_impl and tensor_type_fallback (src/llama-quant.cpp),
+with and without an importance matrix; tests hold every one of them to llama_model_quantize's bytes. Knows GGUF
 tensor names and ggml types; nothing of files or checkpoints.
 """
 
@@ -42,7 +42,25 @@ TEXT_TYPES: dict[str, tuple[T, F]] = {  # --quant: the default type of a matrix,
     "Q4_1": (T.Q4_1, F.MOSTLY_Q4_1),
     "IQ4_NL": (T.IQ4_NL, F.MOSTLY_IQ4_NL),
     "IQ4_XS": (T.IQ4_XS, F.MOSTLY_IQ4_XS),
+    "IQ3_M": (T.IQ3_S, F.MOSTLY_IQ3_M),
+    "IQ3_S": (T.IQ3_S, F.MOSTLY_IQ3_S),
+    "IQ3_XS": (T.IQ3_S, F.MOSTLY_IQ3_XS),
+    "IQ3_XXS": (T.IQ3_XXS, F.MOSTLY_IQ3_XXS),
+    "IQ2_M": (T.IQ2_S, F.MOSTLY_IQ2_M),
+    "IQ2_S": (T.IQ2_XS, F.MOSTLY_IQ2_S),
+    "IQ2_XS": (T.IQ2_XS, F.MOSTLY_IQ2_XS),
+    "IQ2_XXS": (T.IQ2_XXS, F.MOSTLY_IQ2_XXS),
 }
+LOWEST = ("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")  # their output matrix is Q5_K
+ATTN_OUTPUT = {"Q2_K": T.Q3_K, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K, "IQ3_XXS": T.IQ3_S, "IQ3_M": T.Q4_K}
+EIGHTH_FFN_DOWN: dict[str, tuple[T | None, T | None]] = {  # first layers' ffn_down without, with a matrix
+    "IQ4_NL": (T.Q5_K, None),
+    "IQ4_XS": (T.Q5_K, None),
+    "Q4_0": (None, T.Q4_1),
+    "Q5_0": (None, T.Q5_1),
+    "IQ3_M": (T.Q4_K, T.Q4_K),
+}
+NEED_MATRIX = tuple(name for name in TEXT_TYPES if name.startswith(("IQ2", "IQ3")))
 MMPROJ_TYPES: dict[str, tuple[T, F]] = {name: TEXT_TYPES[name] for name in ("F32", "F16", "BF16", "Q8_0")}
 UNQUANTISED = (T.F32, T.F16, T.BF16)
 FALLBACK = {  # for rows that the type's block of 256 does not divide
@@ -51,7 +69,7 @@ FALLBACK = {  # for rows that the type's block of 256 does not divide
     T.Q4_K: T.Q5_0,
     T.Q5_K: T.Q5_1,
     T.Q6_K: T.Q8_0,
-    T.IQ4_XS: T.IQ4_NL,
+    **dict.fromkeys((T.IQ4_XS, T.IQ3_S, T.IQ3_XXS, T.IQ2_S, T.IQ2_XS, T.IQ2_XXS), T.IQ4_NL),
 }
 MAX_F16 = 65504.0
 # Largest ||x - q(x)|| / ||x|| that a tensor may show: about twice what normally distributed rows do.
@@ -71,6 +89,9 @@ ERROR_BOUNDS = {
     T.IQ4_XS: 0.25,
     T.Q3_K: 0.4,
     T.Q2_K: 0.6,
+    T.IQ3_S: 0.45,
+    T.IQ3_XXS: 0.5,
+    **dict.fromkeys((T.IQ2_S, T.IQ2_XS, T.IQ2_XXS), 0.85),
 }
 
 
@@ -82,6 +103,7 @@ class Mix:
     n_layer: int
     n_gqa: int
     tied: bool
+    has_matrix: bool = False
 
     def type_of(self, name: str, shape: tuple[int, ...]) -> T:
         """The type of one tensor, by its GGUF name and shape (rows first)."""
@@ -96,14 +118,38 @@ class Mix:
         if part == "output" or (self.tied and part == "token_embd"):
             if n_per_row % GGML_QUANT_SIZES[base][0]:
                 return T.Q8_0
+            if self.quant in LOWEST:
+                return T.Q5_K
             return base if base is T.Q8_0 else T.Q6_K
-        layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+        if self.quant in LOWEST:
+            return self._lowest(part, base, _layer(name))
+        return self._low(part, base, _layer(name))
+
+    def _lowest(self, part: str, base: T, layer: int) -> T:
+        """IQ2 types and IQ3_XXS's token embedding: a little more where it matters most."""
+        more = self.quant in ("IQ2_S", "IQ2_M")
+        if self.quant == "IQ3_XXS":
+            return T.IQ3_S if part == "token_embd" else self._low(part, base, layer)
+        if part == "attn_v" and self.n_gqa >= 4:
+            return T.Q4_K
+        if part == "attn_output":
+            return T.IQ3_S if more else base
+        if part in ("token_embd", "attn_v") or (part == "ffn_down" and layer < self.n_layer // 8):
+            return T.IQ3_S if more else T.Q2_K
+        return base
+
+    def _low(self, part: str, base: T, layer: int) -> T:
         if part == "attn_v":
             return self._attn_v(base, layer)
         if part == "ffn_down":
             return self._ffn_down(base, layer)
         if part == "attn_output":
-            return {"Q2_K": T.Q3_K, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K}.get(self.quant, base)
+            return ATTN_OUTPUT.get(self.quant, base)
+        if part in ("attn_q", "attn_k"):
+            return {"IQ3_XS": T.IQ3_XXS, "IQ3_XXS": T.IQ2_S}.get(self.quant, base)
+        middle = self.n_layer // 8 <= layer < 7 * self.n_layer // 8
+        if part in ("ffn_gate", "ffn_up") and self.quant == "IQ3_XS" and middle:
+            return T.IQ3_XXS
         return base
 
     def _attn_v(self, base: T, layer: int) -> T:
@@ -111,6 +157,8 @@ class Mix:
         chosen = base
         if quant == "Q2_K":
             chosen = T.Q4_K if grouped else T.Q3_K
+        elif quant == "IQ3_M" or (quant in ("IQ3_XXS", "IQ3_XS", "IQ3_S") and grouped):
+            chosen = T.Q4_K
         elif quant == "Q3_K_M":
             chosen = T.Q5_K if layer < 2 else T.Q4_K
         elif quant == "Q3_K_L" or (quant in ("IQ4_NL", "IQ4_XS") and grouped):
@@ -137,13 +185,20 @@ class Mix:
             return T.Q5_K
         if quant in ("Q4_K_M", "Q5_K_M") and self._use_more_bits(layer):
             return T.Q6_K
-        if quant in ("Q4_K_S", "IQ4_NL", "IQ4_XS") and eighth:
+        if quant == "Q4_K_S" and eighth:
             return T.Q5_K
+        if quant in EIGHTH_FFN_DOWN and eighth:
+            without, with_matrix = EIGHTH_FFN_DOWN[quant]
+            return (with_matrix if self.has_matrix else without) or base
         return base
 
     def _use_more_bits(self, layer: int) -> bool:
         n = self.n_layer
         return layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("blk.") else 0
 
 
 def fitting(chosen: T, n_per_row: int) -> T:
@@ -166,9 +221,10 @@ def n_bytes(kind: T, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64)) // int(block) * int(block_bytes)
 
 
-def quantize(rows: Floats, kind: T, name: str) -> bytes:
+def quantize(rows: Floats, kind: T, name: str, importance: Floats | None = None) -> bytes:
     """(n_rows, n_per_row) float32 -> that type's bytes, by ggml_quantize_chunk (releases the GIL).
 
+    importance: (n_per_row,) float32, how much an error in each column counts.
     Raises ConvertError for values that the type cannot hold (NaN, infinity, beyond F16's range).
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
@@ -183,7 +239,8 @@ def quantize(rows: Floats, kind: T, name: str) -> bytes:
         return rows.tobytes()
     n_rows, n_per_row = rows.size // rows.shape[-1], rows.shape[-1]
     out = np.empty(n_bytes(kind, rows.shape), np.uint8)
-    written = ggml().ggml_quantize_chunk(int(kind), _at(rows), _at(out), 0, n_rows, n_per_row, None)
+    weights = None if importance is None else _at(importance)
+    written = ggml().ggml_quantize_chunk(int(kind), _at(rows), _at(out), 0, n_rows, n_per_row, weights)
     if written != out.nbytes or not ggml().ggml_validate_row_data(int(kind), _at(out), out.nbytes):
         raise ConvertError(
             f"tensor {name}: its values up to {largest:g} do not fit {kind.name}; use BF16 or F32"

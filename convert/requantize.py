@@ -21,6 +21,7 @@ from gguf import GGUFValueType as V
 
 from pocketllava.backend import cores
 from pocketllava.convert.checkpoint import SourceTensor
+from pocketllava.convert.imatrix import read_matrix
 from pocketllava.convert.mmproj import type_of
 from pocketllava.convert.plan import FilePlan, Key, PlannedTensor
 from pocketllava.convert.produce import Job, produce
@@ -51,6 +52,8 @@ def requantize(
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     types = {target: known(quant, TEXT_TYPES, "--quant") for target, quant in targets.items()}
+    for quant in types.values():
+        read_matrix(None, quant)  # refuses the types that need one
     vision = known(mmproj, MMPROJ_TYPES, "--mmproj") if mmproj else None
     jobs = plan_requantize(source, types, vision)
     return produce(jobs, force=force, threads=threads or cores(), progress=progress, resume=resume)

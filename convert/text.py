@@ -7,11 +7,13 @@ Knows names, shapes and keys of the text model, as llama.cpp's own converter wri
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from gguf import GGUFValueType as V
 
 from pocketllava.convert.checkpoint import Checkpoint, SourceTensor
+from pocketllava.convert.imatrix import ImportanceMatrix
 from pocketllava.convert.plan import FilePlan, Key, PlannedTensor, TensorTaker
 from pocketllava.convert.quantize import TEXT_TYPES, Mix
 from pocketllava.convert.vocab import Vocab
@@ -39,22 +41,26 @@ def plan_text(
     template: str,
     quant: str,
     dropped: dict[str, str],
+    matrix: ImportanceMatrix | None = None,
 ) -> FilePlan:
     """Map every text tensor. Raises TensorMismatch; records in `dropped` what is left out and why."""
     taker = TensorTaker(checkpoint.tensors, "text")
     if config.tied:
         taker.drop("text.lm_head.", "tied to the token embedding", dropped)
-    mix = Mix(quant, config.n_layer, config.n_head // config.n_head_kv, config.tied)
+    mix = Mix(quant, config.n_layer, config.n_head // config.n_head_kv, config.tied, matrix is not None)
     tensors = [
         PlannedTensor(name, source.shape, mix.type_of(name, source.shape), source, heads)
         for name, source, heads in _tensors(taker, config)
     ]
     taker.finish()
+    if matrix is not None:
+        tensors = [replace(t, importance=matrix.of(t.name, t.shape, t.type)) for t in tensors]
     tensors.sort(key=lambda t: _llama_cpp_order(t.name))
     keys = (
         *_model_keys(checkpoint, config, quant),
         *_vocab_keys(vocab),
         Key("tokenizer.chat_template", template, V.STRING),
+        *(matrix.keys() if matrix is not None else ()),
     )
     return FilePlan(ARCHITECTURE, keys, tuple(tensors))
 

@@ -167,5 +167,5 @@ def _made(tensor: PlannedTensor, raw: bytes, rows: Floats | None) -> Made:
     """A piece in its type, and how far it is from its source: bytes that are copied are no way off."""
     if tensor.copied or rows is None:
         return checked_copy(raw, tensor.type, tensor.source.name), (0.0, 0.0)
-    data = quantize(rows, tensor.type, tensor.source.name)
+    data = quantize(rows, tensor.type, tensor.source.name, tensor.importance)
     return data, difference(data, tensor.type, rows)

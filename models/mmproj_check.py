@@ -59,6 +59,7 @@ def check_mmproj(header: Header) -> MmprojInfo:
     for name in ("image_mean", "image_std"):
         _array(header, PREFIX + name, 3)
     _check_depth(header, n["block_count"])
+    _check_age(header, n)
     _check_tensors(header, n)
     return MmprojInfo(
         n["image_size"], n["patch_size"], n["block_count"], n["embedding_length"], n["projection_dim"]
@@ -70,12 +71,24 @@ def _check_depth(header: Header, n_blocks: int) -> None:
     if layers is None and n_blocks == CLIP_L_BLOCKS_STORED:
         raise BundleError(
             f"{header.path}: no {PREFIX}feature_layer, so llama.cpp would run {n_blocks - 1} of its {n_blocks}"
-            " blocks; convert the checkpoint with `pocketllava convert` instead"
+            f" blocks; {_repair(header)}"
         )
     if layers is not None and (
         not isinstance(layers, list) or layers != [layers[0]] or not 1 <= layers[0] <= n_blocks
     ):
         raise BundleError(f"{header.path}: feature_layer {layers!r}, expected one layer of {n_blocks}")
+
+
+def _check_age(header: Header, n: dict[str, int]) -> None:
+    """Files of llama.cpp's first scripts: CLIP's own projection_dim, and fc1 and fc2 under each other's names."""
+    up, last = header.tensors.get("v.blk.0.ffn_up.weight"), header.tensors.get("mm.2.weight")
+    swapped = (
+        up is not None and up.shape == (n["embedding_length"], n["feed_forward_length"]) != up.shape[::-1]
+    )
+    if swapped or (last is not None and last.shape[0] != n["projection_dim"]):
+        raise BundleError(
+            f"{header.path}: its keys or names are those of llama.cpp's first LLaVA files; {_repair(header)}"
+        )
 
 
 def _check_tensors(header: Header, n: dict[str, int]) -> None:
@@ -126,10 +139,17 @@ def _expected(n: dict[str, int]) -> list[tuple[str, tuple[tuple[int, ...], tuple
 
 def _expect(header: Header, name: str, kind: int, value: Any) -> None:
     found = header.keys.get(name)
+    if found is None and "mm.2.weight" in header.tensors:
+        raise BundleError(f"{header.path}: no {name}, expected {value!r}; {_repair(header)}")
     if found != value or header.key_types.get(name) != kind:
         raise BundleError(
             f"{header.path}: key {name} is {found!r}, expected {value!r}; not a LLaVA-1.5 mmproj"
         )
+
+
+def _repair(header: Header) -> str:
+    """What to do about a file that only lacks keys, or has those of llama.cpp's first scripts."""
+    return f"run `pocketllava convert --repair {header.path}`"
 
 
 def _positive(header: Header, name: str) -> int:

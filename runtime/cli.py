@@ -14,6 +14,7 @@ from pocketllava.commands.common import show_warnings
 from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
 from pocketllava.commands.evaluate import evaluate
+from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.quantize import quantize
 from pocketllava.errors import PocketLlavaError
@@ -25,7 +26,7 @@ def cli() -> None:
     """LLaVA-1.5 on a laptop, with the original model's own answers."""
 
 
-for command in (convert, quantize, ask, inspect, demo, evaluate):
+for command in (convert, quantize, imatrix, ask, inspect, demo, evaluate):
     cli.add_command(command)
 
 

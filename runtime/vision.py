@@ -82,18 +82,26 @@ class ClassTokenCorrection:
 class VisionEncoder:
     """A loaded vision tower and projector. Calls from several threads queue."""
 
-    def __init__(self, mmproj: Path, text_model: Any, *, n_threads: int, use_gpu: bool = True) -> None:
+    def __init__(
+        self,
+        mmproj: Path,
+        text_model: Any,
+        *,
+        n_threads: int,
+        use_gpu: bool = True,
+        info: MmprojInfo | None = None,
+    ) -> None:
         """Check and load the file, for a llama_model that outlives this object.
 
         The model is needed although no text is evaluated: without one libmtmd leaves its position type
         uninitialised and miscounts image tokens. Raises BundleError for a wrong file or one of another
-        width than the model, BackendError if libmtmd refuses it.
+        width than the model, BackendError if libmtmd refuses it. info: load it unchecked, with this shape.
         """
         from llama_cpp import llama_cpp, mtmd_cpp
 
         self.path, self._lib = mmproj, mtmd_cpp
         header = Header.read(mmproj)
-        self.info: MmprojInfo = check_mmproj(header)
+        self.info: MmprojInfo = info or check_mmproj(header)
         if (width := llama_cpp.llama_model_n_embd(text_model)) != self.info.projected_width:
             raise BundleError(
                 f"{mmproj}: projects to width {self.info.projected_width}, the text model has {width};"

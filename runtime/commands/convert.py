@@ -9,12 +9,18 @@ from pocketllava.show import plan_lines
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", required=False)
 @click.option(
     "--out",
-    required=True,
     metavar="DIR",
-    help="Folder to make: model.gguf, mmproj.gguf, bundle.json; of several --quant DIR/TYPE, or as {quant} says.",
+    help="Folder to make: model.gguf, mmproj.gguf, bundle.json; of several --quant DIR/TYPE, or as {quant} says."
+    " With --repair, the file to make.",
+)
+@click.option(
+    "--repair",
+    "broken",
+    metavar="FOLDER|FILE",
+    help="Instead of SOURCE: an mmproj to put right, as NAME-repaired.gguf; with --force in its place.",
 )
 @click.option(
     "--quant",
@@ -32,6 +38,9 @@ from pocketllava.show import plan_lines
     metavar="TYPE",
     help="Type of the vision tower: F32, F16, BF16, Q8_0.",
 )
+@click.option(
+    "--imatrix", metavar="FILE", help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one."
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
@@ -41,10 +50,12 @@ from pocketllava.show import plan_lines
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 def convert(
-    source: str,
-    out: str,
+    source: str | None,
+    out: str | None,
+    broken: str | None,
     quants: tuple[str, ...],
     mmproj: str,
+    imatrix: str | None,
     revision: str | None,
     threads: int | None,
     force: bool,
@@ -55,17 +66,26 @@ def convert(
     """Convert a LLaVA-1.5 checkpoint (a folder or a Hugging Face id) into two llama.cpp files.
 
     TYPE for --quant: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K
-    Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS.
+    Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.
     """
     from pocketllava.backend import cores
     from pocketllava.convert import execute_all, plan
 
+    if broken is not None:
+        if source is not None:
+            raise click.UsageError("--repair takes the place of SOURCE; give one of them")
+        from pocketllava.commands.repair import repair_file
+
+        repair_file(broken, out, force=force, dry_run=dry_run, quiet=quiet)
+        return
+    if source is None or out is None:
+        raise click.UsageError("Missing argument 'SOURCE'." if source is None else "Missing option '--out'.")
     if quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
     planned = {
-        target: plan(source, quant=quant, mmproj=mmproj, revision=revision)
+        target: plan(source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix)
         for target, quant in targets(out, quants).items()
     }
     if dry_run:

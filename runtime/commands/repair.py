@@ -1,0 +1,41 @@
+"""`pocketllava convert --repair`: what was wrong with an mmproj, the file put right, how far its features move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+def repair_file(broken: str, out: str | None, *, force: bool, dry_run: bool, quiet: bool) -> None:
+    """Examine, repair and measure; faults go to stdout. Raises ConvertError."""
+    from pocketllava.convert.repair import examine, find_mmproj, repair
+
+    source = find_mmproj(Path(broken).expanduser())
+    found = examine(source)
+    for fault in found.faults:
+        click.echo(f"{source.name}: {fault}")
+    if not found.faults:
+        click.echo(f"{source}: nothing to repair")
+    if dry_run or not found.faults:
+        return
+    beside = source if force else source.with_name(f"{source.stem}-repaired.gguf")
+    target = Path(out).expanduser() if out is not None else beside
+    lines: list[str] = []
+    repair(found, target, force=force, look=None if quiet else lambda new: lines.append(_moved(source, new)))
+    click.echo("".join(f"{line}\n" for line in lines), nl=False)
+    if not quiet:
+        click.echo(f"{target}: written, tensor data unchanged", err=True)
+
+
+def _moved(before: Path, after: Path) -> str:
+    from pocketllava.errors import BackendError
+    from pocketllava.moved import features_move
+
+    try:
+        difference = features_move(before, after)
+    except BackendError as error:
+        return f"how far the features move is not known: {error}"
+    if difference is None:
+        return "features: llama.cpp refuses the file as it was, and computes them from the repaired one"
+    return f"features of a drawn picture: moved by {difference:.2g} of their norm"
