@@ -23,12 +23,13 @@ from pocketllava.convert.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.mmproj import plan_mmproj
 from pocketllava.convert.plan import CHUNK_VALUES, FilePlan, SourceReader
 from pocketllava.convert.quantize import MMPROJ_TYPES, TEXT_TYPES, known
+from pocketllava.convert.templates import chat_template, end_ids
 from pocketllava.convert.text import plan_text
 from pocketllava.convert.verify import load_test, verify_file
 from pocketllava.convert.vocab import Vocab, read_vocab
 from pocketllava.convert.writer import Progress, write
 from pocketllava.errors import ConvertError, DiskFull
-from pocketllava.models.bundle import DEFAULT_TEMPLATE, FORMAT, MANIFEST, MMPROJ, MODEL, Bundle, describe_file
+from pocketllava.models.bundle import FORMAT, MANIFEST, MMPROJ, MODEL, Bundle, describe_file
 from pocketllava.models.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
@@ -75,7 +76,8 @@ def plan(
         vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be read ({error.strerror or error})") from error
-    template = _template(checkpoint)
+    template = chat_template(checkpoint, vocab, config.image_token_id)
+    end_ids(checkpoint, config, vocab)  # refused before the work
     dropped = dict(checkpoint.dropped)
     text = plan_text(checkpoint, config.text, vocab, template, quant, dropped)
     vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
@@ -143,12 +145,6 @@ class _Advance:
             self.progress(self.stage, self.done, self.total)
 
 
-def _template(checkpoint: Checkpoint) -> str:
-    """The checkpoint's chat template if it knows images, llava-1.5's otherwise."""
-    template = checkpoint.chat_template
-    return template if template and "image" in template else DEFAULT_TEMPLATE
-
-
 def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
     from pocketllava import __version__
 
@@ -172,7 +168,7 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
             "projected_width": config.text.n_embd,
         },
         "tokenizer": {"space_prefix": vocab.space_prefix},
-        "eos_token_ids": list(config.text.eos_ids),
+        "eos_token_ids": end_ids(checkpoint, config, vocab),
         "preprocessing": planned.preprocessing.to_json(),
         "chat_template": planned.template,
     }

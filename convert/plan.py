@@ -35,13 +35,17 @@ class Key:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of an output file. heads > 0: rows go from rotary halves to rotary pairs in each head."""
+    """One tensor of an output file. heads > 0: rows go from rotary halves to rotary pairs in each head.
+
+    column_groups: for each of that many equal groups of columns, the source's group that goes there.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     source: SourceTensor
     heads: int = 0
+    column_groups: tuple[int, ...] = (0,)
 
     @property
     def n_bytes(self) -> int:
@@ -68,6 +72,9 @@ class PlannedTensor:
     def to_float(self, raw: bytes) -> npt.NDArray[np.float32]:
         """Source bytes of whole rows -> (rows, n_per_row) float32, in llama.cpp's row order."""
         rows = _float32(raw, self.source.dtype).reshape(-1, self.n_per_row)
+        if len(self.column_groups) > 1:
+            groups = rows.reshape(len(rows), len(self.column_groups), -1)
+            rows = np.ascontiguousarray(groups[:, list(self.column_groups)]).reshape(rows.shape)
         if not self.heads:
             return rows
         half = self.n_rows // self.heads // 2
@@ -112,6 +119,9 @@ class SourceReader:
     def rows(self, tensor: PlannedTensor, first: int, count: int) -> bytes:
         """The source's bytes of `count` rows. Raises ConvertError if the file ends early."""
         source = tensor.source
+        if source.computed is not None:
+            step = source.n_bytes // tensor.n_rows
+            return source.computed[first * step : (first + count) * step]
         if source.file not in self._files:
             self._files[source.file] = source.file.open("rb", buffering=0)
         file, row_bytes = self._files[source.file], source.n_bytes // tensor.n_rows

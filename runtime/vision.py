@@ -20,9 +20,8 @@ from pocketllava.backend import ggml, gpus, log_lines, translated
 from pocketllava.errors import BackendError, BundleError, InputError
 from pocketllava.features import Features
 from pocketllava.models.header import Header
-from pocketllava.models.mmproj_check import MmprojInfo, check_mmproj
+from pocketllava.models.mmproj_check import CLASS_EMBEDDING, MmprojInfo, check_mmproj
 
-CLASS_EMBEDDING = "v.class_embd"
 ENCODER_VERSION = 1  # counts changes to what encode() gives for the same pixels and file
 
 
@@ -99,7 +98,7 @@ class VisionEncoder:
                 f"{mmproj}: projects to width {self.info.projected_width}, the text model has {width};"
                 " it belongs to another model"
             )
-        self.correction = ClassTokenCorrection(_class_embedding(header), self.info.n_patches)
+        self.correction = _correction(header, self.info)
         self._lock = threading.Lock()
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu = use_gpu and bool(gpus())
@@ -108,7 +107,8 @@ class VisionEncoder:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )  # it would round keys and values to F16
-        params.cb_eval = self.correction.callback
+        if self.info.class_token:
+            params.cb_eval = self.correction.callback
         with translated(f"{mmproj}: loading the vision tower"), log_lines() as lines:
             self._context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), text_model, params)
             if not self._context:
@@ -163,6 +163,12 @@ class VisionEncoder:
             if self._context:
                 self._lib.mtmd_free(self._context)
                 self._context = None
+
+
+def _correction(header: Header, info: MmprojInfo) -> ClassTokenCorrection:
+    """For a tower without a class token (SigLIP) one that is never asked: libmtmd has its rows right."""
+    embedding = _class_embedding(header) if info.class_token else np.empty(0, np.float32)
+    return ClassTokenCorrection(embedding, info.n_patches)
 
 
 def _class_embedding(header: Header) -> Features:
