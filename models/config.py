@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
-from pocketllava.models import siglip
 from pocketllava.models.layers import feature_layers
 from pocketllava.models.patches import PatchGrid
 from pocketllava.models.rope import llama3_factors
+from pocketllava.models.siglip import ACTIVATIONS as SIGLIP_ACTIVATIONS
+from pocketllava.models.siglip import DEFAULTS as SIGLIP_DEFAULTS
+from pocketllava.models.siglip import MODEL_TYPE as SIGLIP
+from pocketllava.models.siglip import check_strategy
 
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -148,7 +151,7 @@ def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
         raise UnsupportedCheckpoint(
             "config.json: multimodal_projector_bias false, expected a projector with biases"
         )
-    siglip.check_strategy(config)
+    check_strategy(config)
 
 
 def _text(config: Mapping[str, Any]) -> TextConfig:
@@ -216,14 +219,14 @@ def _rope(t: Mapping[str, Any]) -> tuple[float, float]:
 def _vision(config: Mapping[str, Any]) -> VisionConfig:
     given = config.get("vision_config")
     kind = str((given or {}).get("model_type", "clip_vision_model"))
-    if kind not in ("clip_vision_model", siglip.MODEL_TYPE):
+    if kind not in ("clip_vision_model", SIGLIP):
         raise UnsupportedCheckpoint(
-            f"config.json: vision tower {kind!r}, expected 'clip_vision_model' or {siglip.MODEL_TYPE!r}"
+            f"config.json: vision tower {kind!r}, expected 'clip_vision_model' or {SIGLIP!r}"
         )
-    is_clip = kind != siglip.MODEL_TYPE
-    defaults = CLIP_DEFAULTS if is_clip else siglip.DEFAULTS
+    is_clip = kind != SIGLIP
+    defaults = CLIP_DEFAULTS if is_clip else SIGLIP_DEFAULTS
     v = {**defaults, **{k: x for k, x in given.items() if x is not None}} if given else LLAVA_CLIP
-    known = ("quick_gelu", "gelu") if is_clip else siglip.ACTIVATIONS
+    known = ("quick_gelu", "gelu") if is_clip else SIGLIP_ACTIVATIONS
     _expect(v["hidden_act"] in known, "hidden_act", v["hidden_act"], " or ".join(map(repr, known)))
     _expect(v.get("num_channels", 3) == 3, "num_channels", v.get("num_channels"), "3")
     n_layer, n_embd = _whole(v, ("num_hidden_layers",)), _whole(v, ("hidden_size",))

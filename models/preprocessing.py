@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
-from pocketllava.models import siglip
+from pocketllava.models.siglip import image_processor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,7 +57,7 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
             f"preprocessor: {kind!r}, expected CLIPImageProcessor, LlavaImageProcessor or SiglipImageProcessor"
         )
     if kind.startswith("Siglip"):
-        p = siglip.image_processor(p, image_size)
+        p = image_processor(p, image_size)
     for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
         _expect(p.get(step, True) is not False, step, p.get(step), "true")
     scale = p.get("rescale_factor", 1 / 255)
