@@ -27,7 +27,10 @@ LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where one tensor's bytes lie. `shape` is rows first; `dtype` is safetensors' code."""
+    """Where one tensor's bytes lie. `shape` is rows first; `dtype` is safetensors' code.
+
+    computed: the bytes themselves, for a tensor that follows from config.json and lies in no file.
+    """
 
     name: str
     file: Path
@@ -35,6 +38,7 @@ class SourceTensor:
     n_bytes: int
     dtype: str
     shape: tuple[int, ...]
+    computed: bytes | None = None
 
 
 @dataclass(frozen=True)

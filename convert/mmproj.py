@@ -46,8 +46,17 @@ def plan_mmproj(
     for n in range(used, config.vision.n_layer):
         vision.drop(f"vision.encoder.layers.{n}.", f"features are those after block {used - 1}", dropped)
     vision.drop("vision.post_layernorm.", "not applied to patch features", dropped)
+    if not config.vision.class_token:
+        vision.drop("vision.head.", "pools patches, which LLaVA takes one by one", dropped)
+    order = {"mm.0.weight": config.vision.layer_order}
     tensors = tuple(
-        PlannedTensor(name, source.shape, type_of(name, source.shape, quant), source)
+        PlannedTensor(
+            name,
+            source.shape,
+            type_of(name, source.shape, quant),
+            source,
+            column_groups=order.get(name, (0,)),
+        )
         for name, source in (*_vision(vision, config.vision), *_projector(projector, config))
     )
     vision.finish()
@@ -57,12 +66,16 @@ def plan_mmproj(
 
 def _vision(taker: TensorTaker, v: VisionConfig) -> Iterator[tuple[str, SourceTensor]]:
     embeddings = "vision.embeddings."
-    yield "v.class_embd", taker.take(embeddings + "class_embedding", (v.n_embd,))
+    if v.class_token:
+        yield "v.class_embd", taker.take(embeddings + "class_embedding", (v.n_embd,))
     patch = (v.n_embd, 3, v.patch_size, v.patch_size)
     yield "v.patch_embd.weight", taker.take(embeddings + "patch_embedding.weight", patch)
-    positions = (v.n_patches + 1, v.n_embd)
+    if not v.class_token:
+        yield "v.patch_embd.bias", taker.take(embeddings + "patch_embedding.bias", (v.n_embd,))
+    positions = (v.n_patches + v.class_token, v.n_embd)
     yield "v.position_embd.weight", taker.take(embeddings + "position_embedding.weight", positions)
-    yield from _pair(taker, "vision.pre_layrnorm", "v.pre_ln", (v.n_embd,))
+    if v.class_token:
+        yield from _pair(taker, "vision.pre_layrnorm", "v.pre_ln", (v.n_embd,))
     shapes = {
         "ffn_up": (v.n_ff, v.n_embd),
         "ffn_down": (v.n_embd, v.n_ff),
@@ -77,7 +90,7 @@ def _vision(taker: TensorTaker, v: VisionConfig) -> Iterator[tuple[str, SourceTe
 
 def _projector(taker: TensorTaker, c: LlavaConfig) -> Iterator[tuple[str, SourceTensor]]:
     """linear_1 and linear_2 are mm.0 and mm.2: the GELU between them is number 1."""
-    yield from _pair(taker, "projector.linear_1", "mm.0", (c.text.n_embd, c.vision.n_embd))
+    yield from _pair(taker, "projector.linear_1", "mm.0", (c.text.n_embd, c.vision.n_features))
     yield from _pair(taker, "projector.linear_2", "mm.2", (c.text.n_embd, c.text.n_embd))
 
 
@@ -105,7 +118,7 @@ def _keys(checkpoint: Checkpoint, c: LlavaConfig, p: Preprocessing, quant: str) 
     yield Key("general.file_type", int(MMPROJ_TYPES[quant][1]), V.UINT32)
     yield Key("clip.has_vision_encoder", True, V.BOOL)
     yield Key("clip.projector_type", PROJECTOR_TYPE, V.STRING)
-    yield Key("clip.use_gelu", not v.quick_gelu, V.BOOL)
+    yield Key("clip.use_gelu", not v.quick_gelu, V.BOOL)  # the tanh formula, which is SigLIP's
     numbers = {
         "projection_dim": c.text.n_embd,
         "image_size": v.image_size,
@@ -118,6 +131,6 @@ def _keys(checkpoint: Checkpoint, c: LlavaConfig, p: Preprocessing, quant: str) 
     for name, value in numbers.items():
         yield Key(f"clip.vision.{name}", value, V.UINT32)
     yield Key("clip.vision.attention.layer_norm_epsilon", v.eps, V.FLOAT32)
-    yield Key("clip.vision.feature_layer", [v.n_used], V.ARRAY, V.INT32)
+    yield Key("clip.vision.feature_layer", list(v.feature_layers), V.ARRAY, V.INT32)
     yield Key("clip.vision.image_mean", list(p.mean), V.ARRAY, V.FLOAT32)
     yield Key("clip.vision.image_std", list(p.std), V.ARRAY, V.FLOAT32)

@@ -22,11 +22,12 @@ from pocketllava.convert.place import check_target
 from pocketllava.convert.plan import CHUNK_VALUES, FilePlan
 from pocketllava.convert.produce import Job, produce
 from pocketllava.convert.quantize import MMPROJ_TYPES, TEXT_TYPES, known
+from pocketllava.convert.templates import chat_template, end_ids
 from pocketllava.convert.text import plan_text
 from pocketllava.convert.vocab import Vocab, read_vocab
 from pocketllava.convert.writer import Progress
 from pocketllava.errors import ConvertError
-from pocketllava.models.bundle import DEFAULT_TEMPLATE, FORMAT, Bundle
+from pocketllava.models.bundle import FORMAT, Bundle
 from pocketllava.models.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
@@ -78,11 +79,8 @@ def plan(
         _check_counts(checkpoint, config)
         prepared = preprocessing(checkpoint.files, config.vision.image_size)
         vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
-        if config.image_token_id >= len(vocab.tokens):
-            raise ConvertError(
-                f"config.json: image token {config.image_token_id}, but the vocabulary has {len(vocab.tokens)} tokens"
-            )
-        template = _template(checkpoint)
+        template = chat_template(checkpoint, vocab, config.image_token_id)
+        end_ids(checkpoint, config, vocab)  # refused before the work
         dropped = dict(checkpoint.dropped)
         text = plan_text(checkpoint, config.text, vocab, template, quant, dropped, matrix)
         vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
@@ -187,12 +185,6 @@ def execute_all(
     return produce(jobs, force=force, threads=threads, progress=progress, resume=resume)
 
 
-def _template(checkpoint: Checkpoint) -> str:
-    """The checkpoint's chat template if it knows images, llava-1.5's otherwise."""
-    template = checkpoint.chat_template
-    return template if template and "image" in template else DEFAULT_TEMPLATE
-
-
 def _manifest(planned: ConvertPlan) -> dict[str, Any]:
     """bundle.json's content; its `files` are known when they are written."""
     from pocketllava import __version__
@@ -217,7 +209,7 @@ def _manifest(planned: ConvertPlan) -> dict[str, Any]:
             "projected_width": config.text.n_embd,
         },
         "tokenizer": {"space_prefix": vocab.space_prefix},
-        "eos_token_ids": list(config.text.eos_ids),
+        "eos_token_ids": end_ids(checkpoint, config, vocab),
         "preprocessing": planned.preprocessing.to_json(),
         "chat_template": planned.template,
     }

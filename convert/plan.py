@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -43,6 +43,7 @@ class PlannedTensor:
     """One tensor of an output file. heads > 0: rows go from rotary halves to rotary pairs in each head.
 
     importance: (n_per_row,) float32 from an importance matrix, or None.
+    column_groups: for each of that many equal groups of columns, the source's group that goes there.
     """
 
     name: str
@@ -51,6 +52,7 @@ class PlannedTensor:
     source: SourceTensor
     heads: int = 0
     importance: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    column_groups: tuple[int, ...] = (0,)
 
     @property
     def n_bytes(self) -> int:
@@ -70,10 +72,8 @@ class PlannedTensor:
     @property
     def copied(self) -> bool:
         """Whether the source's bytes are the result: the same type, and nothing that changes a value's place."""
-        changes = (f for f in fields(self) if f.default is not MISSING)
-        return self.source.dtype == self.type.name and all(
-            getattr(self, f.name) is f.default for f in changes
-        )
+        moved = self.heads or len(self.column_groups) > 1
+        return self.source.dtype == self.type.name and not moved
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) pieces of about CHUNK_VALUES values, whole heads where permuted."""
@@ -85,6 +85,9 @@ class PlannedTensor:
     def to_float(self, raw: bytes) -> npt.NDArray[np.float32]:
         """Source bytes of whole rows -> (rows, n_per_row) float32, in llama.cpp's row order."""
         rows = _float32(raw, self.source.dtype).reshape(-1, self.n_per_row)
+        if len(self.column_groups) > 1:
+            groups = rows.reshape(len(rows), len(self.column_groups), -1)
+            rows = np.ascontiguousarray(groups[:, list(self.column_groups)]).reshape(rows.shape)
         if not self.heads:
             return rows
         half = self.n_rows // self.heads // 2
@@ -141,6 +144,8 @@ class SourceReader:
         """The source's bytes of `count` rows. Raises ConvertError if the file ends early."""
         source = tensor.source
         row_bytes = source.n_bytes // tensor.n_rows
+        if source.computed is not None:
+            return source.computed[first * row_bytes : (first + count) * row_bytes]
         try:
             data = read_at(self._file(source.file), source.offset + first * row_bytes, count * row_bytes)
         except OSError as error:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from gguf import GGMLQuantizationType
 from gguf import GGUFValueType as V
 
 from pocketllava.convert.checkpoint import Checkpoint, SourceTensor
@@ -53,6 +56,7 @@ def plan_text(
         for name, source, heads in _tensors(taker, config)
     ]
     taker.finish()
+    tensors += _computed(config)
     if matrix is not None:
         tensors = [replace(t, importance=matrix.of(t.name, t.shape, t.type)) for t in tensors]
     tensors.sort(key=lambda t: _llama_cpp_order(t.name))
@@ -88,6 +92,15 @@ def _tensors(taker: TensorTaker, c: TextConfig) -> Iterator[tuple[str, SourceTen
     yield "output_norm.weight", taker.take("text.norm.weight", (c.n_embd,)), 0
     if not c.tied:
         yield "output.weight", taker.take("text.lm_head.weight", (c.n_vocab, c.n_embd)), 0
+
+
+def _computed(c: TextConfig) -> list[PlannedTensor]:
+    """Llama 3.1's rope_freqs: what config.json says of frequencies, as a tensor that llama.cpp reads."""
+    if not c.rope_factors:
+        return []
+    name, data = "rope_freqs.weight", np.array(c.rope_factors, "<f4").tobytes()
+    source = SourceTensor(name, Path(), 0, len(data), "F32", (len(c.rope_factors),), computed=data)
+    return [PlannedTensor(name, source.shape, GGMLQuantizationType.F32, source)]
 
 
 def _llama_cpp_order(name: str) -> tuple[int, str]:
@@ -133,14 +146,15 @@ def _vocab_keys(vocab: Vocab) -> list[Key]:
         return Key(f"tokenizer.ggml.{name}", value, kind, item)
 
     keys = [
-        key("model", "llama", V.STRING),
-        key("pre", "default", V.STRING),
+        key("model", "gpt2" if vocab.merges else "llama", V.STRING),
+        key("pre", vocab.pre, V.STRING),
         key("tokens", vocab.tokens, V.ARRAY, V.STRING),
-        key("scores", vocab.scores, V.ARRAY, V.FLOAT32),
+        *([] if vocab.merges else [key("scores", vocab.scores, V.ARRAY, V.FLOAT32)]),
         key("token_type", vocab.types, V.ARRAY, V.INT32),
+        *([key("merges", vocab.merges, V.ARRAY, V.STRING)] if vocab.merges else []),
         key("bos_token_id", vocab.bos_id, V.UINT32),
         key("eos_token_id", vocab.eos_id, V.UINT32),
-        key("unknown_token_id", vocab.unk_id, V.UINT32),
+        *([] if vocab.merges else [key("unknown_token_id", vocab.unk_id, V.UINT32)]),
         key("add_bos_token", vocab.add_bos, V.BOOL),
         key("add_eos_token", False, V.BOOL),
         key("add_space_prefix", vocab.space_prefix != "none", V.BOOL),

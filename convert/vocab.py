@@ -1,17 +1,18 @@
 """tokenizer.model / tokenizer.json -> the token arrays of a GGUF file (SentencePiece-style BPE).
 
-Knows the two files and GGUF's token types; no tensors. A checkpoint's vocabulary is padded to the
-embedding's rows, because llama.cpp wants one token a row.
+Knows the two files and GGUF's token types; no tensors. Llama 3's kind is in vocab_bpe.py. A
+checkpoint's vocabulary is padded to the embedding's rows, because llama.cpp wants one token a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pocketllava.convert.checkpoint import LFS, Checkpoint
+from pocketllava.convert.vocab_bpe import is_byte_level, read_byte_level
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
@@ -26,6 +27,7 @@ class Vocab:
     """Token arrays of equal length, special ids, and which text pieces get a leading space.
 
     space_prefix: "every" piece between special tokens (the hub's llava-1.5), the "first" one, or "none".
+    merges: of a byte-level BPE (Llama 3), which has no scores; pre is llama.cpp's name of its pre-tokenizer.
     """
 
     tokens: list[str]
@@ -37,12 +39,16 @@ class Vocab:
     pad_id: int | None
     add_bos: bool
     space_prefix: str
+    merges: list[str] = field(default_factory=list)
+    pre: str = "default"
 
 
 def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) -> Vocab:
     """Build the vocabulary for an embedding of n_rows rows. Raises ConvertError, UnsupportedCheckpoint."""
     described = checkpoint.files.get("tokenizer.json")
     model = checkpoint.folder / "tokenizer.model"
+    if described is not None and is_byte_level(described):
+        return _from_byte_level(checkpoint, described, n_rows, bos_id, eos_id)
     if model.is_file():
         vocab = _from_sentencepiece(model)
     elif described is not None:
@@ -61,6 +67,19 @@ def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) ->
     _extend(vocab, added, n_rows)
     pad = {text: i for i, (text, _) in added.items()}.get(str(_text(config.get("pad_token"))))
     return replace(vocab, pad_id=pad)
+
+
+def _from_byte_level(
+    checkpoint: Checkpoint, described: dict[str, Any], n_rows: int, bos_id: int, eos_id: int
+) -> Vocab:
+    """Llama 3's kind: the tokenizer's files name bos and eos, config.json's ids count where they don't."""
+    config, added = checkpoint.files.get("tokenizer_config.json", {}), _added_tokens(checkpoint)
+    b = read_byte_level(described, config, added, n_rows)
+    pad = {text: i for i, (text, _) in added.items()}.get(str(_text(config.get("pad_token"))))
+    bos, eos = (
+        found if found is not None else said for found, said in ((b.bos_id, bos_id), (b.eos_id, eos_id))
+    )
+    return Vocab(b.tokens, [], b.types, bos, eos, -1, pad, b.add_bos, "none", b.merges, b.pre)
 
 
 def _from_sentencepiece(path: Path) -> Vocab:

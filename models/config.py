@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+from pocketllava.models.layers import feature_layers
 from pocketllava.models.patches import PatchGrid
+from pocketllava.models.rope import llama3_factors
+from pocketllava.models.siglip import ACTIVATIONS as SIGLIP_ACTIVATIONS
+from pocketllava.models.siglip import DEFAULTS as SIGLIP_DEFAULTS
+from pocketllava.models.siglip import MODEL_TYPE as SIGLIP
+from pocketllava.models.siglip import check_strategy
 
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -51,7 +57,10 @@ LLAVA_CLIP: dict[str, Any] = {  # LlavaConfig's vision tower when config.json ha
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama or Mistral decoder. rope_scale is the factor of linear position interpolation, 1.0 for none."""
+    """A Llama or Mistral decoder. rope_scale is the factor of linear position interpolation, 1.0 for none.
+
+    rope_factors: Llama 3.1's divisors of the rotary frequencies, empty for none.
+    """
 
     kind: str
     n_embd: int
@@ -68,11 +77,16 @@ class TextConfig:
     tied: bool
     bos_id: int
     eos_ids: tuple[int, ...]
+    rope_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class VisionConfig(PatchGrid):
-    """A CLIP tower of which the first n_used blocks run (hidden_states[n_used] are the features)."""
+    """A CLIP or SigLIP tower of which the first n_used blocks run (hidden_states[n_used] are features).
+
+    layers: the indices into hidden_states whose features stand side by side, in the checkpoint's order;
+    n_used is the largest. class_token: CLIP; without it a SigLIP tower (patch bias, no norm before blocks).
+    """
 
     n_embd: int
     n_ff: int
@@ -82,6 +96,23 @@ class VisionConfig(PatchGrid):
     projection_dim: int
     quick_gelu: bool
     eps: float
+    layers: tuple[int, ...] = ()
+    class_token: bool = True
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers in llama.cpp's order, ascending."""
+        return tuple(sorted(self.layers)) or (self.n_used,)
+
+    @property
+    def layer_order(self) -> tuple[int, ...]:
+        """For each of feature_layers its place in the checkpoint's order."""
+        return tuple(self.layers.index(n) for n in self.feature_layers) if self.layers else (0,)
+
+    @property
+    def n_features(self) -> int:
+        """Width of the projector's input."""
+        return len(self.feature_layers) * self.n_embd
 
 
 @dataclass(frozen=True)
@@ -120,12 +151,7 @@ def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
         raise UnsupportedCheckpoint(
             "config.json: multimodal_projector_bias false, expected a projector with biases"
         )
-    strategy = config.get("vision_feature_select_strategy", "default")
-    if strategy != "default":
-        raise UnsupportedCheckpoint(
-            f"config.json: vision_feature_select_strategy {strategy!r}, expected 'default'"
-            " (llama.cpp always drops the class token)"
-        )
+    check_strategy(config)
 
 
 def _text(config: Mapping[str, Any]) -> TextConfig:
@@ -165,59 +191,67 @@ def _text(config: Mapping[str, Any]) -> TextConfig:
         tied=bool(config.get("tie_word_embeddings") or given.get("tie_word_embeddings")),
         bos_id=int(t["bos_token_id"]),
         eos_ids=tuple(eos) if isinstance(eos, list) else (int(eos),),
+        rope_factors=llama3_factors(_rope_of(t), theta, head_dim) if _rope_kind(t) == "llama3" else (),
     )
+
+
+def _rope_of(t: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` (transformers 5) or `rope_scaling`."""
+    return {**(t.get("rope_scaling") or {}), **(t.get("rope_parameters") or {})}
+
+
+def _rope_kind(t: Mapping[str, Any]) -> str:
+    rope = _rope_of(t)
+    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _rope(t: Mapping[str, Any]) -> tuple[float, float]:
     """(theta, linear scale) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    rope = {**(t.get("rope_scaling") or {}), **(t.get("rope_parameters") or {})}
+    rope, kind = _rope_of(t), _rope_kind(t)
     theta = float(rope.get("rope_theta", t.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if kind in ("default", "llama3"):
         return theta, 1.0
     if kind == "linear":
         return theta, float(rope["factor"])
-    raise UnsupportedCheckpoint(f"config.json: rope_type {kind!r}, expected 'default' or 'linear'")
+    raise UnsupportedCheckpoint(f"config.json: rope_type {kind!r}, expected 'default', 'linear' or 'llama3'")
 
 
 def _vision(config: Mapping[str, Any]) -> VisionConfig:
     given = config.get("vision_config")
     kind = str((given or {}).get("model_type", "clip_vision_model"))
-    if kind != "clip_vision_model":
-        raise UnsupportedCheckpoint(f"config.json: vision tower {kind!r}, expected 'clip_vision_model'")
-    v = {**CLIP_DEFAULTS, **{k: x for k, x in given.items() if x is not None}} if given else LLAVA_CLIP
-    _expect(
-        v["hidden_act"] in ("quick_gelu", "gelu"), "hidden_act", v["hidden_act"], "'quick_gelu' or 'gelu'"
-    )
+    if kind not in ("clip_vision_model", SIGLIP):
+        raise UnsupportedCheckpoint(
+            f"config.json: vision tower {kind!r}, expected 'clip_vision_model' or {SIGLIP!r}"
+        )
+    is_clip = kind != SIGLIP
+    defaults = CLIP_DEFAULTS if is_clip else SIGLIP_DEFAULTS
+    v = {**defaults, **{k: x for k, x in given.items() if x is not None}} if given else LLAVA_CLIP
+    known = ("quick_gelu", "gelu") if is_clip else SIGLIP_ACTIVATIONS
+    _expect(v["hidden_act"] in known, "hidden_act", v["hidden_act"], " or ".join(map(repr, known)))
     _expect(v.get("num_channels", 3) == 3, "num_channels", v.get("num_channels"), "3")
     n_layer, n_embd = _whole(v, ("num_hidden_layers",)), _whole(v, ("hidden_size",))
     image_size, patch_size = _whole(v, ("image_size",)), _whole(v, ("patch_size",))
     n_head = _whole(v, ("num_attention_heads",))
     _expect(n_embd % n_head == 0, "num_attention_heads", n_head, f"a divisor of hidden_size {n_embd}")
-    _expect(image_size % patch_size == 0, "patch_size", patch_size, f"a divisor of image_size {image_size}")
+    _expect(
+        image_size % patch_size == 0 or (not is_clip and image_size > patch_size),  # SigLIP: 384 = 27 * 14 + 6
+        "patch_size", patch_size, f"a divisor of image_size {image_size}",
+    )  # fmt: skip
+    layers = feature_layers(config.get("vision_feature_layer", -2), n_layer)
     return VisionConfig(
         n_embd=n_embd,
         n_ff=_whole(v, ("intermediate_size",)),
         n_layer=n_layer,
-        n_used=_blocks_used(config.get("vision_feature_layer", -2), n_layer),
+        n_used=max(layers),
         n_head=n_head,
         image_size=image_size,
         patch_size=patch_size,
         projection_dim=_whole(v, ("projection_dim",)),
         quick_gelu=v["hidden_act"] == "quick_gelu",
         eps=_number(v, "layer_norm_eps"),
+        layers=layers,
+        class_token=is_clip,
     )
-
-
-def _blocks_used(layer: Any, n_layer: int) -> int:
-    """The index into hidden_states (n_layer + 1 of them) that vision_feature_layer means: -2 of 24 is 23."""
-    if isinstance(layer, list) and len(layer) == 1:
-        layer = layer[0]
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise UnsupportedCheckpoint(f"config.json: vision_feature_layer {layer!r}, expected one whole number")
-    used = layer if layer >= 0 else n_layer + 1 + layer
-    _expect(1 <= used <= n_layer, "vision_feature_layer", layer, f"one of {n_layer} blocks")
-    return used
 
 
 def _whole(data: Mapping[str, Any], names: tuple[str, ...], default: int | None = None) -> int:

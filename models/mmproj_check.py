@@ -18,6 +18,7 @@ MATRIX_TYPES = (F32, F16, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, BF16)
 U32, I32, FLOAT, BOOL, TEXT = 4, 5, 6, 7, 8  # enum gguf_type
 CLIP_L_BLOCKS_STORED = 23  # what published files hold of CLIP ViT-L's 24 blocks
 PREFIX = "clip.vision."
+CLASS_EMBEDDING, PATCH_BIAS = "v.class_embd", "v.patch_embd.bias"  # CLIP has the one, SigLIP the other
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class MmprojInfo(PatchGrid):
     n_blocks: int
     vision_width: int
     projected_width: int
+    class_token: bool = True
 
 
 def check_mmproj(header: Header) -> MmprojInfo:
@@ -51,32 +53,47 @@ def check_mmproj(header: Header) -> MmprojInfo:
             "patch_size",
         )
     }
-    if n["embedding_length"] % n["attention.head_count"] or n["image_size"] % n["patch_size"]:
+    class_token = CLASS_EMBEDDING in header.tensors or PATCH_BIAS not in header.tensors
+    if (
+        n["embedding_length"] % n["attention.head_count"]
+        or n["image_size"] < n["patch_size"]
+        or (class_token and n["image_size"] % n["patch_size"])
+    ):
         raise BundleError(
             f"{header.path}: head_count or patch_size do not divide their sizes; download it again"
         )
     _number(header, PREFIX + "attention.layer_norm_epsilon")
     for name in ("image_mean", "image_std"):
         _array(header, PREFIX + name, 3)
-    _check_depth(header, n["block_count"])
+    n_layers = _check_depth(header, n["block_count"])
     _check_age(header, n)
-    _check_tensors(header, n)
+    _check_tensors(header, n, n_layers, class_token)
     return MmprojInfo(
-        n["image_size"], n["patch_size"], n["block_count"], n["embedding_length"], n["projection_dim"]
+        n["image_size"],
+        n["patch_size"],
+        n["block_count"],
+        n["embedding_length"],
+        n["projection_dim"],
+        class_token,
     )
 
 
-def _check_depth(header: Header, n_blocks: int) -> None:
+def _check_depth(header: Header, n_blocks: int) -> int:
+    """How many layers' features stand side by side; llama.cpp stacks them ascending."""
     layers = header.keys.get(PREFIX + "feature_layer")
     if layers is None and n_blocks == CLIP_L_BLOCKS_STORED:
         raise BundleError(
             f"{header.path}: no {PREFIX}feature_layer, so llama.cpp would run {n_blocks - 1} of its {n_blocks}"
             f" blocks; {_repair(header)}"
         )
-    if layers is not None and (
-        not isinstance(layers, list) or layers != [layers[0]] or not 1 <= layers[0] <= n_blocks
-    ):
-        raise BundleError(f"{header.path}: feature_layer {layers!r}, expected one layer of {n_blocks}")
+    if layers is None:
+        return 1
+    whole = isinstance(layers, list) and layers and all(type(n) is int for n in layers)
+    if not whole or layers != sorted(set(layers)) or layers[0] < 0 or not 1 <= layers[-1] <= n_blocks:
+        raise BundleError(
+            f"{header.path}: feature_layer {layers!r}, expected one layer of {n_blocks}, or several ascending"
+        )
+    return len(layers)
 
 
 def _check_age(header: Header, n: dict[str, int]) -> None:
@@ -91,8 +108,8 @@ def _check_age(header: Header, n: dict[str, int]) -> None:
         )
 
 
-def _check_tensors(header: Header, n: dict[str, int]) -> None:
-    expected = dict(_expected(n))
+def _check_tensors(header: Header, n: dict[str, int], n_layers: int, class_token: bool) -> None:
+    expected = dict(_expected(n, n_layers, class_token))
     found = {name: t for name, t in header.tensors.items() if not name.startswith("v.post_ln.")}
     for name in sorted(set(expected) ^ set(found)):
         state = "missing" if name in expected else "unexpected"
@@ -108,7 +125,9 @@ def _check_tensors(header: Header, n: dict[str, int]) -> None:
             )
 
 
-def _expected(n: dict[str, int]) -> list[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+def _expected(
+    n: dict[str, int], n_layers: int, class_token: bool
+) -> list[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
     width, wide, out = n["embedding_length"], n["feed_forward_length"], n["projection_dim"]
     vector: tuple[int, ...] = (F32,)
     patch, grid = n["patch_size"], n["image_size"] // n["patch_size"]
@@ -120,11 +139,11 @@ def _expected(n: dict[str, int]) -> list[tuple[str, tuple[tuple[int, ...], tuple
         return [(f"{name}.{kind}", ((width,), vector)) for kind in ("weight", "bias")]
 
     tensors: list[Any] = [
-        ("v.class_embd", ((width,), vector)),
+        (CLASS_EMBEDDING if class_token else PATCH_BIAS, ((width,), vector)),
         ("v.patch_embd.weight", ((width, 3, patch, patch), (F32, F16))),
-        ("v.position_embd.weight", ((grid * grid + 1, width), (F32, F16))),
-        *norm("v.pre_ln"),
-        *linear("mm.0", out, width),
+        ("v.position_embd.weight", ((grid * grid + class_token, width), (F32, F16))),
+        *(norm("v.pre_ln") if class_token else ()),
+        *linear("mm.0", out, n_layers * width),
         *linear("mm.2", out, out),
     ]
     for block in range(n["block_count"]):

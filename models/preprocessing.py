@@ -1,6 +1,6 @@
 """How a checkpoint's own processor prepares images: what preprocessor_config.json says, refused if unknown.
 
-Knows the files of CLIPImageProcessor and LlavaImageProcessor; touches no pixels.
+Knows the files of CLIPImageProcessor, LlavaImageProcessor and SiglipImageProcessor; touches no pixels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+from pocketllava.models.siglip import image_processor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,10 +52,12 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
     if not p:
         return Preprocessing(shortest_edge=image_size, crop_size=image_size)
     kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
-    if not kind.startswith(("CLIP", "Llava")) or "Next" in kind:
+    if not kind.startswith(("CLIP", "Llava", "SiglipImageProcessor")) or "Next" in kind:
         raise UnsupportedCheckpoint(
-            f"preprocessor: {kind!r}, expected CLIPImageProcessor or LlavaImageProcessor"
+            f"preprocessor: {kind!r}, expected CLIPImageProcessor, LlavaImageProcessor or SiglipImageProcessor"
         )
+    if kind.startswith("Siglip"):
+        p = image_processor(p, image_size)
     for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
         _expect(p.get(step, True) is not False, step, p.get(step), "true")
     scale = p.get("rescale_factor", 1 / 255)

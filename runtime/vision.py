@@ -20,9 +20,8 @@ from pocketllava.backend import ggml, gpus, log_lines, translated
 from pocketllava.errors import BackendError, BundleError, InputError
 from pocketllava.features import Features
 from pocketllava.models.header import Header
-from pocketllava.models.mmproj_check import F32, MmprojInfo, check_mmproj
+from pocketllava.models.mmproj_check import CLASS_EMBEDDING, F32, MmprojInfo, check_mmproj
 
-CLASS_EMBEDDING = "v.class_embd"
 ENCODER_VERSION = 1  # counts changes to what encode() gives for the same pixels and file
 
 
@@ -107,7 +106,7 @@ class VisionEncoder:
                 f"{mmproj}: projects to width {self.info.projected_width}, the text model has {width};"
                 " it belongs to another model"
             )
-        self.correction = ClassTokenCorrection(_class_embedding(header), self.info.n_patches)
+        self.correction = _correction(header, self.info)
         self._lock = threading.Lock()
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu = use_gpu and bool(gpus())
@@ -118,7 +117,8 @@ class VisionEncoder:
             if _is_f32(header)
             else llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         )
-        params.cb_eval = self.correction.callback
+        if self.info.class_token:
+            params.cb_eval = self.correction.callback
         with translated(f"{mmproj}: loading the vision tower"), log_lines() as lines:
             self._context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), text_model, params)
             if not self._context:
@@ -175,6 +175,12 @@ class VisionEncoder:
                 self._context = None
 
 
+def _correction(header: Header, info: MmprojInfo) -> ClassTokenCorrection:
+    """For a tower without a class token (SigLIP) one that is never asked: libmtmd has its rows right."""
+    embedding = _class_embedding(header) if info.class_token else np.empty(0, np.float32)
+    return ClassTokenCorrection(embedding, info.n_patches)
+
+
 def _class_embedding(header: Header) -> Features:
     info = header.tensors[CLASS_EMBEDDING]
     with header.path.open("rb") as file:
@@ -183,7 +189,8 @@ def _class_embedding(header: Header) -> Features:
 
 
 def _is_f32(header: Header) -> bool:
-    return header.tensors["v.blk.0.attn_q.weight"].type == F32
+    query = header.tensors.get("v.blk.0.attn_q.weight")
+    return query is not None and query.type == F32
 
 
 def _device_of(line: str) -> str | None:

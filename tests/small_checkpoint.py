@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import small_llama3
 import small_tokenizer
 
 Row = tuple[str, tuple[int, ...], float, float]  # canonical name, shape, mean, standard deviation
@@ -27,6 +28,12 @@ CHAT_TEMPLATE = (  # llava-1.5-7b-hf's
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+
+
+LLAMA31 = {  # Llama-3.1-8B's
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,30 @@ class Layout:
     vision_ffn: int = 160
     vision_layers: int = 3
     sparse_config: bool = False
+    llama3: bool = False  # byte-level vocabulary, its template, rope theta 5e5
+    rope: str = ""  # "llama3": Llama 3.1's rope_scaling
+    siglip: bool = False
+    feature_layer: int | tuple[int, ...] = -2
 
     @property
     def vocab(self) -> int:
         """Rows of the embedding: all pieces, <image>, <pad>, then rows without a token."""
-        return -(-(len(small_tokenizer.vocabulary()) + 2) // 64) * 64
+        return -(-(self.image_token + 2) // 64) * 64
+
+    @property
+    def image_token(self) -> int:
+        """<image>; <pad> follows it."""
+        return small_llama3.image_token() if self.llama3 else len(small_tokenizer.vocabulary())
+
+    @property
+    def image_size(self) -> int:
+        """Pixels: CLIP's 336, or SigLIP's 384, of which 27 patches use 378."""
+        return 384 if self.siglip else IMAGE
+
+    @property
+    def n_feature_layers(self) -> int:
+        """How many layers' features stand side by side."""
+        return len(self.feature_layer) if isinstance(self.feature_layer, tuple) else 1
 
 
 def write(folder: Path, layout: Layout | None = None, **changes: Any) -> Path:
@@ -64,6 +90,9 @@ def write(folder: Path, layout: Layout | None = None, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, layout)
     _write_configs(folder, layout)
+    if layout.llama3:
+        small_llama3.write(folder)
+        return folder
     small_tokenizer.write(
         folder, model=layout.tokenizer_model, described=layout.tokenizer_json, scheme=layout.scheme
     )
@@ -84,10 +113,15 @@ def rows(c: Layout) -> Iterator[Row]:
             yield name + ".bias", (width,), 0, 0.05
 
     v = c.vision
-    yield "V.embeddings.class_embedding", (v,), 0, 0.5
+    if c.siglip:
+        yield "V.embeddings.patch_embedding.bias", (v,), 0, 0.1
+        yield "V.head.probe", (1, 1, v), 0, 1.0
+    else:
+        yield "V.embeddings.class_embedding", (v,), 0, 0.5
     yield "V.embeddings.patch_embedding.weight", (v, 3, PATCH, PATCH), 0, (3 * PATCH**2) ** -0.5
-    yield "V.embeddings.position_embedding.weight", ((IMAGE // PATCH) ** 2 + 1, v), 0, 0.5
-    yield from norm("V.pre_layrnorm", v)
+    yield "V.embeddings.position_embedding.weight", ((c.image_size // PATCH) ** 2 + (not c.siglip), v), 0, 0.5
+    if not c.siglip:
+        yield from norm("V.pre_layrnorm", v)
     for n in range(c.vision_layers):
         block = f"V.encoder.layers.{n}."
         for p in "kvq":
@@ -98,7 +132,7 @@ def rows(c: Layout) -> Iterator[Row]:
         yield from linear(block + "mlp.fc2", v, c.vision_ffn)
         yield from norm(block + "layer_norm2", v)
     yield from norm("V.post_layernorm", v)
-    yield from linear("P.linear_1", c.hidden, v)
+    yield from linear("P.linear_1", c.hidden, v * c.n_feature_layers)
     yield from linear("P.linear_2", c.hidden, c.hidden)
     yield "T.embed_tokens.weight", (c.vocab, c.hidden), 0, 1.0
     kv = c.hidden // c.heads * c.kv_heads
@@ -183,7 +217,7 @@ def dump(path: Path, value: Any) -> None:
 
 def _write_configs(folder: Path, c: Layout) -> None:
     torch_dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[c.dtype]
-    image_token = len(small_tokenizer.vocabulary())
+    image_token = c.image_token
     text = {
         "model_type": c.kind,
         "hidden_size": c.hidden,
@@ -199,30 +233,52 @@ def _write_configs(folder: Path, c: Layout) -> None:
     }
     if not c.sparse_config:
         text |= {"rope_theta": 10000.0, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+    if c.llama3:
+        text |= {"rope_theta": 500000.0, **small_llama3.ends()}
+    if c.rope == "llama3":
+        text["rope_scaling"] = LLAMA31
     dump(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": image_token, "pad_token_id": image_token + 1, "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "tie_word_embeddings": c.tied,
+        "vision_feature_layer": list(c.feature_layer) if c.n_feature_layers > 1 else c.feature_layer,
+        "vision_feature_select_strategy": "full" if c.siglip else "default", "tie_word_embeddings": c.tied,
         "torch_dtype": torch_dtype, "text_config": text,
-        "vision_config": {
-            "model_type": "clip_vision_model", "hidden_size": c.vision, "intermediate_size": c.vision_ffn,
-            "num_hidden_layers": c.vision_layers, "num_attention_heads": 2, "image_size": IMAGE,
-            "patch_size": PATCH, "projection_dim": 32, "vocab_size": 32000,
-        },
+        "vision_config": _vision(c),
     })  # fmt: skip
-    dump(folder / "preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": IMAGE}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": IMAGE, "width": IMAGE}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    })  # fmt: skip
+    dump(folder / "preprocessor_config.json", _preprocessor(c))
     dump(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": PATCH,
-        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 0 if c.siglip else 1,
+        "vision_feature_select_strategy": "full" if c.siglip else "default",
     })  # fmt: skip
-    dump(
-        folder / "generation_config.json",
-        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": image_token + 1},
-    )
-    dump(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    ends = small_llama3.generation_ends() if c.llama3 else {"bos_token_id": 1, "eos_token_id": 2}
+    dump(folder / "generation_config.json", {**ends, "pad_token_id": image_token + 1})
+    template = small_llama3.CHAT_TEMPLATE if c.llama3 else CHAT_TEMPLATE
+    dump(folder / "chat_template.json", {"chat_template": template})
+
+
+def _vision(c: Layout) -> dict[str, Any]:
+    shape = {
+        "hidden_size": c.vision, "intermediate_size": c.vision_ffn, "num_hidden_layers": c.vision_layers,
+        "num_attention_heads": 2, "image_size": c.image_size, "patch_size": PATCH,
+    }  # fmt: skip
+    if c.siglip:
+        return {"model_type": "siglip_vision_model", **shape, "vision_use_head": False}
+    return {"model_type": "clip_vision_model", **shape, "projection_dim": 32, "vocab_size": 32000}
+
+
+def _preprocessor(c: Layout) -> dict[str, Any]:
+    side = {"height": c.image_size, "width": c.image_size}
+    if c.siglip:
+        return {
+            "image_processor_type": "SiglipImageProcessor", "processor_class": "LlavaProcessor", "do_resize": True,
+            "size": side, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "do_convert_rgb": None, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        }  # fmt: skip
+    return {
+        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": IMAGE}, "resample": 3, "do_center_crop": True,
+        "crop_size": side, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }  # fmt: skip

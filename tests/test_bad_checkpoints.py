@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Spoil, type[ConvertError], str]] = {
     "a text model": (config(model_type="llama", architectures=["LlamaForCausalLM"]), UnsupportedCheckpoint, "found LlamaForCausalLM"),
     "Qwen text": (config(text_config={"model_type": "qwen2"}), UnsupportedCheckpoint, "text model 'qwen2', expected one of llama, mistral"),
     "full strategy": (config(vision_feature_select_strategy="full"), UnsupportedCheckpoint, "vision_feature_select_strategy 'full'"),
-    "feature layers": (config(vision_feature_layer=[-2, -3]), UnsupportedCheckpoint, r"vision_feature_layer \[-2, -3\]"),
+    "feature layers": (config(vision_feature_layer=[-2, -2]), UnsupportedCheckpoint, r"vision_feature_layer \[-2, -2\] names"),
     "feature layer too deep": (config(vision_feature_layer=9), UnsupportedCheckpoint, "vision_feature_layer is 9"),
     "quantised": (config(quantization_config=quantised), UnsupportedCheckpoint, r"already quantised \(gptq\)"),
     "yarn": (config(text_config__rope_scaling={"rope_type": "yarn", "factor": 2}), UnsupportedCheckpoint, "rope_type 'yarn'"),
@@ -152,7 +152,7 @@ CASES: dict[str, tuple[Spoil, type[ConvertError], str]] = {
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer.*")] and None, ConvertError, "no tokenizer.model and no tokenizer.json"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"\x0a\xff\xff") and None, ConvertError, "not a SentencePiece model"),
     "another crop": (lambda f: dump(f / "preprocessor_config.json", {"crop_size": 224}), UnsupportedCheckpoint, r"crop_size is \(224, 224\)"),
-    "another processor": (lambda f: dump(f / "preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor"}), UnsupportedCheckpoint, "'SiglipImageProcessor'"),
+    "another processor": (lambda f: dump(f / "preprocessor_config.json", {"image_processor_type": "PixtralImageProcessor"}), UnsupportedCheckpoint, "'PixtralImageProcessor'"),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ LEVELS = [
     {"errors"},
     {"types"},
     {"backend", "turns", "prefix", "store", "background", "answer_text", "dropped"},
+    {"models.layers", "models.rope", "models.siglip"},
     {"models.header", "models.patches", "batch", "tokens", "features", "states", "preparation", "tensors"},
     {"models.config", "models.preprocessing", "models.mmproj_check", "kv"},
     {"models.bundle"},
