@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import small_pickle
 import small_tokenizer
 
 Row = tuple[str, tuple[int, ...], float, float]  # canonical name, shape, mean, standard deviation
@@ -51,6 +52,7 @@ class Layout:
     vision_ffn: int = 160
     vision_layers: int = 3
     sparse_config: bool = False
+    weights: str = "safetensors"  # or "bin"
 
     @property
     def vocab(self) -> int:
@@ -162,18 +164,25 @@ def write_safetensors(path: Path, tensors: list[tuple[str, str, tuple[int, ...],
 
 
 def _write_weights(folder: Path, c: Layout) -> None:
-    tensors = [(name, c.dtype, a.shape, to_bytes(a, c.dtype)) for name, a in values(c)]
+    write_tensors(folder, [(name, c.dtype, a.shape, to_bytes(a, c.dtype)) for name, a in values(c)], c)
+
+
+def write_tensors(folder: Path, tensors: list[tuple[str, str, tuple[int, ...], bytes]], c: Layout) -> None:
+    """Weights in the layout's format: one file, or shards and their index."""
+    stem, end, write_file = ("model", "safetensors", write_safetensors)
+    if c.weights == "bin":
+        stem, end, write_file = ("pytorch_model", "bin", small_pickle.write_bin)
     if c.shards == 1:
-        write_safetensors(folder / "model.safetensors", tensors)
+        write_file(folder / f"{stem}.{end}", tensors)
         return
     weight_map: dict[str, str] = {}
     step = -(-len(tensors) // c.shards)
     for k in range(c.shards):
-        file, group = f"model-{k + 1:05d}-of-{c.shards:05d}.safetensors", tensors[k * step : (k + 1) * step]
-        write_safetensors(folder / file, group)
+        file, group = f"{stem}-{k + 1:05d}-of-{c.shards:05d}.{end}", tensors[k * step : (k + 1) * step]
+        write_file(folder / file, group)
         weight_map |= {t[0]: file for t in group}
     index = {"metadata": {"total_size": sum(len(t[3]) for t in tensors)}, "weight_map": weight_map}
-    dump(folder / "model.safetensors.index.json", index)
+    dump(folder / f"{stem}.{end}.index.json", index)
 
 
 def dump(path: Path, value: Any) -> None:
