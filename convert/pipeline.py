@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from pocketllava.backend import cores
 from pocketllava.convert.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.mmproj import plan_mmproj
+from pocketllava.convert.original import IMAGE_TOKEN, pads, space_prefix
 from pocketllava.convert.plan import CHUNK_VALUES, FilePlan, SourceReader
 from pocketllava.convert.quantize import MMPROJ_TYPES, TEXT_TYPES, known
 from pocketllava.convert.text import plan_text
@@ -63,16 +64,27 @@ class ConvertPlan:
 
 
 def plan(
-    source: str | PathLike[str], *, quant: str = "Q4_K_M", mmproj: str = "F16", revision: str | None = None
+    source: str | PathLike[str],
+    *,
+    quant: str = "Q4_K_M",
+    mmproj: str = "F16",
+    revision: str | None = None,
+    vision_tower: str | PathLike[str] | None = None,
 ) -> ConvertPlan:
-    """Open a checkpoint and plan its conversion; nothing is written. Raises ConvertError and its kinds."""
+    """Open a checkpoint and plan its conversion; nothing is written. Raises ConvertError and its kinds.
+
+    vision_tower: as in convert.
+    """
     quant, mmproj = known(quant, TEXT_TYPES, "--quant"), known(mmproj, MMPROJ_TYPES, "--mmproj")
     folder, identity = fetch(os.fspath(source), revision)
     try:
-        checkpoint = open_checkpoint(folder, identity)
+        tower = os.fspath(vision_tower) if vision_tower is not None else None
+        checkpoint = open_checkpoint(folder, identity, tower)
         config = LlavaConfig.from_json(checkpoint.config)
         prepared = preprocessing(checkpoint.files, config.vision.image_size)
         vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
+        if checkpoint.original is not None:
+            prepared, vocab = as_original(checkpoint, config, prepared, vocab)
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be read ({error.strerror or error})") from error
     template = _template(checkpoint)
@@ -89,20 +101,22 @@ def convert(
     quant: str = "Q4_K_M",
     mmproj: str = "F16",
     revision: str | None = None,
+    vision_tower: str | PathLike[str] | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Convert a LLaVA-1.5 checkpoint (folder or hub id) into a bundle at `out`.
 
-    quant: type of the text model; mmproj: type of the vision tower and projector. progress is called
-    with a stage ("convert", "verify"), bytes of the source done and in all. On any failure nothing lies
-    under the final name, and an earlier bundle there is kept. Raises ConvertError and its kinds.
+    quant: type of the text model; mmproj: type of the vision tower and projector. vision_tower: folder or hub
+    id of the CLIP model, for a checkpoint of the original format. progress is called with a stage ("convert",
+    "verify"), bytes of the source done and in all. On any failure nothing lies under the final name, and an
+    earlier bundle there is kept. Raises ConvertError and its kinds.
     """
     target = Path(out).expanduser()
     _check_target(target, force)
     return execute(
-        plan(source, quant=quant, mmproj=mmproj, revision=revision),
+        plan(source, quant=quant, mmproj=mmproj, revision=revision, vision_tower=vision_tower),
         target,
         force=force,
         threads=threads or cores(),
@@ -143,6 +157,19 @@ class _Advance:
             self.progress(self.stage, self.done, self.total)
 
 
+def as_original(
+    checkpoint: Checkpoint, config: LlavaConfig, prepared: Preprocessing, vocab: Vocab
+) -> tuple[Preprocessing, Vocab]:
+    """How the original code prepares images, and where it puts spaces."""
+    tokenizer = checkpoint.files.get("tokenizer_config.json", {})
+    described = "tokenizer.json" in checkpoint.files
+    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
+    return (
+        replace(prepared, pad_to_square=pads(checkpoint.original or {})),
+        replace(vocab, space_prefix=prefix),
+    )
+
+
 def _template(checkpoint: Checkpoint) -> str:
     """The checkpoint's chat template if it knows images, llava-1.5's otherwise."""
     template = checkpoint.chat_template
@@ -165,8 +192,7 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
         "types": {"model": planned.quant, "mmproj": planned.mmproj_quant},
         "files": {name: describe_file(work / name) for name in (MODEL, MMPROJ)},
         "image": {
-            "token": vocab.tokens[config.image_token_id],
-            "token_id": config.image_token_id,
+            **_image_token(planned),
             "n_patches": config.vision.n_patches,
             "vision_width": config.vision.n_embd,
             "projected_width": config.text.n_embd,
@@ -176,6 +202,14 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
         "preprocessing": planned.preprocessing.to_json(),
         "chat_template": planned.template,
     }
+
+
+def _image_token(planned: ConvertPlan) -> dict[str, Any]:
+    """Where the template puts an image; the original format's is no row of the vocabulary."""
+    if planned.checkpoint.original is not None:
+        return {"token": IMAGE_TOKEN, "token_id": None}
+    token_id = planned.config.image_token_id
+    return {"token": planned.vocab.tokens[token_id], "token_id": token_id}
 
 
 def _check_target(target: Path, force: bool) -> None:

@@ -26,6 +26,11 @@ from pocketllava.show import plan_lines, size
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option(
+    "--vision-tower",
+    metavar="FOLDER",
+    help="CLIP model (folder or hub id) for a checkpoint in the original LLaVA format [default: the one it names].",
+)
+@click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
@@ -37,6 +42,7 @@ def convert(
     quant: str,
     mmproj: str,
     revision: str | None,
+    vision_tower: str | None,
     threads: int | None,
     force: bool,
     dry_run: bool,
@@ -56,7 +62,7 @@ def convert(
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    planned = plan(source, quant=quant, mmproj=mmproj, revision=revision)
+    planned = plan(source, quant=quant, mmproj=mmproj, revision=revision, vision_tower=vision_tower)
     if dry_run:
         click.echo("\n".join(plan_lines(planned, out, threads or cores())))
         return
