@@ -27,6 +27,7 @@ from pocketllava import (
     UnsupportedCheckpoint,
     image,
 )
+from pocketllava.cli import cli
 from pocketllava.convert import convert, plan
 from pocketllava.convert.original import canonical
 from pocketllava.models.header import Header
