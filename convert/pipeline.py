@@ -186,7 +186,8 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
         "source": {
             **checkpoint.identity,
             "weights": {
-                f.name: f.stat().st_size for f in sorted({t.file for t in checkpoint.tensors.values()})
+                _name_in(f, checkpoint.folder): f.stat().st_size
+                for f in sorted({t.file for t in checkpoint.tensors.values()})
             },
         },
         "types": {"model": planned.quant, "mmproj": planned.mmproj_quant},
@@ -202,6 +203,11 @@ def _manifest(planned: ConvertPlan, work: Path) -> dict[str, Any]:
         "preprocessing": planned.preprocessing.to_json(),
         "chat_template": planned.template,
     }
+
+
+def _name_in(file: Path, folder: Path) -> str:
+    """A weight file's name; with its folder's where that is another, as a vision tower's is."""
+    return file.name if file.parent == folder else f"{file.parent.name}/{file.name}"
 
 
 def _image_token(planned: ConvertPlan) -> dict[str, Any]:
