@@ -161,13 +161,13 @@ def as_original(
     checkpoint: Checkpoint, config: LlavaConfig, prepared: Preprocessing, vocab: Vocab
 ) -> tuple[Preprocessing, Vocab]:
     """How the original code prepares images, and where it puts spaces."""
-    tokenizer = checkpoint.files.get("tokenizer_config.json", {})
-    described = "tokenizer.json" in checkpoint.files
-    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
-    return (
-        replace(prepared, pad_to_square=pads(checkpoint.original or {})),
-        replace(vocab, space_prefix=prefix),
+    tokenizer, described = (
+        checkpoint.files.get("tokenizer_config.json", {}),
+        "tokenizer.json" in checkpoint.files,
     )
+    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
+    padding = pads(checkpoint.original or {})
+    return replace(prepared, pad_to_square=padding), replace(vocab, space_prefix=prefix)
 
 
 def _template(checkpoint: Checkpoint) -> str:
