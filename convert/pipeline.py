@@ -71,10 +71,7 @@ def plan(
     revision: str | None = None,
     vision_tower: str | PathLike[str] | None = None,
 ) -> ConvertPlan:
-    """Open a checkpoint and plan its conversion; nothing is written. Raises ConvertError and its kinds.
-
-    vision_tower: as in convert.
-    """
+    """Open a checkpoint and plan its conversion; nothing is written. Arguments and errors as convert's."""
     quant, mmproj = known(quant, TEXT_TYPES, "--quant"), known(mmproj, MMPROJ_TYPES, "--mmproj")
     folder, identity = fetch(os.fspath(source), revision)
     try:
