@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pocketllava.backend import cores
 from pocketllava.convert.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.imatrix import read_matrix
 from pocketllava.convert.mmproj import plan_mmproj
+from pocketllava.convert.original import IMAGE_TOKEN, pads, space_prefix
 from pocketllava.convert.place import check_target
 from pocketllava.convert.plan import CHUNK_VALUES, FilePlan
 from pocketllava.convert.produce import Job, produce
@@ -68,17 +69,21 @@ def plan(
     mmproj: str = "F16",
     revision: str | None = None,
     imatrix: str | PathLike[str] | None = None,
+    vision_tower: str | PathLike[str] | None = None,
 ) -> ConvertPlan:
-    """Open a checkpoint and plan its conversion; nothing is written. Raises ConvertError and its kinds."""
+    """Open a checkpoint and plan its conversion; nothing is written. Arguments and errors as convert's."""
     quant, mmproj = known(quant, TEXT_TYPES, "--quant"), known(mmproj, MMPROJ_TYPES, "--mmproj")
     matrix = read_matrix(imatrix, quant)
     folder, identity = fetch(os.fspath(source), revision)
+    tower = os.fspath(vision_tower) if vision_tower is not None else None
     with _damage_named(folder):
-        checkpoint = open_checkpoint(folder, identity)
+        checkpoint = open_checkpoint(folder, identity, tower)
         config = LlavaConfig.from_json(checkpoint.config)
         _check_counts(checkpoint, config)
         prepared = preprocessing(checkpoint.files, config.vision.image_size)
         vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
+        if checkpoint.original is not None:
+            prepared, vocab = as_original(checkpoint, config, prepared, vocab)
         template = chat_template(checkpoint, vocab, config.image_token_id)
         end_ids(checkpoint, config, vocab)  # refused before the work
         dropped = dict(checkpoint.dropped)
@@ -132,6 +137,7 @@ def convert(
     mmproj: str = "F16",
     revision: str | None = None,
     imatrix: str | PathLike[str] | None = None,
+    vision_tower: str | PathLike[str] | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -140,8 +146,9 @@ def convert(
     """Convert a LLaVA-1.5 checkpoint (folder or hub id) into a bundle at `out`.
 
     quant: type of the text model; mmproj: type of the vision tower and projector; imatrix: a GGUF
-    importance matrix, which types IQ2 and IQ3 need. progress is called with a stage ("convert": bytes of the
-    source; "verify": bytes written), bytes done, bytes in all and the tensor's or file's name. On any failure
+    importance matrix, which types IQ2 and IQ3 need; vision_tower: folder or hub id of the CLIP model, for a
+    checkpoint of the original format. progress is called with a stage ("convert": bytes of the source;
+    "verify": bytes written), bytes done, bytes in all and the tensor's or file's name. On any failure
     nothing lies under the final name, and an earlier bundle there is kept. resume: go on from the last whole
     tensor of a run that was killed. Raises ConvertError and its kinds.
     """
@@ -149,7 +156,9 @@ def convert(
     if not resume:
         check_target(target, force)
     return execute(
-        plan(source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix),
+        plan(
+            source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix, vision_tower=vision_tower
+        ),
         target,
         force=force,
         threads=threads or cores(),
@@ -185,6 +194,17 @@ def execute_all(
     return produce(jobs, force=force, threads=threads, progress=progress, resume=resume)
 
 
+def as_original(
+    checkpoint: Checkpoint, config: LlavaConfig, prepared: Preprocessing, vocab: Vocab
+) -> tuple[Preprocessing, Vocab]:
+    """How the original code prepares images, and where it puts spaces."""
+    tokenizer = checkpoint.files.get("tokenizer_config.json", {})
+    described = "tokenizer.json" in checkpoint.files
+    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
+    padding = pads(checkpoint.original or {})
+    return replace(prepared, pad_to_square=padding), replace(vocab, space_prefix=prefix)
+
+
 def _manifest(planned: ConvertPlan) -> dict[str, Any]:
     """bundle.json's content; its `files` are known when they are written."""
     from pocketllava import __version__
@@ -196,14 +216,14 @@ def _manifest(planned: ConvertPlan) -> dict[str, Any]:
         "source": {
             **checkpoint.identity,
             "weights": {
-                f.name: f.stat().st_size for f in sorted({t.file for t in checkpoint.tensors.values()})
+                _name_in(f, checkpoint.folder): f.stat().st_size
+                for f in sorted({t.file for t in checkpoint.tensors.values()})
             },
         },
         "types": {"model": planned.quant, "mmproj": planned.mmproj_quant},
         "files": {},
         "image": {
-            "token": vocab.tokens[config.image_token_id],
-            "token_id": config.image_token_id,
+            **_image_token(planned),
             "n_patches": config.vision.n_patches,
             "vision_width": config.vision.n_embd,
             "projected_width": config.text.n_embd,
@@ -213,3 +233,16 @@ def _manifest(planned: ConvertPlan) -> dict[str, Any]:
         "preprocessing": planned.preprocessing.to_json(),
         "chat_template": planned.template,
     }
+
+
+def _name_in(file: Path, folder: Path) -> str:
+    """A weight file's name; with its folder's where that is another, as a vision tower's is."""
+    return file.name if file.parent == folder else f"{file.parent.name}/{file.name}"
+
+
+def _image_token(planned: ConvertPlan) -> dict[str, Any]:
+    """Where the template puts an image; the original format's is no row of the vocabulary."""
+    if planned.checkpoint.original is not None:
+        return {"token": IMAGE_TOKEN, "token_id": None}
+    token_id = planned.config.image_token_id
+    return {"token": planned.vocab.tokens[token_id], "token_id": token_id}

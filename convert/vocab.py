@@ -26,7 +26,8 @@ ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter write
 class Vocab:
     """Token arrays of equal length, special ids, and which text pieces get a leading space.
 
-    space_prefix: "every" piece between special tokens (the hub's llava-1.5), the "first" one, or "none".
+    space_prefix: "every" piece between special tokens (the hub's llava-1.5), the "first" one, or "none";
+    "chunk": the first one and those after an image (original.py).
     merges: of a byte-level BPE (Llama 3), which has no scores; pre is llama.cpp's name of its pre-tokenizer.
     """
 

@@ -87,7 +87,8 @@ class Bundle:
 
     @property
     def space_prefix(self) -> str:
-        """Which pieces of text between special tokens get a leading space: "every", "first" or "none"."""
+        """Which pieces of text between special tokens get a leading space: "every", "first", "none", or
+        "chunk": the first and those after an image."""
         return str(self.manifest["tokenizer"]["space_prefix"])
 
     def check_hashes(self) -> None:

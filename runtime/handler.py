@@ -145,8 +145,8 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             bundle = self.bundle
             own = llama.metadata.get("tokenizer.chat_template", "")
             special = special_tokens(llama)
-            special.setdefault(IMAGE_TOKEN, max(0, llama.token_eos()))
             texts = {i: text for text, i in special.items()}
+            special.setdefault(IMAGE_TOKEN, max(0, llama.token_eos()))  # no row of its own: any id will do
             vocab = llama._model.vocab
             self._template = Template(
                 source=bundle.template if bundle else own if "image" in own else DEFAULT_TEMPLATE,

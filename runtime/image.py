@@ -23,6 +23,7 @@ from pocketllava.types import ImageSource
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
+MAX_PADDED_PIXELS = 200_000_000  # of the square that a long picture is padded to: 600 MB
 MAX_ASPECT = 200  # beyond it, resizing the short side to 336 would make gigapixels
 BACKGROUND = (255, 255, 255)  # what shows through transparency
 SIXTEEN_BIT = 257  # 65535 / 255
@@ -108,6 +109,11 @@ def _centre_crop(pixels: Pixels, crop: int) -> Pixels:
 def _pad_to_square(image: Image.Image, how: Preprocessing) -> Image.Image:
     """Centre the picture on a square of the mean colour: expand2square of the original LLaVA code."""
     side = max(image.size)
+    if side * side > MAX_PADDED_PIXELS:
+        raise ImageError(
+            f"image: {image.width} x {image.height} pixels, padded to a square of {side} x {side}, expected at most"
+            f" {MAX_PADDED_PIXELS / 1e6:.0f} megapixels; crop or scale it"
+        )
     square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in how.mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -70,7 +70,7 @@ class Template:
         first = True
         for piece in self.pieces(messages):
             if not isinstance(piece, str):
-                first = first and piece == self.special.get(self.bos)
+                first = self._begins_anew(piece, first)
                 ids.append(piece)
                 continue
             ids.extend(tokenize(piece) if self._prefixed(first) else without_prefix(piece, tokenize))
@@ -79,7 +79,13 @@ class Template:
 
     def _prefixed(self, first: bool) -> bool:
         """Whether a run of text gets the tokenizer's leading space (llama.cpp adds it to every run)."""
-        return self.space_prefix != "first" or first
+        return self.space_prefix not in ("first", "chunk") or first
+
+    def _begins_anew(self, piece: int | ImagePlace, first: bool) -> bool:
+        """Whether text after this piece stands at the start: after BOS, and after an image if chunks do."""
+        if isinstance(piece, ImagePlace):
+            return self.space_prefix == "chunk"
+        return first and piece == self.special.get(self.bos)
 
     def _shield(self, text: str, guard: str) -> str:
         """Break up anything in a user's text that could be read as special, reversibly."""

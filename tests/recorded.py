@@ -14,6 +14,7 @@ import numpy.typing as npt
 import small_checkpoint
 
 FOLDER = Path(__file__).parent / "recorded"
+ORIGINAL_FILE = FOLDER / "original.json"  # the original authors' layout
 JSON_FILE, FEATURES_FILE = FOLDER / "transformers.json", FOLDER / "features.npy"
 FEATURE_ROWS = slice(None, None, 8)  # every eighth patch is recorded
 QUESTION = "What is shown in the image?"
@@ -28,9 +29,9 @@ ANSWERED: dict[str, tuple[dict[str, Any], str, str]] = {
 }  # fmt: skip
 
 
-def load() -> dict[str, Any]:
+def load(file: Path = JSON_FILE) -> dict[str, Any]:
     """The recording."""
-    return dict(json.loads(JSON_FILE.read_text("utf-8")))
+    return dict(json.loads(file.read_text("utf-8")))
 
 
 def features() -> npt.NDArray[np.float32]:
@@ -38,12 +39,12 @@ def features() -> npt.NDArray[np.float32]:
     return np.asarray(np.load(FEATURES_FILE))
 
 
-def keep(name: str, value: Any) -> None:
+def keep(name: str, value: Any, file: Path = JSON_FILE) -> None:
     """Write one part of the recording."""
     FOLDER.mkdir(exist_ok=True)
-    data = load() if JSON_FILE.exists() else {}
+    data = load(file) if file.exists() else {}
     data[name] = value
-    JSON_FILE.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:

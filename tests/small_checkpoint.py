@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import small_llama3
+import small_pickle
 import small_tokenizer
 
 Row = tuple[str, tuple[int, ...], float, float]  # canonical name, shape, mean, standard deviation
 IMAGE, PATCH = 336, 14
+CLIP = "clip-vit-small"  # folder of the original layout's vision tower
 CHAT_TEMPLATE = (  # llava-1.5-7b-hf's
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -62,6 +64,9 @@ class Layout:
     rope: str = ""  # "llama3": Llama 3.1's rope_scaling
     siglip: bool = False
     feature_layer: int | tuple[int, ...] = -2
+    weights: str = "safetensors"  # or "bin"
+    tower: str = "inside"  # naming "original": "inside" the checkpoint, or a CLIP "folder" alone
+    aspect: str = "pad"
 
     @property
     def vocab(self) -> int:
@@ -93,8 +98,13 @@ def write(folder: Path, layout: Layout | None = None, **changes: Any) -> Path:
     if layout.llama3:
         small_llama3.write(folder)
         return folder
+    original = layout.naming == "original"
     small_tokenizer.write(
-        folder, model=layout.tokenizer_model, described=layout.tokenizer_json, scheme=layout.scheme
+        folder,
+        added=not original,
+        model=layout.tokenizer_model,
+        described=layout.tokenizer_json,
+        scheme=layout.scheme,
     )
     return folder
 
@@ -155,6 +165,8 @@ PREFIXES = {
             "H": "language_model.lm_head"},
     "new": {"V": "model.vision_tower.vision_model", "P": "model.multi_modal_projector", "T": "model.language_model",
             "H": "lm_head"},
+    "original": {"V": "model.vision_tower.vision_tower.vision_model", "P": "model.mm_projector", "T": "model",
+                 "H": "lm_head"},
     "newest": {"V": "model.vision_tower", "P": "model.multi_modal_projector", "T": "model.language_model",
                "H": "lm_head"},
 }  # fmt: skip
@@ -162,6 +174,8 @@ PREFIXES = {
 
 def _named(name: str, naming: str) -> str:
     part, dot, rest = name.partition(".")
+    if naming == "original":
+        rest = rest.replace("linear_1", "0").replace("linear_2", "2")
     return PREFIXES[naming][part] + dot + rest
 
 
@@ -170,6 +184,8 @@ def values(c: Layout) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     rng = np.random.default_rng(c.seed)
     for name, shape, mean, std in rows(c):
         drawn = rng.standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)
+        if c.naming == "original" and name in ("T.embed_tokens.weight", "H.weight"):
+            drawn = drawn[: len(small_tokenizer.vocabulary())]  # no rows for <image>, <pad> and padding
         yield _named(name, c.naming), drawn
 
 
@@ -197,17 +213,32 @@ def write_safetensors(path: Path, tensors: list[tuple[str, str, tuple[int, ...],
 
 def _write_weights(folder: Path, c: Layout) -> None:
     tensors = [(name, c.dtype, a.shape, to_bytes(a, c.dtype)) for name, a in values(c)]
+    if c.naming == "original" and c.tower == "folder":
+        prefix = "model.vision_tower.vision_tower."
+        tower = [(n.removeprefix(prefix), *rest) for n, *rest in tensors if n.startswith(prefix)]
+        text = ("text_model.final_layer_norm.weight", "F16", (4,), bytes(8))
+        write_tensors(folder / CLIP, [*tower, text], replace(c, shards=1))
+        tensors = [t for t in tensors if not t[0].startswith(prefix)]
+    write_tensors(folder, tensors, c)
+
+
+def write_tensors(folder: Path, tensors: list[tuple[str, str, tuple[int, ...], bytes]], c: Layout) -> None:
+    """Weights in the layout's format: one file, or shards and their index."""
+    folder.mkdir(exist_ok=True)
+    stem, end, write_file = ("model", "safetensors", write_safetensors)
+    if c.weights == "bin":
+        stem, end, write_file = ("pytorch_model", "bin", small_pickle.write_bin)
     if c.shards == 1:
-        write_safetensors(folder / "model.safetensors", tensors)
+        write_file(folder / f"{stem}.{end}", tensors)
         return
     weight_map: dict[str, str] = {}
     step = -(-len(tensors) // c.shards)
     for k in range(c.shards):
-        file, group = f"model-{k + 1:05d}-of-{c.shards:05d}.safetensors", tensors[k * step : (k + 1) * step]
-        write_safetensors(folder / file, group)
+        file, group = f"{stem}-{k + 1:05d}-of-{c.shards:05d}.{end}", tensors[k * step : (k + 1) * step]
+        write_file(folder / file, group)
         weight_map |= {t[0]: file for t in group}
     index = {"metadata": {"total_size": sum(len(t[3]) for t in tensors)}, "weight_map": weight_map}
-    dump(folder / "model.safetensors.index.json", index)
+    dump(folder / f"{stem}.{end}.index.json", index)
 
 
 def dump(path: Path, value: Any) -> None:
@@ -237,6 +268,9 @@ def _write_configs(folder: Path, c: Layout) -> None:
         text |= {"rope_theta": 500000.0, **small_llama3.ends()}
     if c.rope == "llama3":
         text["rope_scaling"] = LLAMA31
+    if c.naming == "original":
+        _write_original_configs(folder, c, text, _vision(c))
+        return
     dump(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": image_token, "pad_token_id": image_token + 1, "projector_hidden_act": "gelu",
@@ -282,3 +316,23 @@ def _preprocessor(c: Layout) -> dict[str, Any]:
         "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
+
+
+def _write_original_configs(folder: Path, c: Layout, text: dict[str, Any], vision: dict[str, Any]) -> None:
+    """config.json as liuhaotian/llava-v1.5-7b has it, and a CLIPModel's folder beside the weights."""
+    mistral = c.kind == "mistral"
+    dump(folder / "config.json", {
+        **text, "architectures": ["LlavaMistralForCausalLM" if mistral else "LlavaLlamaForCausalLM"],
+        "model_type": "llava_mistral" if mistral else "llava", "vocab_size": len(small_tokenizer.vocabulary()),
+        "freeze_mm_mlp_adapter": False, "image_aspect_ratio": c.aspect, "image_grid_pinpoints": None,
+        "mm_hidden_size": c.vision, "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2, "mm_vision_tower": str(folder / CLIP), "pad_token_id": 0,
+        "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": False, "use_cache": True, "use_mm_proj": True,
+    })  # fmt: skip
+    (folder / CLIP).mkdir(exist_ok=True)
+    dump(folder / CLIP / "config.json", {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 32, "vision_config": vision,
+        "text_config": {"model_type": "clip_text_model"},
+    })  # fmt: skip
+    dump(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})

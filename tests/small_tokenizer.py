@@ -57,25 +57,39 @@ def vocabulary() -> list[str]:
     return ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *learned, *characters]
 
 
-def write(folder: Path, *, model: bool = True, described: bool = True, scheme: str = "prepend") -> None:
+def write(
+    folder: Path, *, model: bool = True, described: bool = True, scheme: str = "prepend", added: bool = True
+) -> None:
     """Write tokenizer.model and/or tokenizer.json, and the small files beside them.
 
+    added=False: tokenizer.model and what vicuna's tokenizer has beside it, no <image>, no <pad>.
     scheme: "prepend" as the hub's llava-1.5 has it, or a Metaspace's prepend_scheme ("first", "always").
     """
     tokens = vocabulary()
     n = len(tokens)
     if model:
         (folder / "tokenizer.model").write_bytes(_sentencepiece(tokens))
+    if not added:
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | names))
+        (folder / "special_tokens_map.json").write_text(json.dumps(names))
+        return
     if described:
         (folder / "tokenizer.json").write_text(json.dumps(_described(tokens, scheme)))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    added = {"0": "<unk>", "1": "<s>", "2": "</s>", str(n): "<image>", str(n + 1): "<pad>"}
+    decoder = {"0": "<unk>", "1": "<s>", "2": "</s>", str(n): "<image>", str(n + 1): "<pad>"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast" if scheme != "prepend" else "LlamaTokenizer",
         "processor_class": "LlavaProcessor",
         "add_bos_token": True,
         "add_eos_token": False,
-        "added_tokens_decoder": {i: _added(t) for i, t in added.items()},
+        "added_tokens_decoder": {i: _added(t) for i, t in decoder.items()},
         "padding_side": "left",
         "model_max_length": 4096,
         **special,

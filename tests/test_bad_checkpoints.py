@@ -106,8 +106,13 @@ def lost_shard(folder: Path) -> None:
 
 
 def pickled(folder: Path) -> None:
-    """The original format's file instead of safetensors."""
+    """A .bin file that is no torch file."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def other_weights(folder: Path) -> None:
+    """Weights under another name."""
+    (folder / "model.safetensors").rename(folder / "weights.pth")
 
 
 nan = np.full((256, 256), np.nan, np.float16).tobytes()
@@ -132,7 +137,8 @@ CASES: dict[str, tuple[Spoil, type[ConvertError], str]] = {
     "too few layers": (config(text_config__num_hidden_layers=3), TensorMismatch, r"layers.3.* unexpected tensor in the text part \(9 such tensors\)"),
     "too many layers": (config(text_config__num_hidden_layers=5), TensorMismatch, r"text.layers.4.input_layernorm.weight: missing"),
     "LoRA": (lambda f: dump(f / "adapter_config.json", {}), UnsupportedCheckpoint, "a LoRA adapter; merge it"),
-    "pickle": (pickled, ConvertError, r"no model.safetensors and no .* \(found pytorch_model.bin\)"),
+    "no pickle": (pickled, ConvertError, "pytorch_model.bin: no zip archive"),
+    "other weights": (other_weights, ConvertError, r"no model.safetensors, no pytorch_model.bin .* \(found weights.pth\)"),
     "missing shard": (lost_shard, ConvertError, "shard 'model-00002-of-00003.safetensors' is missing"),
     "truncated": (cut, ConvertError, "the file is truncated: download it again"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b"") and None, ConvertError, "0 bytes, not a whole safetensors file"),

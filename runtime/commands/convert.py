@@ -43,6 +43,11 @@ from pocketllava.show import plan_lines
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 @click.option(
+    "--vision-tower",
+    metavar="FOLDER",
+    help="CLIP model (folder or hub id) for a checkpoint in the original LLaVA format [default: the one it names].",
+)
+@click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
@@ -57,6 +62,7 @@ def convert(
     mmproj: str,
     imatrix: str | None,
     revision: str | None,
+    vision_tower: str | None,
     threads: int | None,
     force: bool,
     resume: bool,
@@ -85,7 +91,9 @@ def convert(
 
         disable_progress_bars()
     planned = {
-        target: plan(source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix)
+        target: plan(
+            source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix, vision_tower=vision_tower
+        )
         for target, quant in targets(out, quants).items()
     }
     if dry_run:

@@ -1,0 +1,68 @@
+"""Where a tensor's bytes lie, and how the files around it are read: what every weight format shares.
+
+Knows JSON files and git-lfs pointers; no weight format and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketllava.errors import ConvertError
+
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WIDTHS |= {"F8_E4M3": 1, "F8_E5M2": 1}
+MAX_COUNT = 1 << 40  # of values along an axis, or bytes into a file
+LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """Where one tensor's bytes lie. `shape` is rows first; `dtype` is safetensors' code.
+
+    computed: the bytes themselves, for a tensor that follows from config.json and lies in no file.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    n_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    computed: bytes | None = None
+
+
+def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a contiguous tensor takes; dtype is one of WIDTHS."""
+    return WIDTHS[dtype] * math.prod(shape)
+
+
+def is_count(n: Any) -> bool:
+    """Whether n can be a length or an offset."""
+    return type(n) is int and 0 <= n < MAX_COUNT
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises ConvertError."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object; `path` is named where it is none. Raises ConvertError."""
+    if data.startswith(LFS):
+        raise lfs_pointer(path)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ConvertError(f"{path}: found {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def lfs_pointer(path: Path) -> ConvertError:
+    """The error for a git-lfs pointer in a file's place."""
+    return ConvertError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it")
