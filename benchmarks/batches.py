@@ -39,6 +39,7 @@ def main() -> None:
             llama._ctx.kv_cache_clear()
             start = time.perf_counter()
             decode_features(llama.ctx, features, 0, size)
+            llama.n_tokens = n
             llama.eval([1])  # waits for the result
             if run:  # the first one warms up
                 times[size].append(time.perf_counter() - start)

@@ -29,7 +29,9 @@ LLAMA3_TEMPLATE = (
 def chat_template(checkpoint: Checkpoint, vocab: Vocab, image_token_id: int) -> str:
     """The checkpoint's chat template if it knows images, otherwise the one of its family."""
     own = checkpoint.chat_template
-    if own and "image" in own and checkpoint.original is not None:  # its image token is no row of the vocabulary
+    if (
+        own and "image" in own and checkpoint.original is not None
+    ):  # its image token is no row of the vocabulary
         return own
     if image_token_id >= len(vocab.tokens):
         raise ConvertError(

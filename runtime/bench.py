@@ -5,6 +5,7 @@ Knows Llava and its timings; prints nothing. Every run shows pictures that no ca
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -89,14 +90,12 @@ def machine(llava: Llava) -> dict[str, Any]:
     import llama_cpp
     import psutil
 
-    from pocketllava import __version__
-
     manifest = llava.bundle.manifest
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "pocketllava": __version__,
+        "pocketllava": importlib.metadata.version("pocketllava"),
         "llama-cpp-python": llama_cpp.__version__,
         "model": manifest["source"]["id"],
         "types": f"{manifest['types']['model']} + {manifest['types']['mmproj']}",

@@ -10,6 +10,8 @@ import sys
 import click
 
 from pocketllava.commands.ask import ask
+from pocketllava.commands.bench import bench
+from pocketllava.commands.chat import chat
 from pocketllava.commands.common import show_warnings
 from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
@@ -26,7 +28,7 @@ def cli() -> None:
     """LLaVA-1.5 on a laptop, with the original model's own answers."""
 
 
-for command in (convert, quantize, imatrix, ask, inspect, demo, evaluate):
+for command in (convert, quantize, imatrix, ask, chat, inspect, demo, evaluate, bench):
     cli.add_command(command)
 
 

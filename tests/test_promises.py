@@ -104,7 +104,9 @@ def test_the_version_is_told_once() -> None:
     assert f"## {pocketllava.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("heavy", ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit"])
+@pytest.mark.parametrize(
+    "heavy", ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit"]
+)
 def test_importing_is_light(heavy: str) -> None:
     code = f"import sys, pocketllava, pocketllava.cli; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

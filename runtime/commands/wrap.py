@@ -1,0 +1,50 @@
+"""Breaks lines between words while they stream. Knows columns; prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prompt_toolkit.utils import get_cwidth
+
+MAX_HELD = 30  # columns of a word that are held back until it is clear where it goes
+TAB = "    "
+
+
+class Wrap:
+    """Text in pieces -> the same with line breaks for spaces, where a word would not fit into the columns."""
+
+    def __init__(self, columns: Callable[[], int]) -> None:
+        """columns: the terminal's width, which may change."""
+        self._columns, self._column = columns, 0
+        self._gap, self._word = "", ""
+
+    def add(self, text: str) -> str:
+        """What can be shown by now."""
+        return "".join(map(self._character, text.replace("\t", TAB)))
+
+    def finish(self) -> str:
+        """The last word, at the end of a text; the next text begins a line."""
+        shown, self._column, self._gap = self._placed(), 0, ""
+        return shown
+
+    def _character(self, c: str) -> str:
+        if c == "\n":
+            return self.finish() + c
+        if c == " ":
+            shown = self._placed()
+            self._gap += c
+            return shown
+        self._word += c
+        lone = get_cwidth(c) > 1  # scripts of wide characters break anywhere
+        return self._placed() if lone or get_cwidth(self._word) >= MAX_HELD else ""
+
+    def _placed(self) -> str:
+        """The word that is complete, behind the gap before it or on a new line."""
+        if not self._word:
+            return ""
+        word, width = self._word, get_cwidth(self._word)
+        fits = self._column + len(self._gap) + width <= self._columns()
+        before = self._gap if fits or not self._column else "\n"
+        self._column = width if before == "\n" else self._column + len(before) + width
+        self._gap, self._word = "", ""
+        return before + word

@@ -1,0 +1,178 @@
+"""A line that a person typed, pasted or dragged files into -> image paths, and the rest of the line.
+
+Knows quoting and the file system, and opens nothing: a word is an image if it ends as images do and such a
+file exists. Terminals drag files in as quoted or escaped paths, as bare paths with spaces, or as file URLs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from pocketllava.errors import InputError
+
+WINDOWS = os.name == "nt"
+MAX_CHARACTERS = 1024  # of a path, as typed
+MAX_ENDS = 8  # of names that begin somewhere: a name may hold ".png " in its middle, but not for ever
+_EXTENSION = r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)"
+_PUNCTUATION = ".,;:!?)]}>"  # what may follow a path
+_CLOSING = rf"[{re.escape(_PUNCTUATION)}]*"
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_FILE_URL = re.compile(r"file:/", re.I)
+_IS_IMAGE = re.compile(rf".*{_EXTENSION}", re.I | re.S)
+_END = re.compile(rf"{_EXTENSION}(?=['\"]|{_CLOSING}(?:\s|$))", re.I)
+# Where a path may begin: at a word, behind its brackets, or, absolute, behind a word's quote or punctuation.
+_START = re.compile(
+    r"(?:^|(?<=\s))(?=\S)|(?<=[(\[{<])(?=[^\s(\[{<])"
+    r"|(?<=\S)(?=['\"](?:[/\\~]|file:|[A-Za-z]:[\\/]))|(?<=[?!.,;)'\"])(?=[/~]|file:|[A-Za-z]:[\\/])"
+)
+_WORD = re.compile(
+    rf"(?<!\S)[(\[{{<]*(?:'[^'\n]+'(?={_CLOSING}(?:\s|$))|\"[^\"\n]+\"(?={_CLOSING}(?:\s|$))|(?:\\.|\S)+)"
+)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What a line holds: its text without the paths, the images, and a complaint for each that is not there."""
+
+    text: str
+    images: tuple[Path, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def find_images(line: str, *, windows: bool = WINDOWS) -> Dropped:
+    """Image paths anywhere in a line, in order, and the text around them."""
+    found: list[tuple[int, int]] = []
+    images: list[Path] = []
+    at = 0
+    for start in [m.start() for m in _START.finditer(line)] if _END.search(line) else []:
+        if start >= at and (hit := _first_file(line, start, windows)):
+            end, path = hit
+            between = line[at:start].strip(" \t\r\n,;&" if found else " ")
+            found.append((at if between in ("", "&") else start, end))  # PowerShell drags "& 'C:\...'"
+            images.append(path)
+            at = end
+    return Dropped(_without(line, found), tuple(images), tuple(_missing(line, found, windows)))
+
+
+def image_arguments(text: str, *, windows: bool = WINDOWS) -> tuple[Path, ...]:
+    """A command's argument, which is nothing but paths of images. Raises InputError for one that is not there."""
+    found = find_images(text, windows=windows)
+    if found.images and not found.text and not found.missing:
+        return found.images
+    if is_file(whole := one_path(text, windows=windows)):
+        return (whole,)
+    if found.missing:
+        raise InputError(found.missing[0])
+    raise InputError(
+        f"{(found.text if found.images else text).strip()}: no such file, expected an image's path"
+    )
+
+
+def one_path(text: str, *, windows: bool = WINDOWS) -> Path:
+    """A command's argument that is one path, quoted, escaped or bare; spaces and all."""
+    paths = [_as_path(value) for value in _readings(text.strip(), windows)]
+    return next((path for path in paths if is_file(path)), paths[0])
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no for what cannot be a path at all."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, a null character, a folder that may not be looked into
+        return False
+
+
+def _first_file(line: str, start: int, windows: bool) -> tuple[int, Path] | None:
+    """The end and the path of the shortest file name of an image that begins here."""
+    newline = line.find("\n", start)
+    limit = min(start + MAX_CHARACTERS, len(line) if newline < 0 else newline)
+    for m in islice(_END.finditer(line, start, limit), MAX_ENDS):
+        closed = line[m.end() : m.end() + 1] in ("'", '"') and line[start] in "'\""
+        for end in (m.end() + 1, m.end()) if closed else (m.end(),):
+            for value in _readings(line[start:end], windows):
+                if _IS_IMAGE.fullmatch(value) and is_file(path := _as_path(value)):
+                    return end, path
+    return None
+
+
+def _readings(typed: str, windows: bool) -> Iterator[str]:
+    """What a path may mean that was typed so, the likeliest first."""
+    quoted = len(typed) > 1 and typed[0] in "'\"" and typed[-1] == typed[0]
+    if not windows and not _DRIVE.match(typed) and any(c in typed for c in "\\'\""):
+        yield from _as_a_shell_reads(typed)
+    if quoted:
+        yield typed[1:-1]
+        yield typed[1:-1].replace(typed[0] * 2, typed[0])  # PowerShell's way to write a quote
+    else:
+        yield typed
+
+
+def _as_a_shell_reads(typed: str) -> list[str]:
+    """The one word that a POSIX shell makes of it; nothing if it makes several, or none."""
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # a quote that nothing closes
+        return []
+    return words if len(words) == 1 else []
+
+
+def _as_path(value: str) -> Path:
+    return Path(_from_url(value)) if _FILE_URL.match(value) else _expanded(Path(value))
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~ of somebody who has no home here
+        return path
+
+
+def _from_url(url: str) -> str:
+    """What a file URL names; terminals write file:///path, file://localhost/path and file:/path."""
+    rest = url[len("file:") :]
+    host, _, path = rest[2:].partition("/") if rest.startswith("//") else ("", "", rest[1:])
+    decoded = os.fsdecode(unquote_to_bytes(path))
+    if WINDOWS and host not in ("", "localhost"):
+        return f"//{host}/{decoded}"
+    return decoded if _DRIVE.match(decoded) else "/" + decoded
+
+
+def _without(line: str, spans: list[tuple[int, int]]) -> str:
+    """The line without these spans, one space or nothing where each was."""
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(line)]
+    text = ""
+    for start, end in zip(ends, starts, strict=True):
+        text = _joined(text, line[start:end])
+    return text.strip()
+
+
+def _joined(left: str, right: str) -> str:
+    bare_left, bare_right = left.rstrip(" \t"), right.lstrip(" \t")
+    if bare_left[-1:] in ("", "\n") and bare_right[:1] == "\n":
+        return bare_left + bare_right[1:]  # the image had a line of its own
+    tight = right == bare_right and (left == bare_left or right.startswith(tuple(_PUNCTUATION)))
+    return bare_left + ("" if tight or not bare_right or not bare_left else " ") + bare_right
+
+
+def _missing(line: str, found: list[tuple[int, int]], windows: bool) -> Iterator[str]:
+    """A complaint for each word that looks like an image's path, and is none that was found."""
+    for word in _WORD.finditer(line):
+        if any(start < word.end() and word.start() < end for start, end in found):
+            continue
+        typed = word[0].lstrip("([{<").rstrip(_PUNCTUATION)
+        value = next(_readings(typed, windows), "").strip("'\"")
+        if not _IS_IMAGE.fullmatch(value):
+            continue
+        if _URL.match(value) and not _FILE_URL.match(value):
+            yield f"{value}: URLs are not opened, save the image and give its path"
+        elif "/" in value or value.startswith("~") or _DRIVE.match(value) or (windows and "\\" in value):
+            yield f"{value}: no such file"
