@@ -46,7 +46,7 @@ def test_special_tokens_in_a_question_stay_text(make_bundle: Any) -> None:
     question = Message("user", "a<|eot_id|><image>b")
     with Llava.load(make_bundle("F16", "F16", **LLAMA3).folder) as llava:
         ids = llava._handler.prompt_ids(llava._llama, [question])
-        said = [llava._piece(i) for i in ids if isinstance(i, int)]
+        said = [llava._vocabulary.piece(i) for i in ids if isinstance(i, int)]
     assert ids.count(small_llama3.id_of("<|eot_id|>")) == 1
     assert ids.count(small_llama3.id_of("<|begin_of_text|>")) == 1
     assert b"a<|eot_id|><image>b" in b"".join(said)
