@@ -1,7 +1,9 @@
-"""How an image's positions are best evaluated: python benchmarks/batches.py BUNDLE [-n 5]
+"""How an image's positions are best evaluated: all at once, or 512 and the rest.
 
-Evaluates the positions of one image with batches of 512 (for 576 positions: 512 and 64), of the image's size and of
-1024, in turn, each in a context of its own.
+    python benchmarks/batches.py BUNDLE [-n 5]
+
+One loaded model, a context for each size of n_batch and n_ubatch; the sizes take turns, the first turn only warms
+up. The features are random: how long they take does not depend on them. Run it alone.
 """
 
 from __future__ import annotations
@@ -9,44 +11,82 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
-from llama_cpp import Llama
+import numpy.typing as npt
+from llama_cpp import Llama, llama_cpp
 
 from pocketllava.backend import capture_log, cores
 from pocketllava.batch import decode_features
-from pocketllava.models import Bundle
+from pocketllava.names import open_bundle
+
+SIZES = (512, 576, 1024)  # for 576 positions: 512 and 64, one batch that just fits, one with room
+CONTEXT = 1024
+
+
+@contextmanager
+def context_of(llama: Llama, size: int) -> Iterator[Any]:
+    """Another context of a loaded model, with batches of this size."""
+    params = type(llama.context_params).from_buffer_copy(llama.context_params)
+    params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, size, size
+    context = llama_cpp.llama_init_from_model(llama.model, params)
+    if not context:
+        raise SystemExit(f"n_batch {size}: llama.cpp could not make a context")
+    try:
+        yield context
+    finally:
+        llama_cpp.llama_free(context)
+
+
+def evaluated_s(context: Any, features: npt.NDArray[np.float32], size: int) -> float:
+    """Seconds for all features, in an empty cache."""
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    start = time.perf_counter()
+    decode_features(context, features, 0, size)
+    llama_cpp.llama_synchronize(context)
+    return time.perf_counter() - start
+
+
+def measured(llama: Llama, features: npt.NDArray[np.float32], runs: int) -> dict[int, list[float]]:
+    """Size -> seconds of every run. One context at a time exists, so that all have the same memory."""
+    times: dict[int, list[float]] = {size: [] for size in SIZES}
+    for turn in range(runs):
+        for size in SIZES[turn % len(SIZES) :] + SIZES[: turn % len(SIZES)]:
+            with context_of(llama, size) as context:
+                evaluated_s(context, features, size)  # touches its memory for the first time
+                times[size].append(evaluated_s(context, features, size))
+    return times
 
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle")
     parser.add_argument("-n", "--runs", type=int, default=5)
     arguments = parser.parse_args()
-    bundle = Bundle.open(arguments.bundle)
-    n = int(bundle.manifest["image"]["n_patches"])
-    times: dict[int, list[float]] = {size: [] for size in sorted({512, n, 1024})}
+    bundle = open_bundle(arguments.bundle)
     capture_log()
-    rng = np.random.default_rng(0)
-    for size in times:
-        llama = Llama(
-            str(bundle.model), n_ctx=2048, n_batch=size, n_ubatch=size, n_threads=cores(), n_threads_batch=cores(),
-            use_mmap=False, verbose=False,
-        )  # fmt: skip
-        features = rng.standard_normal((n, llama.n_embd()), dtype=np.float32)
-        for run in range(arguments.runs + 1):
-            llama._ctx.kv_cache_clear()
-            start = time.perf_counter()
-            decode_features(llama.ctx, features, 0, size)
-            llama.n_tokens = n
-            llama.eval([1])  # waits for the result
-            if run:  # the first one warms up
-                times[size].append(time.perf_counter() - start)
-        llama.close()
-    print(f"{n} positions and a token, median of {arguments.runs}\n\n| n_batch = n_ubatch | s |\n|---|---|")
-    for size, measured in times.items():
-        print(f"| {size} | {statistics.median(measured):.3f} |")
+    llama = Llama(
+        str(bundle.model), n_ctx=256, n_batch=32, n_threads=cores(), n_threads_batch=cores(), n_gpu_layers=-1,
+        use_mmap=False, verbose=False,
+    )  # fmt: skip
+    n = int(bundle.manifest["image"]["n_patches"])
+    features = np.random.default_rng(0).standard_normal((n, llama.n_embd()), dtype=np.float32)
+    times = measured(llama, features, arguments.runs)
+    llama.close()
+    medians = {size: statistics.median(values) for size, values in times.items()}
+    print(f"{n} image positions, {cores()} threads, median of {arguments.runs}\n")
+    print("| n_batch = n_ubatch | batches | s | min | max | of 512's |\n|---|---|---|---|---|---|")
+    for size, values in times.items():
+        ratio = medians[size] / medians[SIZES[0]]
+        print(
+            f"| {size} | {-(-n // size)} | {medians[size]:.3f} | {min(values):.3f} | {max(values):.3f} | {ratio:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def figure_lines(about: dict[str, Any], figures: list[Figure]) -> list[str]:
     width = max(len(f.name) for f in figures)
     lines += ["", f"{'':<{width}} {'median':>10} {'min':>10} {'max':>10}"]
     for f in figures:
-        numbers = " ".join(f"{_figure(value):>10}" for value in (f.median, min(f.values), max(f.values)))
+        values = (f.median, min(f.values, default=None), max(f.values, default=None))
+        numbers = " ".join(f"{_figure(value):>10}" for value in values)
         lines.append(f"{f.name:<{width}} {numbers} {f.unit}")
     return lines
 
@@ -125,9 +126,11 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes} B"
 
 
-def _figure(value: float) -> str:
-    """Three digits that count, and no powers of ten."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def _figure(value: float | None) -> str:
+    """Three digits that count, and no powers of ten; "-" for what could not be measured."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"
 
 
 def _vision_facts(header: Header) -> list[str]:

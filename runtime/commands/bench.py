@@ -34,19 +34,20 @@ def bench(
     from tqdm import tqdm
 
     from pocketllava import Llava
+    from pocketllava.bench import STEPS_PER_RUN, loaded, machine
     from pocketllava.bench import bench as measure
-    from pocketllava.bench import machine
     from pocketllava.demo import drawn_picture
     from pocketllava.image import load as load_image
 
-    picture = load_image(image_argument(image or str(drawn_picture())))
+    picture = load_image(image_argument(image) if image is not None else drawn_picture())
     with (
         Llava.load(model, **load) as llava,
-        tqdm(total=runs, unit="run", disable=True if quiet else None) as bar,
+        tqdm(total=runs * STEPS_PER_RUN, unit="question", disable=True if quiet else None) as bar,
     ):
         figures = measure(llava, picture, runs=runs, tokens=tokens, progress=bar.update)
-        about = {**machine(llava), "device": ", ".join(llava.devices), "load_s": llava.load_s}
+        about = {**machine(), **loaded(llava), "runs": runs, "tokens": tokens}
     if as_json:
-        click.echo(json.dumps({"machine": about, "figures": {f.name: f.to_json() for f in figures}}))
+        shown = {"machine": about, "load": load, "figures": {f.name: f.to_json() for f in figures}}
+        click.echo(json.dumps(shown, ensure_ascii=False, default=str))
         return
     click.echo("\n".join(figure_lines(about, figures)))

@@ -1,0 +1,229 @@
+"""One side of against_peers.py, in the process that measures it: pocketllava, the stock handler, or llama-server.
+
+Knows what each is asked and how its first token is noticed; not how often, nor what is made of the figures.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pocketllava import Llava, Message, Options
+from pocketllava.backend import cores
+from pocketllava.bench import FIRST, MORE, SECOND, peak_bytes
+from pocketllava.models import Bundle
+
+CONTEXT = 2048
+ENOUGH_TOKENS = 32  # to compare decoding speeds
+START_S = 600.0  # for llama-server to load
+SERVER = "LLAMA_SERVER"
+OURS, STOCK, THEIRS = "pocketllava", "stock handler", "llama-server"
+PICTURES = ("warm", "a", "b", "prepared")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one answer: seconds to the first token, how many followed it in how many seconds, and its prompt."""
+
+    first_s: float
+    n_after: int
+    after_s: float
+    prompt_tokens: int
+
+
+Ask = Callable[[bytes, str, int], Times]  # picture, question, tokens at most
+Found = dict[str, Any]  # a row's name -> its value
+
+
+def measure(ask: Ask, pictures: dict[str, bytes], tokens: int) -> Found:
+    """What every side is asked, in this order."""
+    ask(pictures["warm"], FIRST, 4)
+    cold = ask(pictures["a"], FIRST, 1)
+    second = ask(pictures["a"], SECOND, 1)
+    ask(pictures["b"], FIRST, 1)
+    back = ask(pictures["a"], FIRST, tokens)
+    decoded = [back]
+    for question in (SECOND, *MORE, *MORE):  # where answers end early
+        if sum(times.n_after for times in decoded) >= min(ENOUGH_TOKENS, tokens - 1):
+            break
+        decoded.append(ask(pictures["a"], question, tokens))
+    n, seconds = sum(t.n_after for t in decoded), sum(t.after_s for t in decoded)
+    found = {
+        "cold": cold.first_s,
+        "second": second.first_s,
+        "back": back.first_s,
+        "prompt": cold.prompt_tokens,
+    }
+    return {**found, "decoding": n / seconds} if seconds else found
+
+
+def our_side(bundle: Bundle, pictures: dict[str, bytes], tokens: int) -> Found:
+    """Llava, as a program uses it."""
+    with Llava.load(bundle.folder, n_ctx=CONTEXT) as llava:
+
+        def ask(picture: bytes, question: str, n: int) -> Times:
+            return our_times(llava, picture, question, n)
+
+        found = measure(ask, pictures, tokens)
+        start = time.perf_counter()
+        llava.prepare(pictures["prepared"]).wait()
+        found["preparing"] = time.perf_counter() - start
+        found["prepared"] = ask(pictures["prepared"], FIRST, 1).first_s
+        return {**found, "peak": peak_bytes() / 1e9}
+
+
+def our_times(llava: Llava, picture: bytes, question: str, n: int) -> Times:
+    """From the call to its first chunk, by the clock; what follows as Llava counts it."""
+    start, first_s, n_tokens = time.perf_counter(), 0.0, 0
+    for chunk in llava.stream([Message("user", question, [picture])], options=Options(max_tokens=n)):
+        first_s = first_s or time.perf_counter() - start
+        n_tokens += len(chunk.token_ids)
+    assert chunk.timings is not None  # stream's promise
+    n_after = n_tokens - (chunk.finish_reason != "stop")
+    return Times(first_s, n_after, chunk.timings.decode_s, chunk.timings.prompt_tokens)
+
+
+def seen_side(bundle: Bundle, picture: bytes, cache: str, keep: bool) -> Found:
+    """A new process that is shown a picture which another one, with the same cache folder, was shown."""
+    with Llava.load(bundle.folder, n_ctx=CONTEXT, cache_dir=cache, keep_prefixes=keep) as llava:
+        timings = llava.ask(picture, FIRST, options=Options(max_tokens=1)).timings
+    if keep:
+        return {"kept": timings.first_token_s}
+    return {"seen": timings.first_token_s, "seen_encode": timings.encode_s}
+
+
+def stock_side(bundle: Bundle, pictures: dict[str, bytes], tokens: int) -> Found:
+    """llama_cpp.Llama with its own handler. Tokens are noted as they are sampled, since some have no text."""
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import Llava15ChatHandler
+
+    handler = Llava15ChatHandler(clip_model_path=str(bundle.mmproj), verbose=False)
+    llama = Llama(
+        str(bundle.model), chat_handler=handler, n_ctx=CONTEXT, n_threads=cores(), n_threads_batch=cores(),
+        n_gpu_layers=-1, verbose=False,
+    )  # fmt: skip
+    generate, moments, prompt = llama.generate, [0.0], [0]
+
+    def noted(ids: list[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+        prompt[0] = len(ids)
+        for token in generate(ids, *args, **kwargs):
+            moments.append(time.perf_counter())
+            yield token
+
+    llama.generate = noted  # type: ignore[method-assign, assignment]
+
+    def ask(picture: bytes, question: str, n: int) -> Times:
+        messages: Any = [{"role": "user", "content": content(picture, question)}]
+        moments[:] = [time.perf_counter()]
+        llama.create_chat_completion(messages, max_tokens=n, temperature=0.0, repeat_penalty=1.0)
+        return Times(moments[1] - moments[0], len(moments) - 2, moments[-1] - moments[1], prompt[0])
+
+    return {**measure(ask, pictures, tokens), "peak": peak_bytes() / 1e9}
+
+
+def server_side(bundle: Bundle, pictures: dict[str, bytes], tokens: int) -> Found:
+    """llama-server with one slot, over its OpenAI endpoint."""
+    with llama_server(bundle) as (port, process):
+        found = measure(lambda *asked: server_times(port, *asked), pictures, tokens)
+        return {**found, "peak": server_peak(process.pid) / 1e9}
+
+
+def server_times(port: int, picture: bytes, question: str, n: int) -> Times:
+    """From sending a request to the first line of the stream with a token, and to its last line."""
+    body = json.dumps({
+        "messages": [{"role": "user", "content": content(picture, question)}], "max_tokens": n, "temperature": 0,
+        "stream": True, "cache_prompt": True, "timings_per_token": True, "ignore_eos": True,
+    })  # fmt: skip
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        connection.connect()
+        start = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise SystemExit(f"llama-server: status {response.status}: {response.read(300)!r}")
+        first_s = last_s = 0.0
+        timings: dict[str, Any] = {}
+        for line in response:
+            if not line.startswith(b"data: {"):
+                if line.startswith(b"error"):
+                    raise SystemExit(f"llama-server: {line!r}")
+                continue
+            last_s = time.perf_counter() - start
+            timings = json.loads(line[len(b"data: ") :]).get("timings", timings)
+            if not first_s and timings:  # tokens that had no text yet were sampled predicted_ms ago
+                first_s = last_s - (timings["predicted_ms"] / 1000 if timings["predicted_n"] > 1 else 0.0)
+            first_s = first_s or last_s
+    n_after = int(timings["predicted_n"]) - 1
+    return Times(first_s, n_after, last_s - first_s, int(timings["cache_n"] + timings["prompt_n"]))
+
+
+@contextmanager
+def llama_server(bundle: Bundle) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A running server's port and process; killed in any case."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    command = [
+        os.environ[SERVER], "-m", bundle.model, "--mmproj", bundle.mmproj, "-c", CONTEXT, "-t", cores(),
+        "-tb", cores(), "--parallel", 1, "--host", "127.0.0.1", "--port", port, "--offline",
+    ]  # fmt: skip
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*map(str, command)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=settings
+        )
+        try:
+            wait_until_healthy(process, port)
+            yield port, process
+        except BaseException:
+            log.seek(0)
+            print(log.read()[-3000:].decode("utf-8", "replace"), file=sys.stderr)
+            raise
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> None:
+    """Until the server has loaded its model."""
+    end = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"llama-server: not ready, exit code {process.poll()}")
+
+
+def server_peak(pid: int) -> int:
+    """The most memory that it had resident, where the system tells of other processes; else what it has now."""
+    status = Path(f"/proc/{pid}/status")
+    memory = psutil.Process(pid).memory_info()
+    return peak_bytes(status) if status.exists() else int(getattr(memory, "peak_wset", memory.rss))
+
+
+def content(picture: bytes, question: str) -> list[dict[str, Any]]:
+    """A question about a picture as OpenAI's clients send it."""
+    url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+
+
+MEASURES = {OURS: our_side, STOCK: stock_side, THEIRS: server_side}
