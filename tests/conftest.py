@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import small_checkpoint
 from hypothesis import settings
+from PIL import Image
 from small_checkpoint import Layout
 
 from pocketllava import Bundle, Llava
@@ -66,3 +67,14 @@ def llava(bundle: Bundle) -> Iterator[Llava]:
     """The same bundle, loaded."""
     with Llava.load(bundle.folder) as model:
         yield model
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to be in, with three pictures; home is there too."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    for name, size in (("a.png", (8, 6)), ("my photo.jpg", (9, 9)), ("b.PNG", (7, 8))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    return tmp_path

@@ -39,17 +39,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
     return [*map(Gallery(HOW).open, paths), Picture(held.getvalue(), (5, 5))]
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to be in, with three pictures; home is there too."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(variable, str(tmp_path))
-    for name, size in (("a.png", (8, 6)), ("my photo.jpg", (9, 9)), ("b.PNG", (7, 8))):
-        Image.new("RGB", size, "red").save(tmp_path / name)
-    return tmp_path
-
-
 @given(
     st.lists(st.tuples(TEXTS, st.sets(st.integers(0, 2)), TEXTS), max_size=4),
     st.sets(st.integers(0, 2)),

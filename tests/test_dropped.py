@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from pocketllava.dropped import Dropped, find_images, image_arguments, one_path
 
@@ -62,17 +61,6 @@ def test_a_file_is_found_however_it_is_quoted(
         assert found == Dropped(" ".join([*before, *after]), (path,))
         assert image_arguments(quoted(str(path)), windows=windows) == (path,)
         assert one_path(quoted(str(path)), windows=windows) == path
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to be in, with three pictures; home is there too."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(variable, str(tmp_path))
-    for name, size in (("a.png", (8, 6)), ("my photo.jpg", (9, 9)), ("b.PNG", (7, 8))):
-        Image.new("RGB", size, "red").save(tmp_path / name)
-    return tmp_path
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import MEGA, image_argument, load_options, stream
+from pocketllava.commands.common import MEGA, image_argument, load_options, sampling_options, stream
 
 
 @click.command()
@@ -23,17 +23,7 @@ from pocketllava.commands.common import MEGA, image_argument, load_options, stre
     help="A further image, after the first; repeatable.",
 )
 @click.option("--system", metavar="TEXT", help="A system message before the question.")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, 100),
-    default=0.0,
-    show_default=True,
-    help="0 is greedy, as the reference decodes.",
-)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeats a sampled answer.")
+@sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeatable.")
 @load_options
 @click.option(
@@ -46,15 +36,11 @@ def ask(
     question: str,
     more_images: tuple[str, ...],
     system: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
     stop: tuple[str, ...],
     max_pixels: int,
     as_json: bool,
     load: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Ask about an image: a path, - for stdin, or a data URI.
 
@@ -63,7 +49,7 @@ def ask(
     from pocketllava import Llava, Options
     from pocketllava.types import conversation
 
-    options = Options(max_tokens, temperature, top_p, top_k, seed, stop)
+    options = Options(stop=stop, **sampling)
     images = [image_argument(i) for i in (image, *more_images)]
     with Llava.load(model, max_pixels=max_pixels, **load) as llava:
         if as_json:

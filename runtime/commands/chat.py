@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import MEGA, load_options
+from pocketllava.commands.common import MEGA, load_options, sampling_options
 from pocketllava.errors import ContextOverflow, PocketLlavaError
 from pocketllava.show import timing_line
 
@@ -38,16 +38,7 @@ LEAVING = "Ctrl-D or /quit leaves"
 @click.argument("images", metavar="[IMAGE]...", nargs=-1)
 @click.option("--system", metavar="TEXT", help="A system message before the conversation.")
 @click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of one answer.")
-@click.option(
-    "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
-    help="0 is greedy, as the reference decodes.",
-)  # fmt: skip
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), help="Repeats sampled answers; /retry takes the next."
-)
+@sampling_options
 @click.option("--shift", is_flag=True, help="Leave out the oldest turns once the conversation does not fit.")
 @click.option("--stats", is_flag=True, help="Show timings after every answer.")
 @load_options
@@ -59,15 +50,11 @@ def chat(
     images: tuple[str, ...],
     system: str | None,
     saved: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
     shift: bool,
     stats: bool,
     max_pixels: int,
     load: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Talk about images, or without them.
 
@@ -79,7 +66,7 @@ def chat(
     from pocketllava.dialogue import Dialogue, Gallery, bundle_id
     from pocketllava.names import open_bundle
 
-    options = Options(max_tokens, temperature, top_p, top_k, seed, shift=shift)
+    options = Options(shift=shift, **sampling)
     on_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):

@@ -1,4 +1,4 @@
-"""What commands share: options for loading a model, image arguments, an answer as it comes, warnings.
+"""What commands share: options for loading a model and sampling, image arguments, an answer as it comes, warnings.
 
 Answers go to stdout, everything else to stderr. Heavy imports stay inside functions, so that --help is quick.
 """
@@ -52,6 +52,19 @@ _LOAD_OPTIONS = (
     ),
 )  # fmt: skip
 
+_SAMPLING_OPTIONS = (
+    click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of one answer."),
+    click.option(
+        "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
+        help="0 is greedy, as the reference decodes.",
+    ),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True),
+    click.option(
+        "--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens."
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeats what was sampled."),
+)  # fmt: skip
+
 
 def load_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of Llava.load, handed to the command as one dictionary, `load`."""
@@ -86,6 +99,33 @@ def load_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_LOAD_OPTIONS):
         with_load = option(with_load)
     return with_load
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How tokens are chosen, handed to the command as one dictionary of Options' fields, `sampling`."""
+
+    @functools.wraps(command)
+    def with_sampling(
+        *args: Any,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int | None,
+        **rest: Any,
+    ) -> None:
+        sampling = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+        }
+        command(*args, sampling=sampling, **rest)
+
+    for option in reversed(_SAMPLING_OPTIONS):
+        with_sampling = option(with_sampling)
+    return with_sampling
 
 
 def stream(llava: Llava, messages: list[Message], options: Options | None = None) -> str:
