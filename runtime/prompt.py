@@ -7,6 +7,7 @@ itself writes them.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,10 +102,11 @@ class Template:
         from jinja2 import TemplateError
 
         try:
+            template = _compiled(self.source)
             return str(
-                _environment()
-                .from_string(self.source)
-                .render(messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos)
+                template.render(
+                    messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos
+                )
             )
         except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise BundleError(f"chat template: cannot be rendered ({error})") from error
@@ -132,6 +134,12 @@ def _guard(texts: Sequence[str]) -> str:
     while any(guard in text for text in texts):
         guard += "\U0010fffd"
     return guard
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    """A jinja2 template: compiling it takes as long as tokenising a page."""
+    return _environment().from_string(source)
 
 
 def _environment() -> Any:
