@@ -6,6 +6,7 @@ the pickle may say is statedict.py's; nothing in it runs.
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ LOCAL_SIGNATURE, ZIP = b"PK\x03\x04", b"PK"
 ENCRYPTED = 1
 MAX_PICKLE_BYTES = 64 << 20  # a 13B model's takes 0.1 MB
 MAX_ENTRIES = 1 << 17
+MAX_DIRECTORY_BYTES = 8 << 20  # of the zip archive; a 13B model's takes 0.1 MB
 TRUST = "from torch import load, save; save(load(FILE, weights_only=True), FILE)"
 
 
@@ -34,7 +36,7 @@ def read_pickled(path: Path) -> list[SourceTensor]:
     with path.open("rb") as file:
         _check_format(file, path)
         try:
-            with zipfile.ZipFile(file) as archive:
+            with _Bounded(path) as bounded, zipfile.ZipFile(bounded) as archive:
                 entries = _entries(archive.infolist(), path)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
             raise ConvertError(
@@ -49,6 +51,17 @@ def read_pickled(path: Path) -> list[SourceTensor]:
         tensors = [_tensor(name, view, places) for name, view in views.items()]
         places.check_overlaps()
         return tensors
+
+
+class _Bounded(io.FileIO):
+    """A file that gives no more at once than a directory may take: zipfile reads it whole before it looks."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = MAX_DIRECTORY_BYTES  # zipfile's read of the file's last 64 kB
+        if size > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"a directory of {size} bytes, expected at most {MAX_DIRECTORY_BYTES}")
+        return super().read(size) or b""
 
 
 def _check_format(file: BinaryIO, path: Path) -> None:

@@ -232,6 +232,18 @@ def test_only_the_directory_and_the_pickle_are_read(tmp_path: Path) -> None:
     assert tensor.n_bytes == n
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows would write the 2 GB")
+def test_a_directory_larger_than_any_checkpoint_needs_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.truncate(2 << 30)
+        file.seek(0, os.SEEK_END)
+        file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 9, 9, (2 << 30) - 4, 4, 0))
+    with pytest.raises(ConvertError, match=r"a directory of 2147483644 bytes, expected at most"):
+        read_pickled(path)
+
+
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_bytes(tmp_path: Path, data: st.DataObject) -> None:
