@@ -17,7 +17,8 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType as F
 
-from pocketllava.backend import TO_FLOAT, ggml
+from pocketllava.backend import ggml, to_float
+from pocketllava.convert.q8_0 import q8_0
 from pocketllava.errors import ConvertError, UnsupportedOption
 
 Floats = npt.NDArray[np.float32]
@@ -222,9 +223,9 @@ def n_bytes(kind: T, shape: tuple[int, ...]) -> int:
 
 
 def quantize(rows: Floats, kind: T, name: str, importance: Floats | None = None) -> bytes:
-    """(n_rows, n_per_row) float32 -> that type's bytes, by ggml_quantize_chunk (releases the GIL).
+    """(n_rows, n_per_row) float32 -> that type's bytes, as ggml_quantize_chunk makes them (releases the GIL).
 
-    importance: (n_per_row,) float32, how much an error in each column counts.
+    importance: (n_per_row,) float32, how much an error in each column counts (Q8_0 does not ask).
     Raises ConvertError for values that the type cannot hold (NaN, infinity, beyond F16's range).
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
@@ -237,15 +238,24 @@ def quantize(rows: Floats, kind: T, name: str, importance: Floats | None = None)
         raise ConvertError(f"tensor {name}: holds {largest:g}, F16 ends at {MAX_F16:g}; use BF16 or F32")
     if kind is T.F32:
         return rows.tobytes()
-    n_rows, n_per_row = rows.size // rows.shape[-1], rows.shape[-1]
-    out = np.empty(n_bytes(kind, rows.shape), np.uint8)
-    weights = None if importance is None else _at(importance)
-    written = ggml().ggml_quantize_chunk(int(kind), _at(rows), _at(out), 0, n_rows, n_per_row, weights)
-    if written != out.nbytes or not ggml().ggml_validate_row_data(int(kind), _at(out), out.nbytes):
+    out = q8_0(rows) if kind is T.Q8_0 else None
+    if out is None:
+        out = _by_ggml(rows, kind, importance)
+    if not ggml().ggml_validate_row_data(int(kind), _at(out), out.nbytes):
         raise ConvertError(
             f"tensor {name}: its values up to {largest:g} do not fit {kind.name}; use BF16 or F32"
         )
     return out.tobytes()
+
+
+def _by_ggml(rows: Floats, kind: T, importance: Floats | None) -> npt.NDArray[np.uint8]:
+    n_rows, n_per_row = rows.size // rows.shape[-1], rows.shape[-1]
+    out = np.empty(n_bytes(kind, rows.shape), np.uint8)
+    weights = None if importance is None else _at(importance)
+    written = ggml().ggml_quantize_chunk(int(kind), _at(rows), _at(out), 0, n_rows, n_per_row, weights)
+    if written != out.nbytes:
+        raise ConvertError(f"ggml made {written} bytes of {kind.name}, expected {out.nbytes}; report this")
+    return out
 
 
 def checked_copy(data: bytes, kind: T, name: str) -> bytes:
@@ -263,8 +273,7 @@ def dequantize(data: bytes, kind: T, n_values: int) -> Floats:
     if kind is T.F32:
         return raw.view(np.float32)
     out = np.empty(n_values, np.float32)
-    traits = ggml().ggml_get_type_traits(int(kind)).contents
-    TO_FLOAT(traits.to_float)(_at(raw), _at(out), n_values)
+    to_float(int(kind))(_at(raw), _at(out), n_values)
     return out
 
 

@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pocketllava.errors import BackendError, PocketLlavaError
 
@@ -43,7 +43,8 @@ class TypeTraits(ctypes.Structure):
     ]
 
 
-TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_F16 = 1  # enum ggml_type
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,6 +73,29 @@ def ggml() -> Any:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
+
+
+@functools.lru_cache
+def to_float(kind: int) -> Callable[[ctypes.c_void_p, ctypes.c_void_p, int], object]:
+    """ggml's own conversion (blocks, float32 out, number of values) of a ggml_type; releases the GIL.
+
+    For F16 the CPU backend's vector code where its library offers it: as exact, and several times as fast.
+    """
+    if kind == _F16:
+        with contextlib.suppress(OSError, RuntimeError, AttributeError):
+            return _half_to_float()
+    return _TO_FLOAT(ggml().ggml_get_type_traits(kind).contents.to_float)
+
+
+def _half_to_float() -> Callable[[ctypes.c_void_p, ctypes.c_void_p, int], object]:
+    import llama_cpp
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    lib = load_shared_library("ggml-cpu", Path(llama_cpp.__file__).parent / "lib")
+    lib.ggml_cpu_init()  # fills the table that processors without such instructions use
+    convert: Any = lib.ggml_cpu_fp16_to_fp32
+    convert.restype, convert.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return cast("Callable[[ctypes.c_void_p, ctypes.c_void_p, int], object]", convert)
 
 
 @functools.lru_cache(maxsize=1)
