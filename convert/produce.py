@@ -83,7 +83,8 @@ def _make(works: dict[Job, Path], threads: int, progress: Progress | None) -> No
     advance = _Advance("verify", sum(path.stat().st_size for path in digests), progress)
     for job, work in works.items():
         for name, plan in job.plans.items():
-            verify_file(plan, work / name, digests[work / name], advance)
+            verify_file(plan, work / name)
+            advance((work / name).stat().st_size, name)
         load_test(work / MODEL, work / MMPROJ)
         files = {name: describe_file(work / name, digests[work / name]) for name in job.plans}
         manifest = json.dumps({**job.manifest, "files": files}, indent=2, ensure_ascii=False)

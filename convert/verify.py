@@ -2,22 +2,19 @@
 
 Every value of a piece is compared with its source right after it was quantised, in the same thread, while
 both are at hand (0.4 ms per million values of Q4_K, beside 77 ms for quantising them); the writer hashes
-what it writes, and here the file is read back from the disk, its header against the plan, all of it against
-that hash. So the source is read once, and nothing on the disk is unchecked. The load test runs in a child
-process, because llama.cpp aborts on what it does not expect.
+what it writes, and again what it reads back from the disk. So the source is read once, and nothing on the
+disk is unchecked. The load test runs in a child process, because llama.cpp aborts on what it does not expect.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from pocketllava.convert.pages import sha256_of
 from pocketllava.convert.plan import FilePlan, PlannedTensor
 from pocketllava.convert.quantize import ERROR_BOUNDS, Floats, dequantize
 from pocketllava.errors import BundleError, ConvertError
@@ -27,21 +24,22 @@ LOAD_TEST_TIMEOUT_S = 600
 Sums = tuple[float, float]  # of squared differences, of squared source values
 
 
-def verify_file(plan: FilePlan, path: Path, digest: str, advance: Callable[[int, str], None]) -> None:
-    """Read a written file back: its header against the plan, its bytes against their SHA-256.
-
-    Raises ConvertError naming what differs. `advance` is told the bytes of each block read, and of which file.
-    """
+def verify_file(plan: FilePlan, path: Path) -> None:
+    """Hold a written file's header to the plan. Raises ConvertError naming what differs."""
     try:
         header = Header.read(path)
     except BundleError as error:
         raise ConvertError(f"verification failed: {error}") from error
     _compare_lists(plan, header)
     _compare_keys(plan, header)
-    if (found := sha256_of(path, lambda n: advance(n, path.name))) != digest:
+
+
+def check_digest(path: Path, found: str, written: str) -> None:
+    """Raise ConvertError if a file reads back as another one than was written (SHA-256, in hexadecimal)."""
+    if found != written:
         raise ConvertError(
             f"verification failed: {path}: its SHA-256 reads back as {found[:12]}..., written was"
-            f" {digest[:12]}...; the disk or the memory is faulty: check them, then convert again"
+            f" {written[:12]}...; the disk or the memory is faulty: check them, then convert again"
         )
 
 

@@ -1,15 +1,14 @@
 """File plans -> GGUF files, streamed together: rows read, quantised and compared in threads, written in order.
 
 Each source byte is read once, whatever the number of files, and no tensor is held whole. Every piece of a
-tensor is compared with the rows it came from as soon as it is quantised (verify.py), and every byte written
-is hashed, so that reading a file back once shows that the disk holds it. Knows the container (gguf's
+tensor is compared with the rows it came from as soon as it is quantised (verify.py), and every byte is hashed
+when it is written and when, a little later, it is read back from the disk (pages.py). Knows the container (gguf's
 GGUFWriter writes its header); nothing of models. The caller gives paths that no reader looks at yet.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +23,7 @@ from pocketllava.convert.ordered import in_order
 from pocketllava.convert.pages import FLUSH_BYTES, Flusher
 from pocketllava.convert.plan import FilePlan, PlannedTensor, SourceReader
 from pocketllava.convert.quantize import Floats, checked_copy, quantize
-from pocketllava.convert.verify import Sums, check_error, difference
+from pocketllava.convert.verify import Sums, check_digest, check_error, difference
 from pocketllava.errors import ConvertError
 
 ALIGNMENT = 32
@@ -51,7 +50,7 @@ class Output:
         self, plan: FilePlan, path: Path, journal: Journal | None = None, whole: Whole | None = None
     ) -> None:
         self.plan, self.path, self.journal = plan, path, journal
-        self._flusher = Flusher()
+        self._flusher = Flusher(path)
         self._sums: Sums = (0.0, 0.0)
         self._unflushed = 0
         with _named(path):
@@ -91,7 +90,7 @@ class Output:
         self._unflushed += len(data)
         if self._unflushed >= FLUSH_BYTES:
             self.file.flush()
-            self._flusher.ask(self.file)
+            self._flusher.ask(self.file, self.end)
             self._unflushed = 0
 
     def _end_tensor(self) -> None:
@@ -102,12 +101,15 @@ class Output:
             self.journal.add(self.path.name, Whole(self.n_whole, self.end, self.digest))
 
     def finish(self) -> str:
-        """Flush to the disk; the SHA-256 of all that was written, in hexadecimal."""
+        """Flush to the disk; the SHA-256 of all that was written, in hexadecimal.
+
+        Raises ConvertError when the disk holds something else.
+        """
         with _named(self.path):
-            self._flusher.wait()
             self.file.flush()
-            os.fsync(self.file.fileno())
-        return str(self.digest.hexdigest())
+            found = self._flusher.finish(self.file, self.end)
+        check_digest(self.path, found, written := self.digest.hexdigest())
+        return str(written)
 
 
 def write_together(outputs: Sequence[Output], reader: SourceReader, threads: int, advance: Advance) -> None:
