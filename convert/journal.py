@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketllava.convert.pages import blocks
+from pocketllava.convert.pages import blocks, forget_all
 from pocketllava.convert.plan import FilePlan
 
 JOURNAL = "journal"
@@ -55,12 +55,13 @@ class Journal:
         new.replace(self.path)
 
     def whole(self, path: Path) -> list[Whole]:
-        """Each place up to which a file is as the journal says, in order (reads that much of it)."""
+        """Each place up to which a file is, on the disk, as the journal says, in order (reads that much of it)."""
         recorded = [line for line in self._lines[1:] if isinstance(line, list) and line[:1] == [path.name]]
         if not recorded or not path.is_file():
             return []
         found: list[Whole] = []
         digest, at = hashlib.sha256(), 0
+        forget_all(path)
         with path.open("rb") as file:
             for line in recorded:
                 if not _plausible(line, len(found), at):

@@ -229,6 +229,8 @@ def quantize(rows: Floats, kind: T, name: str, importance: Floats | None = None)
     Raises ConvertError for values that the type cannot hold (NaN, infinity, beyond F16's range).
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if kind is T.Q8_0 and (made := q8_0(rows)) is not None:
+        return made.tobytes()
     largest = float(np.maximum(-rows.min(initial=0.0), rows.max(initial=0.0)))  # NaN survives all three
     if not np.isfinite(largest):
         raise ConvertError(
@@ -238,9 +240,7 @@ def quantize(rows: Floats, kind: T, name: str, importance: Floats | None = None)
         raise ConvertError(f"tensor {name}: holds {largest:g}, F16 ends at {MAX_F16:g}; use BF16 or F32")
     if kind is T.F32:
         return rows.tobytes()
-    out = q8_0(rows) if kind is T.Q8_0 else None
-    if out is None:
-        out = _by_ggml(rows, kind, importance)
+    out = _by_ggml(rows, kind, importance)
     if not ggml().ggml_validate_row_data(int(kind), _at(out), out.nbytes):
         raise ConvertError(
             f"tensor {name}: its values up to {largest:g} do not fit {kind.name}; use BF16 or F32"

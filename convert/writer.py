@@ -1,8 +1,8 @@
 """File plans -> GGUF files, streamed together: rows read, quantised and compared in threads, written in order.
 
 Each source byte is read once, whatever the number of files, and no tensor is held whole. Every piece of a
-tensor is compared with the rows it came from as soon as it is quantised (verify.py), and every byte is hashed
-when it is written and when, a little later, it is read back from the disk (pages.py). Knows the container (gguf's
+tensor is compared with the rows it came from as soon as it is quantised (verify.py), and every byte, a little
+after it was written, with what the disk holds (pages.py). Knows the container (gguf's
 GGUFWriter writes its header); nothing of models. The caller gives paths that no reader looks at yet.
 """
 
@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from pocketllava.convert.journal import Journal, Whole
 from pocketllava.convert.ordered import in_order
-from pocketllava.convert.pages import FLUSH_BYTES, Flusher
+from pocketllava.convert.pages import Checked
 from pocketllava.convert.plan import FilePlan, PlannedTensor, SourceReader
 from pocketllava.convert.quantize import Floats, checked_copy, quantize
-from pocketllava.convert.verify import Sums, check_digest, check_error, difference
+from pocketllava.convert.verify import Sums, check_error, difference
 from pocketllava.errors import ConvertError
 
 ALIGNMENT = 32
@@ -50,27 +50,21 @@ class Output:
         self, plan: FilePlan, path: Path, journal: Journal | None = None, whole: Whole | None = None
     ) -> None:
         self.plan, self.path, self.journal = plan, path, journal
-        self._flusher = Flusher(path)
         self._sums: Sums = (0.0, 0.0)
-        self._unflushed = 0
+        self.n_whole = whole.n_tensors if whole else 0
+        self.digest: Any = whole.digest if whole else hashlib.sha256()
         with _named(path):
-            if whole is None:
-                _write_header(plan, path)
-                digest = hashlib.sha256(path.read_bytes())
-                whole = Whole(0, path.stat().st_size, digest)
-            self.file: BinaryIO = path.open("r+b")
-            self.file.truncate(whole.end)
-            self.file.seek(whole.end)
-        self.n_whole, self.end, self.digest = whole.n_tensors, whole.end, whole.digest
-        if whole.n_tensors == 0 and journal:
-            journal.add(path.name, whole)
+            header = b"" if whole else _header(plan, path)
+            self._file = Checked(path, at=whole.end if whole else 0)
+            self._write(header)
+        if whole is None:
+            self._record()
 
     def __enter__(self) -> Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._flusher.close()
-        self.file.close()
+        self._file.close()
 
     def add(self, tensor: PlannedTensor, last: bool, made: Made) -> None:
         """Write the next piece. Raises ConvertError when a whole tensor lost too much in its type."""
@@ -84,32 +78,28 @@ class Output:
             self._end_tensor()
 
     def _write(self, data: bytes) -> None:
-        self.file.write(data)
+        self._file.write(data)
         self.digest.update(data)
-        self.end += len(data)
-        self._unflushed += len(data)
-        if self._unflushed >= FLUSH_BYTES:
-            self.file.flush()
-            self._flusher.ask(self.file, self.end)
-            self._unflushed = 0
 
     def _end_tensor(self) -> None:
         self.n_whole += 1
+        self._record()
+
+    def _record(self) -> None:
+        """In the journal: what is whole."""
         if self.journal:
             with _named(self.path):
-                self.file.flush()
-            self.journal.add(self.path.name, Whole(self.n_whole, self.end, self.digest))
+                self._file.flush()
+            self.journal.add(self.path.name, Whole(self.n_whole, self._file.end, self.digest))
 
     def finish(self) -> str:
-        """Flush to the disk; the SHA-256 of all that was written, in hexadecimal.
+        """Have it all on the disk; the SHA-256 of all that was written, in hexadecimal.
 
         Raises ConvertError when the disk holds something else.
         """
         with _named(self.path):
-            self.file.flush()
-            found = self._flusher.finish(self.file, self.end)
-        check_digest(self.path, found, written := self.digest.hexdigest())
-        return str(written)
+            self._file.finish()
+        return str(self.digest.hexdigest())
 
 
 def write_together(outputs: Sequence[Output], reader: SourceReader, threads: int, advance: Advance) -> None:
@@ -125,7 +115,8 @@ def write_together(outputs: Sequence[Output], reader: SourceReader, threads: int
         advance(source_bytes, tensors[0].name)
 
 
-def _write_header(plan: FilePlan, path: Path) -> None:
+def _header(plan: FilePlan, path: Path) -> bytes:
+    """What the file begins with; gguf's writer needs a file to write it to."""
     writer = GGUFWriter(path, plan.architecture)
     for key in plan.keys:
         writer.add_key_value(key.name, key.value, key.kind, sub_type=key.item)
@@ -140,6 +131,7 @@ def _write_header(plan: FilePlan, path: Path) -> None:
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
     finally:
         file.close()
+    return path.read_bytes()
 
 
 @contextmanager

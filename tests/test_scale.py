@@ -200,7 +200,9 @@ def test_what_changes_on_its_way_to_the_disk_is_found(make_checkpoint: Any, tmp_
                 file.seek(-5000, os.SEEK_END)
                 file.write(b"\x55\xaa")
 
-    with pytest.raises(ConvertError, match=r"verification failed: .*model.gguf: its SHA-256 reads back as"):
+    with pytest.raises(
+        ConvertError, match=r"verification failed: .*model.gguf: from byte \d+ on the disk holds"
+    ):
         convert(make_checkpoint(), tmp_path / "b", progress=spoil)
     assert list(tmp_path.iterdir()) == []
 
