@@ -17,6 +17,8 @@ import numpy as np
 
 from pocketllava.convert.shallow import shallow
 
+THREADS = 1  # for little work on a mapped file: more of them would wait for the disk, spinning
+
 
 def main(model_path: str, mmproj_path: str) -> None:
     """Raise SystemExit with one line if anything fails; llama.cpp may also end the process itself."""
@@ -42,7 +44,7 @@ def main(model_path: str, mmproj_path: str) -> None:
 
 def _vision(mtmd_cpp: Any) -> Any:
     params = mtmd_cpp.mtmd_context_params_default()
-    params.use_gpu, params.print_timings, params.warmup = False, False, False
+    params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, THREADS
     return params
 
 
@@ -66,7 +68,7 @@ def _evaluate(llama_cpp: object, model: object) -> None:
 
     lib: object = llama_cpp
     params = lib.llama_context_default_params()  # type: ignore[attr-defined]
-    params.n_ctx, params.n_batch, params.n_ubatch = 256, 32, 32
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = 256, 32, 32, THREADS
     context = lib.llama_init_from_model(model, params)  # type: ignore[attr-defined]
     vocab = lib.llama_model_get_vocab(model)  # type: ignore[attr-defined]
     token = (ctypes.c_int32 * 1)(lib.llama_vocab_bos(vocab))  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from pocketllava.convert.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.imatrix import read_matrix
 from pocketllava.convert.mmproj import plan_mmproj
 from pocketllava.convert.original import IMAGE_TOKEN, pads, space_prefix
+from pocketllava.convert.pages import FLUSH_BYTES
 from pocketllava.convert.place import check_target
 from pocketllava.convert.plan import CHUNK_VALUES, FilePlan
 from pocketllava.convert.produce import Job, produce
@@ -32,6 +33,7 @@ from pocketllava.models.bundle import FORMAT, Bundle
 from pocketllava.models.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
+PROCESS_BYTES, LOAD_TEST_BYTES = 96 << 20, 128 << 20  # measured at 7B
 MAX_MESSAGE = 1000  # characters
 MAX_TOKENS = 1 << 22  # sixteen times the largest vocabulary there is
 
@@ -58,8 +60,13 @@ class ConvertPlan:
         return self.text.n_bytes + self.mmproj.n_bytes + vocabulary + (1 << 16)
 
     def memory_bytes(self, threads: int) -> int:
-        """Memory that the conversion takes at most: pieces at work, as source, float32 and result, and waiting."""
-        return (threads * 20 + (2 * threads + 2) * 4) * CHUNK_VALUES + (96 << 20)
+        """Memory that the conversion takes at most.
+
+        Pieces at work, as source, float32 and result, and waiting; what the disk does not hold yet; the process;
+        the load test's.
+        """
+        pieces = (threads * 20 + (2 * threads + 2) * 4) * CHUNK_VALUES
+        return pieces + 2 * FLUSH_BYTES + PROCESS_BYTES + LOAD_TEST_BYTES
 
 
 def plan(

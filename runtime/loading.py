@@ -28,7 +28,8 @@ from pocketllava.types import GIGA, LoadOptions
 logger = logging.getLogger(__name__)
 
 Q8_0 = 8  # enum ggml_type
-# Flash attention takes a fifth off evaluation, but its F16 sums flipped 4 of 60 greedy tokens of an F16 bundle.
+# Flash attention shortens the wait for an answer and, on CPUs, lengthens the answer itself (benchmarks/README.md);
+# on GPUs it helps both. Its F16 sums flipped 4 of 60 greedy tokens of an F16 bundle.
 # Beside a quantised type's own error they are nothing; bundles that promise the reference's tokens go without.
 EXACT = ("F32", "F16", "BF16")
 
