@@ -8,8 +8,6 @@ no engine. Keys and names are written anew, tensor data is copied byte for byte.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from pocketllava.errors import BundleError, ConvertError
 from pocketllava.models.bundle import MANIFEST
 from pocketllava.models.header import Header, TensorInfo
 from pocketllava.models.mmproj_check import check_mmproj
+from pocketllava.whole import written_whole
 
 PREFIX = "clip.vision."
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -96,22 +95,13 @@ def repair(
     if out.is_dir() or (out.parent / MANIFEST).exists():
         raise ConvertError(f"{out}: a folder, or a bundle's file; --out names the file to make")
     try:
-        handle, name = tempfile.mkstemp(suffix=".partial", prefix=f".{out.name}.", dir=out.parent)
-        os.close(handle)
+        with written_whole(out) as part:
+            written = _write(found, part)
+            _check(found, part, written)
+            if look is not None:
+                look(part)
     except OSError as error:
         raise ConvertError(f"{out}: cannot be written ({error.strerror or error})") from error
-    work = Path(name)
-    try:
-        written = _write(found, work)
-        _check(found, work, written)
-        if look is not None:
-            look(work)
-        work.chmod(found.path.stat().st_mode)
-        work.replace(out)
-    except OSError as error:
-        raise ConvertError(f"{out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        work.unlink(missing_ok=True)
     return out
 
 
@@ -218,8 +208,6 @@ def _write(found: Repair, path: Path) -> dict[str, str]:
                 source.seek(found.header.data_start + info.offset)
                 digests[found.names.get(info.name, info.name)] = _copy(source, info.n_bytes, file)
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-        file.flush()
-        os.fsync(file.fileno())
     finally:
         file.close()
     return digests

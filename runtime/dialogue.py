@@ -21,6 +21,7 @@ from pocketllava.image import FORMATS, MAX_PIXELS, load, resize_and_crop
 from pocketllava.models import Bundle
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.types import Message, Timings
+from pocketllava.whole import written_whole
 
 FORMAT, VERSION = "pocketllava conversation", 1
 HEAD_BYTES = 4096  # in which a file of ours says what it is
@@ -159,7 +160,8 @@ class Dialogue:
                     f"{path}: a file that is no saved conversation, left as it is; take another name"
                 )
             text = json.dumps(self._to_json(path.parent), ensure_ascii=False, indent=1)
-            _replace(path, text.encode("utf-8", "surrogateescape"))
+            with written_whole(path) as part:
+                part.write_bytes(text.encode("utf-8", "surrogateescape"))
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
         self.file = path
@@ -267,16 +269,6 @@ def _is_ours(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     return head.lstrip().startswith(b"{") and f'"{FORMAT}"'.encode() in head
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside the file, then take its place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _text(value: Any) -> str:

@@ -20,6 +20,7 @@ from pocketllava.errors import BundleError, ImageError, InputError
 from pocketllava.models.header import Header
 from pocketllava.sums import Sums
 from pocketllava.types import Message
+from pocketllava.whole import written_whole
 
 if TYPE_CHECKING:
     from pocketllava.llava import Llava
@@ -95,25 +96,22 @@ def write_matrix(
     """Write sums and counts in the GGUF imatrix format; the file gets its name when it is whole."""
     from gguf import GGUFWriter
 
-    work = path.with_name(f".{path.name}.partial")
     try:
-        writer = GGUFWriter(work, "llama")
-        writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", list(datasets))
-        writer.add_uint32("imatrix.chunk_count", chunks)
-        writer.add_uint32("imatrix.chunk_size", size)
-        for name, (squares, count) in sorted(sums.items()):
-            writer.add_tensor(f"{name}.in_sum2", np.asarray(squares, np.float32).reshape(1, -1))
-            writer.add_tensor(f"{name}.counts", np.full((1, 1), count, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        work.replace(path)
+        with written_whole(path) as part:
+            writer = GGUFWriter(part, "llama")
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", list(datasets))
+            writer.add_uint32("imatrix.chunk_count", chunks)
+            writer.add_uint32("imatrix.chunk_size", size)
+            for name, (squares, count) in sorted(sums.items()):
+                writer.add_tensor(f"{name}.in_sum2", np.asarray(squares, np.float32).reshape(1, -1))
+                writer.add_tensor(f"{name}.counts", np.full((1, 1), count, np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        work.unlink(missing_ok=True)
     return path
 
 

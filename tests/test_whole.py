@@ -1,0 +1,44 @@
+"""A file is there whole under its name, or what was there before still is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pocketllava.whole import written_whole
+
+
+def test_takes_the_place_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    with written_whole(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("reason", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_was_there_stays_when_writing_fails(tmp_path: Path, reason: BaseException) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def write() -> None:
+        with written_whole(path) as part:
+            part.write_text("ne")
+            raise reason
+
+    with pytest.raises(type(reason)):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with written_whole(path) as one, written_whole(path) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
