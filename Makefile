@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
-ROOMS := runtime convert models
+ROOMS := runtime convert models $(wildcard runtime/*/ convert/*/ models/*/)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 2)")
 export HF_HUB_OFFLINE = 1
 

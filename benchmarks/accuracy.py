@@ -22,7 +22,7 @@ from typing import Any
 
 from pocketllava import Answer, Bundle, Llava, Message, Options, Timings
 from pocketllava.convert import convert
-from pocketllava.evaluation import Result, run, scene_items, summary
+from pocketllava.measure.accuracy import Result, run, scene_items, summary
 
 CHECKPOINT = Path(str(files("pocketllava.models.demo") / "checkpoint"))
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
@@ -178,11 +178,11 @@ def plot(out: Path, found: dict[str, list[Result]]) -> None:
     figure, (close, whole) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for name, results in found.items():
         stock, reference = name.startswith(("stock", "no ")), name.startswith("transformers")
-        colour = "tab:red" if stock else "tab:green" if reference else "tab:blue"
+        color = "tab:red" if stock else "tab:green" if reference else "tab:blue"
         x, y = _megabytes(out, name), 100 * summary(results)["accuracy"]
         label = name.removesuffix(" + F16 mmproj").replace(" mmproj", "").replace(", ", ",\n")
         for axes in (whole, *([] if stock else [close])):
-            axes.scatter(x, y, color=colour, marker="x" if stock else "o")
+            axes.scatter(x, y, color=color, marker="x" if stock else "o")
             if stock or axes is close:
                 turn = 0 if stock else 50
                 axes.annotate(

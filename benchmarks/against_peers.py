@@ -26,10 +26,10 @@ from typing import Any
 
 from sides import CONTEXT, MEASURES, OURS, PICTURES, SERVER, STOCK, THEIRS, Found, seen_side
 
-from pocketllava.bench import jpeg, machine, unseen
-from pocketllava.image import load
+from pocketllava.measure.speed import jpeg, machine, unseen
 from pocketllava.models import Bundle
 from pocketllava.names import open_bundle
+from pocketllava.vision.image import load
 
 SEEN, KEPT = "cache_dir", "keep_prefixes"  # more processes of ours
 ROWS = (

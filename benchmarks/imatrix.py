@@ -4,7 +4,7 @@
 
 Matrices are made from the F16 bundle: `pictures` from 640 drawn scenes, a question each, and its answers,
 `text` from as many positions of questions and answers alone. KL divergence (nats, F16's next-token distribution
-against the quantised model's) is the mean over the positions of F16's own greedy answers to held-out
+against the quantized model's) is the mean over the positions of F16's own greedy answers to held-out
 questions. Writes OUT/imatrix.json (an interrupted run goes on from it) and OUT/imatrix.md.
 """
 
@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from pocketllava import Bundle, Llava, Options
 from pocketllava.convert import convert
-from pocketllava.evaluation import Item, run, scene_items, summary
-from pocketllava.imatrix import CHUNK, collect
+from pocketllava.measure.accuracy import Item, run, scene_items, summary
+from pocketllava.measure.importance import CHUNK, collect
 from pocketllava.models.demo import scenes
 
 CHECKPOINT = Path(str(files("pocketllava.models.demo") / "checkpoint"))

@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from pocketllava import Llava, Message, Options
-from pocketllava.backend import cores
-from pocketllava.bench import FIRST, MORE, SECOND, peak_bytes
+from pocketllava.llamacpp.backend import cores
+from pocketllava.measure.speed import FIRST, MORE, SECOND, peak_bytes
 from pocketllava.models import Bundle
 
 CONTEXT = 2048

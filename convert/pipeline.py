@@ -1,7 +1,7 @@
 """Checkpoint -> Bundle: opens it, plans both files, and has them produced.
 
 Knows what a conversion consists of and what bundle.json says; how files come about is in produce.py and
-writer.py, where they lie meanwhile in place.py.
+writer.py, where they lie meanwhile in staging.py.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pocketllava.backend import cores
-from pocketllava.convert.checkpoint import Checkpoint, fetch, open_checkpoint
-from pocketllava.convert.imatrix import read_matrix
-from pocketllava.convert.mmproj import plan_mmproj
-from pocketllava.convert.original import IMAGE_TOKEN, pads, space_prefix
-from pocketllava.convert.pages import FLUSH_BYTES
-from pocketllava.convert.place import check_target
-from pocketllava.convert.plan import CHUNK_VALUES, FilePlan
-from pocketllava.convert.produce import Job, produce
-from pocketllava.convert.quantize import MMPROJ_TYPES, TEXT_TYPES, known
-from pocketllava.convert.templates import chat_template, end_ids
-from pocketllava.convert.text import plan_text
-from pocketllava.convert.vocab import Vocab, read_vocab
-from pocketllava.convert.writer import Progress
+from pocketllava.convert.plan.file_plan import CHUNK_VALUES, FilePlan
+from pocketllava.convert.plan.importance import read_matrix
+from pocketllava.convert.plan.mmproj import plan_mmproj
+from pocketllava.convert.plan.quantize import MMPROJ_TYPES, TEXT_TYPES, known
+from pocketllava.convert.plan.text import plan_text
+from pocketllava.convert.read.checkpoint import Checkpoint, fetch, open_checkpoint
+from pocketllava.convert.read.config import LlavaConfig
+from pocketllava.convert.read.original import IMAGE_TOKEN, pads, space_prefix
+from pocketllava.convert.read.templates import chat_template, end_ids
+from pocketllava.convert.read.vocab import Vocab, read_vocab
+from pocketllava.convert.write.pages import FLUSH_BYTES
+from pocketllava.convert.write.produce import Job, produce
+from pocketllava.convert.write.staging import check_target
+from pocketllava.convert.write.writer import Progress
 from pocketllava.errors import ConvertError
+from pocketllava.llamacpp.backend import cores
 from pocketllava.models.bundle import FORMAT, Bundle
-from pocketllava.models.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
 PROCESS_BYTES, LOAD_TEST_BYTES = 96 << 20, 128 << 20  # measured at 7B

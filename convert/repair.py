@@ -18,12 +18,12 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader, GGUFWriter
 from gguf import GGUFValueType as V
 
-from pocketllava.convert.plan import Key
+from pocketllava.convert.plan.file_plan import Key
 from pocketllava.errors import BundleError, ConvertError
 from pocketllava.models.bundle import MANIFEST
-from pocketllava.models.header import Header, TensorInfo
-from pocketllava.models.mmproj_check import check_mmproj
-from pocketllava.whole import written_whole
+from pocketllava.models.files import written_whole
+from pocketllava.models.gguf_header import Header, TensorInfo
+from pocketllava.models.mmproj_contract import check_mmproj
 
 PREFIX = "clip.vision."
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -100,6 +100,7 @@ def repair(
             _check(found, part, written)
             if look is not None:
                 look(part)
+        out.chmod(found.path.stat().st_mode)
     except OSError as error:
         raise ConvertError(f"{out}: cannot be written ({error.strerror or error})") from error
     return out

@@ -1,7 +1,7 @@
 """Bundle -> bundles of other types, from the floats that it holds; nothing else of it changes.
 
 What is exact: a bundle whose type holds the checkpoint's values holds all that there is to know of them, so
-that its text model quantises to the very file that converting the checkpoint gives. F32 bundles always do;
+that its text model quantizes to the very file that converting the checkpoint gives. F32 bundles always do;
 BF16 ones those of BF16 checkpoints, F16 ones those of F16 checkpoints. An F16 bundle of a BF16 checkpoint has
 been rounded (and has lost what lies below F16's range) and cannot; nor can a BF16 one of an F16 or F32
 checkpoint. The mmproj is copied byte for byte, or re-typed by the same rule (where a BF16 mmproj holds its
@@ -19,17 +19,17 @@ from typing import Any
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 
-from pocketllava.backend import cores
-from pocketllava.convert.checkpoint import SourceTensor
-from pocketllava.convert.imatrix import read_matrix
-from pocketllava.convert.mmproj import type_of
-from pocketllava.convert.plan import FilePlan, Key, PlannedTensor
-from pocketllava.convert.produce import Job, produce
-from pocketllava.convert.quantize import MMPROJ_TYPES, TEXT_TYPES, UNQUANTISED, Mix, known
-from pocketllava.convert.writer import Progress
+from pocketllava.convert.plan.file_plan import FilePlan, Key, PlannedTensor
+from pocketllava.convert.plan.importance import read_matrix
+from pocketllava.convert.plan.mmproj import type_of
+from pocketllava.convert.plan.quantize import MMPROJ_TYPES, TEXT_TYPES, UNQUANTIZED, Mix, known
+from pocketllava.convert.read.checkpoint import SourceTensor
+from pocketllava.convert.write.produce import Job, produce
+from pocketllava.convert.write.writer import Progress
 from pocketllava.errors import UnsupportedOption
+from pocketllava.llamacpp.backend import cores
 from pocketllava.models.bundle import Bundle
-from pocketllava.models.header import Header
+from pocketllava.models.gguf_header import Header
 
 ARCHITECTURE = "general.architecture"
 FILE_TYPE = "general.file_type"
@@ -48,7 +48,7 @@ def requantize(
     """Make a bundle of another text type at each target, reading the floats of `bundle` once.
 
     mmproj: the type to give the vision tower, None to copy it. The rest is as in `convert`. Raises
-    UnsupportedOption for a bundle that is quantised already, ConvertError and its kinds.
+    UnsupportedOption for a bundle that is quantized already, ConvertError and its kinds.
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     types = {target: known(quant, TEXT_TYPES, "--quant") for target, quant in targets.items()}
@@ -73,11 +73,11 @@ def plan_requantize(bundle: Bundle, types: Mapping[Path, str], mmproj: str | Non
 
 
 def _check_floats(header: Header, option: str, kind: str) -> None:
-    """Refuse what was rounded before: quantising it again would add one error to another."""
+    """Refuse what was rounded before: quantizing it again would add one error to another."""
     for tensor in header.tensors.values():
-        if tensor.type not in UNQUANTISED:
+        if tensor.type not in UNQUANTIZED:
             raise UnsupportedOption(
-                f"{header.path}: found {kind}, quantised already (tensor {tensor.name} is {T(tensor.type).name}),"
+                f"{header.path}: found {kind}, quantized already (tensor {tensor.name} is {T(tensor.type).name}),"
                 f" expected F32, F16 or BF16; {option} needs a bundle made with one of them, or the checkpoint"
             )
 
@@ -135,4 +135,4 @@ def _manifest(bundle: Bundle, quant: str, mmproj: str | None) -> dict[str, Any]:
         "types": before["types"],
         "sha256": {name: entry["sha256"] for name, entry in before["files"].items()},
     }
-    return {**before, "pocketllava": __version__, "types": types, "files": {}, "quantised_from": made_from}
+    return {**before, "pocketllava": __version__, "types": types, "files": {}, "quantized_from": made_from}

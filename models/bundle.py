@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketllava.errors import BundleError, ModelNotFound
-from pocketllava.models.header import Header
+from pocketllava.models.gguf_header import Header
 from pocketllava.models.preprocessing import Preprocessing
 
 MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"

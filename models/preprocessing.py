@@ -18,7 +18,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels are prepared: [pad to a square,] resize, centre crop, then normalise by mean and std.
+    """How pixels are prepared: [pad to a square,] resize, center crop, then normalize by mean and std.
 
     shortest_edge: resize so that the shorter side has that many pixels; None resizes to
     (crop_size, crop_size) without keeping the aspect ratio. resample: Pillow's code, 3 is bicubic.

@@ -1,9 +1,11 @@
 """pocketllava: LLaVA-1.5 with llama.cpp, with the original model's own answers.
 
 Importing it is quick: nothing here loads llama_cpp, numpy or Pillow; what needs them loads them when
-it is first used. Programs that already hold a llama_cpp.Llama take `pocketllava.handler.LlavaChatHandler`.
+it is first used. Programs that already hold a llama_cpp.Llama take LlavaChatHandler from
+`pocketllava.integrations.llama_cpp`.
 """
 
+from pocketllava.engine.preparation import Preparation
 from pocketllava.errors import (
     BackendError,
     BundleError,
@@ -20,7 +22,6 @@ from pocketllava.errors import (
 )
 from pocketllava.llava import Llava
 from pocketllava.models import Bundle
-from pocketllava.preparation import Preparation
 from pocketllava.types import Answer, Chunk, Message, Options, Timings, Trace
 
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@ PocketLlavaError
 ├── InputError               what the caller passed in
 │   ├── ImageError           not an image, too large, or not a source we open
 │   ├── ContextOverflow      the prompt does not fit: .needed and .available tokens
-│   └── UnsupportedOption    a setting this build or model cannot honour
+│   └── UnsupportedOption    a setting this build or model cannot honor
 ├── ModelNotFound            no bundle there; names what was looked for
 ├── BundleError              a bundle's file is missing, damaged or foreign
 ├── ConvertError             a checkpoint cannot be converted
@@ -44,7 +44,7 @@ class ContextOverflow(InputError):
 
 
 class UnsupportedOption(InputError):
-    """A setting that this build of llama.cpp or this model cannot honour."""
+    """A setting that this build of llama.cpp or this model cannot honor."""
 
 
 class ModelNotFound(PocketLlavaError):

@@ -13,13 +13,13 @@ from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pocketllava.answer_text import AnswerText
-from pocketllava.background import in_background_async
+from pocketllava.engine.answer_text import AnswerText
+from pocketllava.engine.background import in_background_async
+from pocketllava.engine.lock import Turn, Turns
+from pocketllava.engine.preparation import Preparation
 from pocketllava.errors import InputError
+from pocketllava.llamacpp.vocabulary import Tokens
 from pocketllava.models import Bundle
-from pocketllava.preparation import Preparation
-from pocketllava.tokens import Tokens
-from pocketllava.turns import Turn, Turns
 from pocketllava.types import (
     GIGA,
     Answer,
@@ -36,8 +36,8 @@ from pocketllava.types import (
 )
 
 if TYPE_CHECKING:
-    from pocketllava.features import Features
-    from pocketllava.handler import Evaluated, LlavaChatHandler
+    from pocketllava.integrations.llama_cpp import Evaluated, LlavaChatHandler
+    from pocketllava.vision.feature_cache import Features
 
 ROOM = 4  # the part of the context that Options.shift makes free for an answer
 
@@ -80,7 +80,7 @@ class Llava:
         encoded images in, at most cache_bytes; with keep_prefixes evaluated images too (0.3 GB each at 7B).
         Raises ModelNotFound, BundleError, UnsupportedOption, BackendError.
         """
-        from pocketllava.loading import load_bundle
+        from pocketllava.engine.loading import load_bundle
         from pocketllava.names import open_bundle
 
         start = time.perf_counter()
@@ -168,7 +168,7 @@ class Llava:
 
     def trace(self, image: ImageSource, question: str) -> Trace:
         """Follow one picture through the model, from a real evaluation of the prompt."""
-        from pocketllava.trace import trace
+        from pocketllava.engine.trace import trace
 
         with self._turns.turn():
             return trace(self._llama, self._handler, conversation(image, question))
@@ -208,7 +208,7 @@ class Llava:
     def _stream(
         self, messages: list[Message], options: Options, stop: Callable[[], bool] | None
     ) -> Iterator[Chunk]:
-        from pocketllava.backend import Interrupted
+        from pocketllava.llamacpp.backend import Interrupted
 
         start = time.perf_counter()
         self._make_way([image for message in messages for image in message.images])
@@ -274,7 +274,7 @@ class Llava:
         )
 
     def _tokens(self, prompt: list[int], options: Options) -> Iterator[int]:
-        from pocketllava.backend import translated
+        from pocketllava.llamacpp.backend import translated
 
         seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
         self._llama.set_seed(seed)

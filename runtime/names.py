@@ -10,10 +10,9 @@ from importlib.resources import as_file, files
 from os import PathLike
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from pocketllava.errors import BundleError, ModelNotFound
 from pocketllava.models import Bundle
+from pocketllava.models.files import cache_folder
 
 DEMO = "demo"
 DEMO_QUANT, DEMO_MMPROJ = "Q4_K_M", "F16"
@@ -42,8 +41,3 @@ def demo_bundle(quant: str = DEMO_QUANT, mmproj: str = DEMO_MMPROJ) -> Bundle:
             return Bundle.open(folder)
         except (ModelNotFound, BundleError):
             return convert(checkpoint, folder, quant=quant, mmproj=mmproj, force=True)
-
-
-def cache_folder() -> Path:
-    """Where this user's caches lie on this platform."""
-    return Path(user_cache_path("pocketllava", appauthor=False, ensure_exists=True))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketllava import Bundle, Llava
-from pocketllava.vision import VisionEncoder
+from pocketllava.vision.encoder import VisionEncoder
 
 
 class StockEncoder(VisionEncoder):

@@ -29,9 +29,9 @@ from pocketllava import (
     Options,
     UnsupportedOption,
 )
-from pocketllava.answer_text import AnswerText
-from pocketllava.handler import LlavaChatHandler
-from pocketllava.memory import context_size
+from pocketllava.engine.answer_text import AnswerText
+from pocketllava.integrations.llama_cpp import LlavaChatHandler
+from pocketllava.models.memory import context_size
 
 GREEDY = Options(max_tokens=recorded.N_TOKENS)
 SHORT = Options(max_tokens=4)
@@ -241,7 +241,7 @@ def test_nothing_of_llama_cpps_log_reaches_the_terminal(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(("quant", "bound"), [("Q8_0", 1e-3), ("Q4_K_M", 0.2)])
-def test_quantisation_moves_the_next_tokens_little(
+def test_quantization_moves_the_next_tokens_little(
     make_bundle: Any, quant: str, bound: float, record_property: Any
 ) -> None:
     """Mean KL divergence of next-token probabilities from F16's, over the positions of a text."""

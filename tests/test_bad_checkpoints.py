@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from small_checkpoint import dump, to_bytes, write_safetensors
 
 from pocketllava import ConvertError, TensorMismatch, UnsupportedCheckpoint
-from pocketllava.convert import convert, plan
-from pocketllava.convert.checkpoint import read_safetensors
+from pocketllava.convert import convert
+from pocketllava.convert.pipeline import plan
+from pocketllava.convert.read.checkpoint import read_safetensors
 
 Spoil = Callable[[Path], None]
 Tensor = tuple[str, str, tuple[int, ...], bytes]
@@ -116,7 +117,7 @@ def other_weights(folder: Path) -> None:
 
 
 nan = np.full((256, 256), np.nan, np.float16).tobytes()
-quantised = {"quant_method": "gptq"}
+quantized = {"quant_method": "gptq"}
 CASES: dict[str, tuple[Spoil, type[ConvertError], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ConvertError, "no config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{") and None, ConvertError, "config.json: not readable as JSON"),
@@ -128,7 +129,7 @@ CASES: dict[str, tuple[Spoil, type[ConvertError], str]] = {
     "full strategy": (config(vision_feature_select_strategy="full"), UnsupportedCheckpoint, "vision_feature_select_strategy 'full'"),
     "feature layers": (config(vision_feature_layer=[-2, -2]), UnsupportedCheckpoint, r"vision_feature_layer \[-2, -2\] names"),
     "feature layer too deep": (config(vision_feature_layer=9), UnsupportedCheckpoint, "vision_feature_layer is 9"),
-    "quantised": (config(quantization_config=quantised), UnsupportedCheckpoint, r"already quantised \(gptq\)"),
+    "quantized": (config(quantization_config=quantized), UnsupportedCheckpoint, r"already quantized \(gptq\)"),
     "yarn": (config(text_config__rope_scaling={"rope_type": "yarn", "factor": 2}), UnsupportedCheckpoint, "rope_type 'yarn'"),
     "projector act": (config(projector_hidden_act="relu"), UnsupportedCheckpoint, "projector_hidden_act 'relu'"),
     "odd heads": (config(text_config__num_key_value_heads=3), UnsupportedCheckpoint, "num_key_value_heads is 3, expected a divisor of 4 heads"),

@@ -12,10 +12,19 @@ import numpy as np
 from PIL import Image
 
 from pocketllava import Answer, Bundle, Llava, Timings
-from pocketllava.bench import STEPS_PER_RUN, Figure, answers, bench, decoding_speed, jpeg, peak_bytes, unseen
-from pocketllava.image import prepare
-from pocketllava.show import figure_lines
+from pocketllava.commands.show import figure_lines
+from pocketllava.measure.speed import (
+    STEPS_PER_RUN,
+    Figure,
+    answers,
+    bench,
+    decoding_speed,
+    jpeg,
+    peak_bytes,
+    unseen,
+)
 from pocketllava.types import FinishReason
+from pocketllava.vision.image import prepare
 
 PHOTO = str(Path(__file__).parent / "photo.jpg")
 ONCE = ("load", "peak memory")

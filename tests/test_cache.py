@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketllava import Bundle, ContextOverflow, ImageError, Llava, Message, Options
-from pocketllava.features import FeatureCache, key_of
-from pocketllava.prefix import Entry, ImageSpan, image_ends, n_positions, position_ids, shared
-from pocketllava.store import Store
+from pocketllava.models.blob_cache import Store
+from pocketllava.prompt.items import Entry, ImageSpan, image_ends, n_positions, position_ids, shared
+from pocketllava.vision.feature_cache import FeatureCache, key_of
 
 SHORT = Options(max_tokens=3)
 CONVERSATIONS = int(os.environ.get("CONVERSATIONS", "8"))  # 200 were run by hand
@@ -176,7 +176,7 @@ def test_after_other_use_of_the_same_llama(llava: Llava, fresh: Llava) -> None:
 def test_one_handler_for_two_models(make_bundle: Any) -> None:
     from llama_cpp import Llama
 
-    from pocketllava.handler import LlavaChatHandler
+    from pocketllava.integrations.llama_cpp import LlavaChatHandler
 
     one, other = make_bundle("F16"), make_bundle("Q8_0")
     handler = LlavaChatHandler(one.folder)

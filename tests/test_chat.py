@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from prompt_toolkit.utils import get_cwidth
 
 from pocketllava import Bundle, Llava, Options
+from pocketllava.chat.dialogue import Dialogue, Gallery
+from pocketllava.chat.wrap import Wrap
 from pocketllava.commands.chat import Chat
-from pocketllava.commands.wrap import Wrap
-from pocketllava.demo import drawn_picture
-from pocketllava.dialogue import Dialogue, Gallery
+from pocketllava.models.demo.picture import drawn_picture
 
 CHAT = [sys.executable, "-m", "pocketllava.cli", "chat"]
 DEADLINE_S = 60
@@ -153,7 +153,7 @@ class Screen:
         os.write(self._terminal, keys.encode())
 
     def until(self, pattern: str) -> str:
-        """Read until the pattern is shown; what was shown up to its end, without colours and cursor movements."""
+        """Read until the pattern is shown; what was shown up to its end, without colors and cursor movements."""
         end = time.monotonic() + DEADLINE_S
         while not (found := re.search(pattern, self._shown, re.S)):
             ready, _, _ = select.select([self._terminal], [], [], max(0.0, end - time.monotonic()))
@@ -220,7 +220,7 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from prompt_toolkit.completion import CompleteEvent
     from prompt_toolkit.document import Document
 
-    from pocketllava.commands.terminal import LineCompleter
+    from pocketllava.chat.terminal import LineCompleter
 
     (tmp_path / "my pictures").mkdir()
     for name in ("a b.png", "a.txt", "chat.json", ".hidden.png"):

@@ -153,7 +153,7 @@ def test_a_dry_run_writes_nothing(make_checkpoint: Any, tmp_path: Path) -> None:
 
 
 def test_the_dry_runs_size_is_the_real_one(make_checkpoint: Any, make_bundle: Any) -> None:
-    from pocketllava.convert import plan
+    from pocketllava.convert.pipeline import plan
 
     real = sum(entry["bytes"] for entry in make_bundle("Q8_0").manifest["files"].values())
     assert real <= plan(make_checkpoint(), quant="Q8_0").disk_bytes <= real + (1 << 17)

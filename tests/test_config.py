@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pocketllava import UnsupportedCheckpoint
-from pocketllava.models.config import LlavaConfig
+from pocketllava.convert.read.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
 HUB_7B: dict[str, Any] = {  # llava-hf/llava-1.5-7b-hf, whole

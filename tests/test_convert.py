@@ -19,9 +19,11 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 
 from pocketllava import Bundle, BundleError, ConvertError, DiskFull, Llava, ModelNotFound, Options
-from pocketllava.convert import convert, plan, produce
-from pocketllava.convert.checkpoint import canonical
-from pocketllava.models.header import Header
+from pocketllava.convert import convert
+from pocketllava.convert.pipeline import plan
+from pocketllava.convert.read.checkpoint import canonical
+from pocketllava.convert.write import produce
+from pocketllava.models.gguf_header import Header
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "old names": {},

@@ -1,4 +1,4 @@
-"""The small trained model in the package: it sees, converted and quantised, whatever file a picture comes in."""
+"""The small trained model in the package: it sees, converted and quantized, whatever file a picture comes in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from pocketllava import Bundle, Llava, names
 from pocketllava.cli import cli
-from pocketllava.evaluation import run, scene_items, summary
+from pocketllava.measure.accuracy import run, scene_items, summary
 from pocketllava.models.demo import scenes
 
 N_QUESTIONS = 100

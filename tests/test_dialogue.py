@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pocketllava import ImageError, InputError, Message, PocketLlavaError, Timings
-from pocketllava.commands.slash import COMMANDS, handle
-from pocketllava.dialogue import Dialogue, Gallery, Picture
+from pocketllava.chat.dialogue import Dialogue, Gallery, Picture
+from pocketllava.chat.slash import COMMANDS, handle
 from pocketllava.models.preprocessing import Preprocessing
 
 WINDOWS = os.name == "nt"

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketllava.dropped import Dropped, find_images, image_arguments, one_path
+from pocketllava.chat.image_paths import Dropped, find_images, image_arguments, one_path
 
 WINDOWS = os.name == "nt"
 NOT_IN_NAMES = '/\\<>:"|?*' if WINDOWS else "/"

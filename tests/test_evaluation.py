@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from pocketllava import Answer, Bundle, InputError, Message, Options, Timings
 from pocketllava.cli import cli
-from pocketllava.evaluation import (
+from pocketllava.measure.accuracy import (
     Item,
     Result,
     ResultsFile,
     exact,
     file_items,
-    normalised,
+    normalized,
     run,
     soft,
     summary,
@@ -62,9 +62,9 @@ def result(answer: str, *expected: str, kind: str = "all") -> Result:
         ("yes!", "Yes"),
     ],
 )
-def test_normalising(answer: str, expected: str) -> None:
+def test_normalizing(answer: str, expected: str) -> None:
     assert exact(answer, [expected]) == 1
-    assert normalised(normalised(answer)) == normalised(answer)
+    assert normalized(normalized(answer)) == normalized(answer)
 
 
 def test_soft_match_is_vqas() -> None:

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketllava import Bundle, BundleError
-from pocketllava.models.header import Header
-from pocketllava.models.mmproj_check import check_mmproj
+from pocketllava.models.gguf_header import Header
+from pocketllava.models.mmproj_contract import check_mmproj
 
 
 def test_it_reads_what_ggufs_reader_reads(bundle: Bundle) -> None:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pocketllava.errors import ImageError
-from pocketllava.image import load, prepare, resize_and_crop
 from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.vision.image import load, prepare, resize_and_crop
 
 CLIP = Preprocessing()
 
@@ -65,7 +65,7 @@ def test_lossless_formats_agree(kind: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_honoured(orientation: int) -> None:
+def test_exif_orientation_is_honored(orientation: int) -> None:
     upright = pictures.scene(80, 60)
     turns = {
         1: [],
@@ -105,7 +105,7 @@ def test_cmyk_and_the_first_frame() -> None:
     red = load(encoded(Image.new("RGB", (30, 30), (255, 0, 0)).convert("CMYK"), "JPEG")).getpixel((3, 3))
     assert red[0] > 200  # type: ignore[index]
     assert max(red[1:]) < 60  # type: ignore[index]
-    frames = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (30, 30), color) for color in ("red", "blue")]
     animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert load(animated).getpixel((3, 3)) == (255, 0, 0)
 

@@ -1,4 +1,4 @@
-"""Importance matrices: files read, quantisation with one byte for byte llama.cpp's, sums equal llama.cpp's tool's."""
+"""Importance matrices: files read, quantization with one byte for byte llama.cpp's, sums equal llama.cpp's tool's."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 from test_quantize import tensor_bytes
 
-from pocketllava import BackendError, Bundle, ConvertError, InputError, Llava, UnsupportedOption, tensors
-from pocketllava.convert.imatrix import read_matrix
+from pocketllava import BackendError, Bundle, ConvertError, InputError, Llava, UnsupportedOption
 from pocketllava.convert.pipeline import convert, plan
-from pocketllava.convert.plan import SourceReader
-from pocketllava.convert.quantize import NEED_MATRIX, TEXT_TYPES, quantize
-from pocketllava.convert.writer import write
-from pocketllava.imatrix import collect, write_matrix
-from pocketllava.models.header import Header
-from pocketllava.sums import Sums
-from pocketllava.tensors import mul_mat_op
+from pocketllava.convert.plan.file_plan import SourceReader
+from pocketllava.convert.plan.importance import read_matrix
+from pocketllava.convert.plan.quantize import NEED_MATRIX, TEXT_TYPES, quantize
+from pocketllava.convert.write.writer import write
+from pocketllava.llamacpp import tensors
+from pocketllava.llamacpp.tensors import mul_mat_op
+from pocketllava.measure.activations import Sums
+from pocketllava.measure.importance import collect, write_matrix
+from pocketllava.models.gguf_header import Header
 
 # Types where their mix depends on the layer, on heads or on row lengths; all eight that need a matrix, and others.
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -59,7 +60,7 @@ def made_up(half: Header, path: Path, **changes: Any) -> Path:
 
 
 def llama_quantize(source: Path, quant: str, path: Path, matrix: Path) -> Header:
-    """llama.cpp's own quantiser with the same matrix, read by ourselves."""
+    """llama.cpp's own quantizer with the same matrix, read by ourselves."""
     from llama_cpp import llama_cpp
 
     read = read_matrix(matrix, quant)
@@ -117,7 +118,7 @@ def test_types_that_need_a_matrix_are_refused_without(make_checkpoint: Any) -> N
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e29])
-def test_weights_of_any_size_quantise(value: float) -> None:
+def test_weights_of_any_size_quantize(value: float) -> None:
     rows = np.random.default_rng(0).standard_normal((3, 256), dtype=np.float32)
     weights = np.full(256, value, np.float32)
     for kind in {t for t, _ in TEXT_TYPES.values()}:

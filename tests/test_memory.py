@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from pocketllava import Bundle, Llava, Options, UnsupportedOption
-from pocketllava.backend import logger as llama_log
 from pocketllava.cli import cli
-from pocketllava.memory import better_in_memory, memory
+from pocketllava.llamacpp.backend import logger as llama_log
+from pocketllava.models.memory import better_in_memory, memory
 
 SHORT = Options(max_tokens=6)
 MIB = 1 << 20
@@ -41,7 +41,7 @@ def test_weights_are_counted_from_the_files(bundle: Bundle) -> None:
         memory(bundle, 5000)
 
 
-def test_quantised_weights_are_read_and_others_mapped(make_bundle: Any) -> None:
+def test_quantized_weights_are_read_and_others_mapped(make_bundle: Any) -> None:
     for quant, expected in (("F16", False), ("Q4_K_M", True), ("Q8_0", True)):
         bundle = make_bundle(quant)
         assert better_in_memory(bundle, memory(bundle), on_gpu=False) == expected
@@ -58,7 +58,7 @@ def test_it_makes_no_difference_to_the_answer_how_weights_are_held(make_bundle: 
     assert len(answers) == 1
 
 
-def test_a_quantised_cache_answers_nearly_the_same(make_bundle: Any) -> None:
+def test_a_quantized_cache_answers_nearly_the_same(make_bundle: Any) -> None:
     """Random weights flip close tokens; the first ones must agree."""
     first = []
     for kv_type in ("f16", "q8_0"):

@@ -25,13 +25,14 @@ from pocketllava import (
     Options,
     TensorMismatch,
     UnsupportedCheckpoint,
-    image,
 )
 from pocketllava.cli import cli
-from pocketllava.convert import convert, plan
-from pocketllava.convert.original import canonical
-from pocketllava.models.header import Header
-from pocketllava.prompt import ImagePlace
+from pocketllava.convert import convert
+from pocketllava.convert.pipeline import plan
+from pocketllava.convert.read.original import canonical
+from pocketllava.models.gguf_header import Header
+from pocketllava.prompt.template import ImagePlace
+from pocketllava.vision import image
 
 GREEDY = Options(max_tokens=recorded.N_TOKENS)
 SYSTEM = (
@@ -202,7 +203,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "anyres": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', .* LLaVA-1.6"),
     "tiles": ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
     "s2": ({"s2": True}, "s2 is True"),
-    "quantised": ({"quantization_config": {"quant_method": "awq"}}, r"already quantised \(awq\)"),
+    "quantized": ({"quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
     "no tower": ({"mm_vision_tower": None}, "mm_vision_tower is None, expected a name"),
     "MPT": ({"architectures": ["LlavaMptForCausalLM"], "model_type": "llava_mpt"}, "LlavaMptForCausalLM|unexpected tensors"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketllava import ConvertError
-from pocketllava.convert import pages
+from pocketllava.convert.write import pages
 
 PIECES = st.lists(st.binary(max_size=9000), max_size=12)
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from small_pickle import archive, malicious, rebuild, state_dict, storage, write_bin
 
 from pocketllava import ConvertError
-from pocketllava.convert import convert, plan
-from pocketllava.convert.pickled import read_pickled
-from pocketllava.models.header import Header
+from pocketllava.convert import convert
+from pocketllava.convert.pipeline import plan
+from pocketllava.convert.read.torch_zip import read_pickled
+from pocketllava.models.gguf_header import Header
 
 SIX = np.arange(6, dtype=np.float32).tobytes()
 

@@ -15,7 +15,7 @@ import pytest
 from test_cache import logits
 
 from pocketllava import Bundle, ContextOverflow, ImageError, InputError, Llava, Message, Options, Timings
-from pocketllava.store import SUFFIX
+from pocketllava.models.blob_cache import SUFFIX
 
 SHORT = Options(max_tokens=3)
 ONE = Options(max_tokens=1)

@@ -13,7 +13,7 @@ from small_checkpoint import CHAT_TEMPLATE
 
 from pocketllava import BundleError, InputError, Llava, Message
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
-from pocketllava.prompt import ImagePlace, Template
+from pocketllava.prompt.template import ImagePlace, Template
 
 SPECIAL = {"<s>": 1, "</s>": 2, "<image>": 700, "<pad>": 701}
 HOSTILE = (

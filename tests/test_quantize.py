@@ -13,10 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pocketllava.backend import capture_log, ggml
 from pocketllava.convert.pipeline import plan
-from pocketllava.convert.plan import SourceReader
-from pocketllava.convert.quantize import (
+from pocketllava.convert.plan.file_plan import SourceReader
+from pocketllava.convert.plan.quantize import (
     ERROR_BOUNDS,
     MMPROJ_TYPES,
     NEED_MATRIX,
@@ -25,9 +24,10 @@ from pocketllava.convert.quantize import (
     known,
     quantize,
 )
-from pocketllava.convert.writer import write
+from pocketllava.convert.write.writer import write
 from pocketllava.errors import ConvertError, UnsupportedOption
-from pocketllava.models.header import Header
+from pocketllava.llamacpp.backend import capture_log, ggml
+from pocketllava.models.gguf_header import Header
 
 DEEP = {"layers": 16, "ffn": 256}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def model_file(checkpoint: Path, quant: str, path: Path) -> Header:
 
 
 def llama_quantize(source: Path, quant: str, path: Path) -> Header:
-    """llama.cpp's own quantiser."""
+    """llama.cpp's own quantizer."""
     from llama_cpp import llama_cpp
 
     capture_log()
@@ -100,7 +100,7 @@ LOST_WITH_THE_SCALE = 2**-25 * 127 * 32
         sorted({t for n, (t, _) in TEXT_TYPES.items() if n not in NEED_MATRIX} | {T.Q5_0, T.Q5_1})
     ),
 )
-def test_what_is_quantised_reads_back(rows: Any, kind: T) -> None:
+def test_what_is_quantized_reads_back(rows: Any, kind: T) -> None:
     data = quantize(rows, kind, "rows")
     back = dequantize(data, kind, rows.size).reshape(rows.shape)
     assert np.isfinite(back).all()

@@ -16,8 +16,9 @@ import recorded
 from prompts import PROMPTS, for_transformers, messages
 from stock import stock_answers, stock_features
 
-from pocketllava import Bundle, Llava, Message, Options, image
+from pocketllava import Bundle, Llava, Message, Options
 from pocketllava.convert import convert
+from pocketllava.vision import image
 
 pytestmark = [
     pytest.mark.reference,

@@ -17,10 +17,10 @@ import pytest
 import small_checkpoint
 import variants
 
-from pocketllava.convert import plan
-from pocketllava.convert.plan import SourceReader
-from pocketllava.convert.writer import write
-from pocketllava.models.header import Header
+from pocketllava.convert.pipeline import plan
+from pocketllava.convert.plan.file_plan import SourceReader
+from pocketllava.convert.write.writer import write
+from pocketllava.models.gguf_header import Header
 
 SOURCE, QUANTIZE = (os.environ.get(f"POCKETLLAVA_LLAMA_{name}", "") for name in ("CPP", "QUANTIZE"))
 pytestmark = [

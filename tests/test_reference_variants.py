@@ -14,7 +14,8 @@ import variants
 from prompts import PROMPTS, for_transformers, messages
 from test_reference import GREEDY, _assert_equal_or_tie, features_of, model_of, opened, processor_of
 
-from pocketllava import Llava, image
+from pocketllava import Llava
+from pocketllava.vision import image
 
 pytestmark = [
     pytest.mark.reference,

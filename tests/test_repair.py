@@ -14,9 +14,9 @@ from gguf import GGUFValueType as V
 from pocketllava import Bundle, BundleError, ConvertError
 from pocketllava.cli import cli
 from pocketllava.convert.repair import examine, find_mmproj, repair
-from pocketllava.models.header import Header
-from pocketllava.models.mmproj_check import check_mmproj
-from pocketllava.moved import features_move
+from pocketllava.measure.feature_drift import features_move
+from pocketllava.models.gguf_header import Header
+from pocketllava.models.mmproj_contract import check_mmproj
 
 DEPTH, PROJECTOR, WIDTH = (
     f"clip.{name}" for name in ("vision.feature_layer", "projector_type", "vision.projection_dim")

@@ -16,8 +16,9 @@ import pytest
 
 from pocketllava import Bundle, ConvertError, UnsupportedOption
 from pocketllava.commands.progress import targets
-from pocketllava.convert import convert, execute_all, plan, requantize
-from pocketllava.convert.journal import JOURNAL
+from pocketllava.convert import convert, requantize
+from pocketllava.convert.pipeline import execute_all, plan
+from pocketllava.convert.write.journal import JOURNAL
 from pocketllava.models.bundle import MMPROJ, MODEL
 
 KILLS = int(os.environ.get("POCKETLLAVA_KILLS", "3"))
@@ -62,7 +63,7 @@ def test_where_bundles_go() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("F16", "F16"), ("BF16", "BF16"), ("BF16", "F32")])
-def test_a_bundle_of_floats_quantises_to_what_its_checkpoint_gives(
+def test_a_bundle_of_floats_quantizes_to_what_its_checkpoint_gives(
     make_bundle: Any, tmp_path: Path, dtype: str, kind: str
 ) -> None:
     source = make_bundle(kind, "F32", dtype=dtype)
@@ -70,8 +71,8 @@ def test_a_bundle_of_floats_quantises_to_what_its_checkpoint_gives(
     for bundle, quant in zip(made, QUANTS, strict=True):
         direct = make_bundle(quant, "Q8_0", dtype=dtype)
         assert same_files(bundle, direct)
-        assert bundle.manifest["quantised_from"]["sha256"][MODEL] == source.manifest["files"][MODEL]["sha256"]
-        changed = {"quantised_from", "files", "types"}
+        assert bundle.manifest["quantized_from"]["sha256"][MODEL] == source.manifest["files"][MODEL]["sha256"]
+        changed = {"quantized_from", "files", "types"}
         rest = [{k: v for k, v in b.manifest.items() if k not in changed} for b in (bundle, source)]
         assert rest[0] == rest[1]
         assert bundle.manifest["types"] == direct.manifest["types"]
@@ -85,12 +86,12 @@ def test_the_mmproj_is_copied(make_bundle: Any, tmp_path: Path, mmproj: str) -> 
     assert made.manifest["types"] == {"model": "Q4_0", "mmproj": mmproj}
 
 
-def test_a_quantised_bundle_is_refused_by_name(make_bundle: Any, tmp_path: Path) -> None:
+def test_a_quantized_bundle_is_refused_by_name(make_bundle: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        UnsupportedOption, match=r"found Q4_K_M, quantised already .* expected F32, F16 or BF16"
+        UnsupportedOption, match=r"found Q4_K_M, quantized already .* expected F32, F16 or BF16"
     ):
         requantize(make_bundle("Q4_K_M"), {tmp_path / "b": "Q2_K"})
-    with pytest.raises(UnsupportedOption, match=r"mmproj.gguf: found Q8_0, quantised already"):
+    with pytest.raises(UnsupportedOption, match=r"mmproj.gguf: found Q8_0, quantized already"):
         requantize(make_bundle("F16", "Q8_0"), {tmp_path / "b": "Q2_K"}, mmproj="F16")
     assert list(tmp_path.iterdir()) == []
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from pocketllava import Bundle
-from pocketllava.convert import shallow
-from pocketllava.models.header import Header
-from pocketllava.models.mmproj_check import check_mmproj
+from pocketllava.convert.write import shallow
+from pocketllava.models.gguf_header import Header
+from pocketllava.models.mmproj_contract import check_mmproj
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory with a name here")
 LOAD = (
-    "import sys; from pocketllava.convert import loadtest, shallow;"
-    "shallow.LARGE_BYTES = 0; loadtest.main(*sys.argv[1:])"
+    "import sys; from pocketllava.convert.write import load_test, shallow;"
+    "shallow.LARGE_BYTES = 0; load_test.main(*sys.argv[1:])"
 )
 
 

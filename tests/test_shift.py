@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketllava import Bundle, ContextOverflow, Llava, Message, Options
-from pocketllava.shift import leave_out
+from pocketllava.prompt.truncation import leave_out
 
 
 def words(messages: Sequence[Message]) -> int:

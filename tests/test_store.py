@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocketllava.store import PART, STALE_S, SUFFIX, Store
+from pocketllava.models.blob_cache import PART, STALE_S, SUFFIX, Store
 
 ROOMY = 1 << 20
 
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_used_is_one_warning(
 FULL = """
 import resource, sys
 from pathlib import Path
-from pocketllava.store import Store
+from pocketllava.models.blob_cache import Store
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as a full disk: writing ends in the middle
 store = Store(Path(sys.argv[1]), 1 << 20)
 store.put("big", bytes(5000))
@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
 CHURN = """
 import sys
 from pathlib import Path
-from pocketllava.store import Store
+from pocketllava.models.blob_cache import Store
 store, seed = Store(Path(sys.argv[1]), 30_000), int(sys.argv[2])
 for n in range(60):
     name = str((n * seed) % 7)

@@ -14,7 +14,7 @@ import pictures
 import pytest
 
 from pocketllava import ImageError, InputError, Llava, Message, Options
-from pocketllava.background import in_background, in_background_async
+from pocketllava.engine.background import in_background, in_background_async
 
 SHORT = Options(max_tokens=4)
 LONG = Options(max_tokens=400)

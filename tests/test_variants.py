@@ -17,10 +17,10 @@ import variants
 from small_checkpoint import LLAMA31
 
 from pocketllava import ConvertError, Llava, Message, Options
-from pocketllava.convert import plan
-from pocketllava.models.header import Header
-from pocketllava.models.mmproj_check import check_mmproj
-from pocketllava.models.rope import llama3_factors
+from pocketllava.convert.pipeline import plan
+from pocketllava.convert.read.rope import llama3_factors
+from pocketllava.models.gguf_header import Header
+from pocketllava.models.mmproj_contract import check_mmproj
 
 LLAMA3 = variants.LAYOUTS["Llama 3"]
 

@@ -11,9 +11,10 @@ import pytest
 import recorded
 from stock import stock_features
 
-from pocketllava import BackendError, Bundle, BundleError, InputError, Llava, image
-from pocketllava.handler import LlavaChatHandler
-from pocketllava.vision import ClassTokenCorrection
+from pocketllava import BackendError, Bundle, BundleError, InputError, Llava
+from pocketllava.integrations.llama_cpp import LlavaChatHandler
+from pocketllava.vision import image
+from pocketllava.vision.encoder import ClassTokenCorrection
 
 
 @pytest.mark.parametrize(("mmproj", "bound"), [("F16", 1e-3), ("F32", 1e-3), ("Q8_0", 2e-2)])
@@ -42,7 +43,7 @@ class Rows:
     def __init__(self, rows: Any) -> None:
         from llama_cpp import _ggml
 
-        from pocketllava.backend import ggml
+        from pocketllava.llamacpp.backend import ggml
 
         class Params(ctypes.Structure):
             _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]

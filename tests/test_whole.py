@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketllava.whole import written_whole
+from pocketllava.models.files import written_whole
 
 
 def test_takes_the_place_when_it_is_whole(tmp_path: Path) -> None:

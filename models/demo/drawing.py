@@ -21,7 +21,7 @@ PALETTE = {
     "blue": (38, 92, 222),
     "purple": (140, 50, 190),
 }
-BACKGROUNDS = {"white": 246, "gray": 150, "black": 26}  # grey levels
+BACKGROUNDS = {"white": 246, "gray": 150, "black": 26}  # gray levels
 TEXTURES = ("plain", "grain", "clouds")
 
 
@@ -162,19 +162,19 @@ def _distance(shape: str, u: Array, v: Array, rng: random.Random) -> Array:
     )
 
 
-def paint(canvas: Array, shape: str, colour: str, centre: tuple[float, float], radius: float,
+def paint(canvas: Array, shape: str, color: str, center: tuple[float, float], radius: float,
           rng: random.Random) -> None:  # fmt: skip
-    """Draw one thing on canvas (SIDE, SIDE, 3) of 0..255; centre (x, y) and radius in pixels."""
-    x0, y0 = (int(c - radius - 2) for c in centre)
+    """Draw one thing on canvas (SIDE, SIDE, 3) of 0..255; center (x, y) and radius in pixels."""
+    x0, y0 = (int(c - radius - 2) for c in center)
     size = int(2 * radius + 6)
     line = np.arange(size, dtype=np.float32) + np.float32(0.5)
-    u, v = ((line + x0 - centre[0]) / radius)[None, :], ((line + y0 - centre[1]) / radius)[:, None]
+    u, v = ((line + x0 - center[0]) / radius)[None, :], ((line + y0 - center[1]) / radius)[:, None]
     d = _distance(shape, u.astype(np.float32), v.astype(np.float32), rng) * np.float32(radius)  # pixels
     alpha = np.clip(0.5 - d, 0, 1)[..., None]
     light = (
         1.06 - 0.08 * v - 0.16 * np.clip(d + 3.0, 0, 1) * (shape in SHAPES)
     )  # lit from above, a darker rim
-    ink = np.array(PALETTE[colour], np.float32) + np.float32(12 * rng.random() - 6)
+    ink = np.array(PALETTE[color], np.float32) + np.float32(12 * rng.random() - 6)
     part = canvas[y0 : y0 + size, x0 : x0 + size]
     part += alpha * (np.clip(ink * light[..., None], 0, 255) - part)
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pocketllava.models.demo.world import COLOURS, DIGITS, PLACES, SHAPES, Scene, Thing, pick, scene
+from pocketllava.models.demo.world import COLORS, DIGITS, PLACES, SHAPES, Scene, Thing, pick, scene
 
 __all__ = [
     "HELD_OUT_SEEDS", "KINDS", "QA", "REFUSAL", "TRAIN_SEEDS", "Scene", "Turn", "held_out", "questions", "scene",
@@ -78,10 +78,10 @@ def _what(s: Scene, rng: random.Random) -> Turn:
 def _color(s: Scene, rng: random.Random) -> Turn | None:
     if rng.random() < 0.3:
         t = pick(rng, s.things)
-        return Turn(f"What color is the thing at the {t.place}?", t.colour)
+        return Turn(f"What color is the thing at the {t.place}?", t.color)
     known = _single(s.things)
     ask = pick(rng, ("What color is the {}?", "Which color does the {} have?"))
-    return (lambda t: Turn(ask.format(t.noun), t.colour))(pick(rng, known)) if known else None
+    return (lambda t: Turn(ask.format(t.noun), t.color))(pick(rng, known)) if known else None
 
 
 def _shape(s: Scene, rng: random.Random) -> Turn | None:
@@ -89,9 +89,9 @@ def _shape(s: Scene, rng: random.Random) -> Turn | None:
     if shapes and rng.random() < 0.4:
         t = pick(rng, shapes)
         return Turn(f"What shape is at the {t.place}?", t.shape)
-    known = [t for t in shapes if sum(o.colour == t.colour for o in s.things) == 1]
+    known = [t for t in shapes if sum(o.color == t.color for o in s.things) == 1]
     ask = pick(rng, ("What shape is the {} thing?", "Which shape is {}?"))
-    return (lambda t: Turn(ask.format(t.colour), t.shape))(pick(rng, known)) if known else None
+    return (lambda t: Turn(ask.format(t.color), t.shape))(pick(rng, known)) if known else None
 
 
 def _size(s: Scene, rng: random.Random) -> Turn:
@@ -111,8 +111,8 @@ def _count(s: Scene, rng: random.Random) -> Turn:
     if way == 0:
         return Turn(f"How many {pick(rng, ('things', 'objects'))} are there?", str(len(s.things)))
     if way == 1:
-        colour = t.colour if present else pick(rng, COLOURS)
-        return Turn(f"How many {colour} things are there?", str(sum(o.colour == colour for o in s.things)))
+        color = t.color if present else pick(rng, COLORS)
+        return Turn(f"How many {color} things are there?", str(sum(o.color == color for o in s.things)))
     shape = t.shape if present and t.shape in SHAPES else pick(rng, SHAPES)
     plural = shape + ("es" if shape == "cross" else "s")
     return Turn(f"How many {plural} are there?", str(sum(o.shape == shape for o in s.things)))
@@ -133,7 +133,7 @@ def _left_right(s: Scene, rng: random.Random) -> Turn | None:
 
 
 def _yes_no(s: Scene, rng: random.Random) -> Turn:
-    """Half yes; half of the noes ask for a present shape in another colour."""
+    """Half yes; half of the noes ask for a present shape in another color."""
     t, way, truth = pick(rng, s.things), rng.random(), rng.random() < 0.5
     if way < 0.4:
         noun = t.noun if truth else _absent_noun(s, rng)
@@ -141,8 +141,8 @@ def _yes_no(s: Scene, rng: random.Random) -> Turn:
     name = t.name if truth else _absent_name(s, rng)
     if way < 0.75 or t not in _single(s.things):
         return Turn(f"Is there {article(name)}?", "yes" if truth else "no")
-    colour = t.colour if truth else pick(rng, [c for c in COLOURS if c != t.colour])
-    return Turn(f"Is the {t.noun} {colour}?", "yes" if truth else "no")
+    color = t.color if truth else pick(rng, [c for c in COLORS if c != t.color])
+    return Turn(f"Is the {t.noun} {color}?", "yes" if truth else "no")
 
 
 def _absent_noun(s: Scene, rng: random.Random) -> str:
@@ -152,7 +152,7 @@ def _absent_noun(s: Scene, rng: random.Random) -> str:
 
 def _absent_name(s: Scene, rng: random.Random) -> str:
     noun = pick(rng, s.things).noun if rng.random() < 0.6 else _absent_noun(s, rng)
-    names = [f"{c} {noun}" for c in COLOURS]
+    names = [f"{c} {noun}" for c in COLORS]
     return pick(rng, [n for n in names if all(t.name != n for t in s.things)])
 
 
@@ -207,12 +207,12 @@ def _follow_up(s: Scene, rng: random.Random) -> tuple[Turn, ...]:
     later = [Turn("How big is it?", t.size)]
     first = Turn(f"What is at the {t.place}?", article(t.name))
     if t in _single(s.things) and rng.random() < 0.5:
-        first = Turn(f"What color is the {t.noun}?", t.colour)
+        first = Turn(f"What color is the {t.noun}?", t.color)
         later.append(Turn("Where is it?", t.place))
     elif rng.random() < 0.5:
         first = Turn(f"Where is the {t.name}?", t.place)
     else:
-        later.append(Turn("What color is it?", t.colour))
+        later.append(Turn("What color is it?", t.color))
     later.sort(key=lambda _: rng.random())
     return first, *later[: 1 + int(rng.random() * len(later))]
 

@@ -1,6 +1,6 @@
 """What a drawn scene holds, from a seed to pixels; knows nothing of questions, of torch or of any model.
 
-A scene has one to four things in the cells of a 3 x 3 grid; no two share both colour and shape,
+A scene has one to four things in the cells of a 3 x 3 grid; no two share both color and shape,
 and digits are always large.
 """
 
@@ -17,7 +17,7 @@ from pocketllava.models.demo import drawing
 
 T = TypeVar("T")
 
-COLOURS = tuple(drawing.PALETTE)
+COLORS = tuple(drawing.PALETTE)
 SHAPES = tuple(drawing.SHAPES)
 DIGITS = tuple(drawing.STROKES)
 SIZES = ("small", "large")
@@ -31,7 +31,7 @@ class Thing:
     """One drawn object; cell counts 0..8 in reading order, as PLACES does."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     cell: int
 
@@ -41,7 +41,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.noun}"
+        return f"{self.color} {self.noun}"
 
     @property
     def place(self) -> str:
@@ -68,10 +68,10 @@ class Scene:
         for thing in self.things:
             radius = RADII[thing.size] * (0.92 + 0.16 * rng.random())
             slack = (CELL / 2 - radius - 2) * 0.7
-            centre = [
+            center = [
                 CELL * (k + 0.5) + slack * (2 * rng.random() - 1) for k in (thing.cell % 3, thing.cell // 3)
             ]
-            drawing.paint(canvas, thing.shape, thing.colour, (centre[0], centre[1]), radius, rng)
+            drawing.paint(canvas, thing.shape, thing.color, (center[0], center[1]), radius, rng)
         return (canvas + np.float32(0.5)).astype(np.uint8)
 
 
@@ -96,10 +96,10 @@ def scene(seed: int) -> Scene:
 
 def _thing(rng: random.Random, cell: int, before: list[Thing]) -> Thing:
     shape = pick(rng, DIGITS) if rng.random() < 0.25 else pick(rng, SHAPES)
-    colour = pick(rng, COLOURS)
+    color = pick(rng, COLORS)
     if before and rng.random() < 0.3:
         shape = pick(rng, before).shape
     elif before and rng.random() < 0.3:
-        colour = pick(rng, before).colour
+        color = pick(rng, before).color
     size = pick(rng, SIZES)
-    return Thing(shape, colour, "large" if shape in DIGITS else size, cell)
+    return Thing(shape, color, "large" if shape in DIGITS else size, cell)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pocketllava.commands.common import image_argument, load_options
-from pocketllava.show import figure_lines
+from pocketllava.commands.show import figure_lines
 
 
 @click.command()
@@ -34,10 +34,10 @@ def bench(
     from tqdm import tqdm
 
     from pocketllava import Llava
-    from pocketllava.bench import STEPS_PER_RUN, loaded, machine
-    from pocketllava.bench import bench as measure
-    from pocketllava.demo import drawn_picture
-    from pocketllava.image import load as load_image
+    from pocketllava.measure.speed import STEPS_PER_RUN, loaded, machine
+    from pocketllava.measure.speed import bench as measure
+    from pocketllava.models.demo.picture import drawn_picture
+    from pocketllava.vision.image import load as load_image
 
     picture = load_image(image_argument(image) if image is not None else drawn_picture())
     with (

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketllava.commands.common import MEGA, load_options, sampling_options
+from pocketllava.commands.show import timing_line
 from pocketllava.errors import ContextOverflow, PocketLlavaError
-from pocketllava.show import timing_line
 
 if TYPE_CHECKING:
     from pocketllava import Chunk, Llava, Options
-    from pocketllava.commands.wrap import Wrap
-    from pocketllava.dialogue import Dialogue, Question
+    from pocketllava.chat.dialogue import Dialogue, Question
+    from pocketllava.chat.wrap import Wrap
 
 _KEPT = {ord(c): c for c in "\n\t"}
 _INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}") | _KEPT
@@ -62,8 +62,8 @@ def chat(
     what else there is. Reads one message a line where stdin is not a terminal.
     """
     from pocketllava import Llava, Options
-    from pocketllava.commands.slash import loaded, show
-    from pocketllava.dialogue import Dialogue, Gallery, bundle_id
+    from pocketllava.chat.dialogue import Dialogue, Gallery, bundle_id
+    from pocketllava.chat.slash import loaded, show
     from pocketllava.names import open_bundle
 
     options = Options(shift=shift, **sampling)
@@ -110,8 +110,8 @@ class Chat:
                 return
 
     def _run_on_terminal(self) -> None:
-        from pocketllava.commands.slash import COMMANDS
-        from pocketllava.commands.terminal import Terminal
+        from pocketllava.chat.slash import COMMANDS
+        from pocketllava.chat.terminal import Terminal
 
         commands = {name: command.help for name, command in COMMANDS.items() if command.help}
         terminal = Terminal(commands, history_file(), self.look_ahead)
@@ -128,7 +128,7 @@ class Chat:
 
     def take(self, line: str) -> bool:
         """Take up one line; False to leave."""
-        from pocketllava.commands.slash import handle
+        from pocketllava.chat.slash import handle
 
         try:
             step = handle(self._dialogue, line.encode("utf-8", "replace").decode())
@@ -169,7 +169,7 @@ class Chat:
 
     def _stream(self, question: Question) -> Generator[Chunk, None, None]:
         """The answer's pieces; with a seed, a repeated question takes the next one."""
-        from pocketllava.background import in_background
+        from pocketllava.engine.background import in_background
 
         again = question.at < len(self._dialogue.turns)
         self._retries = self._retries + 1 if again else 0
@@ -215,7 +215,7 @@ class Chat:
 
     def look_ahead(self, line: str) -> None:
         """Work on the images of a line that is still being typed."""
-        from pocketllava.dropped import find_images
+        from pocketllava.chat.image_paths import find_images
 
         named = find_images(line.removeprefix("/image ")).images if len(line) < MAX_LOOKED_AT else ()
         if named == self._named:
@@ -232,23 +232,23 @@ def wrap() -> Wrap:
     """Breaks lines as wide as this terminal is at the time."""
     from shutil import get_terminal_size
 
-    from pocketllava.commands.wrap import Wrap
+    from pocketllava.chat.wrap import Wrap
 
     return Wrap(lambda: get_terminal_size().columns)
 
 
 def note(text: str) -> None:
     """A line beside the conversation."""
-    click.secho(text.translate(_INERT), err=True, dim=True, color=_colour())
+    click.secho(text.translate(_INERT), err=True, dim=True, color=_color())
 
 
 def complain(text: str) -> None:
     """A line about what is wrong."""
     line = " ".join(text.translate(_INERT).splitlines())
-    click.echo(f"{click.style('error:', fg='red')} {line}", err=True, color=_colour())
+    click.echo(f"{click.style('error:', fg='red')} {line}", err=True, color=_color())
 
 
-def _colour() -> bool | None:
+def _color() -> bool | None:
     """No, where somebody asked for none (no-color.org); else click looks for a terminal."""
     return False if os.environ.get("NO_COLOR") else None
 

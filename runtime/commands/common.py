@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.show import timing_line
+from pocketllava.commands.show import timing_line
 from pocketllava.types import KV_TYPES, WEIGHTS
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def stream(llava: Llava, messages: list[Message], options: Options | None = None
 
     Ctrl-C stops it within a token, prompt evaluation included.
     """
-    from pocketllava.background import in_background
+    from pocketllava.engine.background import in_background
 
     text, timings = "", None
     for chunk in in_background(llava.stream, messages, options=options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pocketllava.commands.progress import progress_bar, show_bundles, targets
-from pocketllava.show import plan_lines
+from pocketllava.commands.show import plan_lines
 
 
 @click.command()
@@ -48,7 +48,7 @@ from pocketllava.show import plan_lines
     help="CLIP model (folder or hub id) for a checkpoint in the original LLaVA format [default: the one it names].",
 )
 @click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
+    "--threads", type=click.IntRange(1, 1024), help="Threads that quantize [default: physical cores]."
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
 @click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
@@ -74,8 +74,8 @@ def convert(
     TYPE for --quant: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K
     Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.
     """
-    from pocketllava.backend import cores
-    from pocketllava.convert import execute_all, plan
+    from pocketllava.convert.pipeline import execute_all, plan
+    from pocketllava.llamacpp.backend import cores
 
     if broken is not None:
         if source is not None:

@@ -18,7 +18,7 @@ def demo(image: str | None, load: dict[str, Any]) -> None:
     The bundle and the picture are kept in your cache folder. Works without a network.
     """
     from pocketllava import Llava, Message
-    from pocketllava.demo import QUESTIONS, drawn_picture
+    from pocketllava.models.demo.picture import QUESTIONS, drawn_picture
     from pocketllava.names import demo_bundle
 
     bundle = demo_bundle()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pocketllava.commands.common import load_options
-from pocketllava.show import summary_lines
+from pocketllava.commands.show import summary_lines
 
 
 @click.command("eval")
@@ -43,14 +43,14 @@ def evaluate(
 ) -> None:
     """Measure how often a bundle's answers are right.
 
-    Exact match after normalising, VQA's soft match, and for yes/no questions POPE's precision and recall.
+    Exact match after normalizing, VQA's soft match, and for yes/no questions POPE's precision and recall.
     """
     from pathlib import Path
 
     from tqdm import tqdm
 
     from pocketllava import Llava
-    from pocketllava.evaluation import SCENES, ResultsFile, items, run, summary, what
+    from pocketllava.measure.accuracy import SCENES, ResultsFile, items, run, summary, what
 
     with Llava.load(model, **load) as llava:
         chosen = list(items(questions, limit))

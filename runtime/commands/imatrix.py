@@ -39,12 +39,12 @@ def imatrix(
 ) -> None:
     """Compute an importance matrix for `convert --imatrix` (or llama-quantize) from pictures and questions.
 
-    BUNDLE should be F16: its activations are those of the model that will be quantised.
+    BUNDLE should be F16: its activations are those of the model that will be quantized.
     """
     from tqdm import tqdm
 
     from pocketllava import Llava
-    from pocketllava.imatrix import QUESTIONS, collect
+    from pocketllava.measure.importance import QUESTIONS, collect
 
     if (images is None) == (text is None):
         raise click.UsageError("give either --images FOLDER or --text FILE")

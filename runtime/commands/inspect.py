@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from pocketllava.commands.common import image_argument
-from pocketllava.show import memory_line, trace_lines, tree
+from pocketllava.commands.show import memory_line, trace_lines, tree
 from pocketllava.types import KV_TYPES
 
 
@@ -34,7 +34,7 @@ def inspect(
     model: str, image: str | None, question: str, check: bool, ctx: int | None, kv_type: str, as_json: bool
 ) -> None:  # fmt: skip
     """Show a bundle's three parts with shapes and types and the memory that it takes, or follow one picture."""
-    from pocketllava.memory import available_bytes, memory
+    from pocketllava.models.memory import available_bytes, memory
     from pocketllava.names import open_bundle
 
     bundle = open_bundle(model)

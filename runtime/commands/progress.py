@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.show import size
+from pocketllava.commands.show import size
 
 if TYPE_CHECKING:
     from pocketllava.models import Bundle

@@ -27,7 +27,7 @@ from pocketllava.commands.progress import progress_bar, show_bundles, targets
     "--mmproj", metavar="TYPE", help="Type of the vision tower: F32, F16, BF16, Q8_0 [default: copied]."
 )
 @click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Threads that quantise [default: physical cores]."
+    "--threads", type=click.IntRange(1, 1024), help="Threads that quantize [default: physical cores]."
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
 @click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")

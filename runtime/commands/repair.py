@@ -30,7 +30,7 @@ def repair_file(broken: str, out: str | None, *, force: bool, dry_run: bool, qui
 
 def _moved(before: Path, after: Path) -> str:
     from pocketllava.errors import BackendError
-    from pocketllava.moved import features_move
+    from pocketllava.measure.feature_drift import features_move
 
     try:
         difference = features_move(before, after)

@@ -1,0 +1,1 @@
+"""Which tensor, which type, which keys: what will be written, known before anything is."""

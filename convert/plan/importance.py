@@ -1,0 +1,130 @@
+"""An importance matrix in GGUF -> one weight per input column of each text matrix, for the quantizer.
+
+Knows the file that `pocketllava imatrix` and llama.cpp's llama-imatrix write, and that values are
+sums / counts as llama-quantize reads them; nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as T
+from gguf import GGUFValueType as V
+
+from pocketllava.convert.plan.file_plan import Key
+from pocketllava.convert.plan.quantize import NEED_MATRIX, UNQUANTIZED
+from pocketllava.errors import BundleError, ConvertError, UnsupportedOption
+from pocketllava.models.gguf_header import Header
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = (f"imatrix.{n}" for n in ("datasets", "chunk_count", "chunk_size"))
+MAX_KEY_BYTES = 127  # llama-quantize cuts its texts there
+LARGEST = 1e30  # beyond it products in the quantizers' float32 overflow
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """What a file holds: (n_per_row,) float32 by tensor name, and where it came from."""
+
+    path: Path
+    values: dict[str, npt.NDArray[np.float32]] = field(repr=False)
+    datasets: tuple[str, ...]
+    chunks: int
+
+    def of(self, name: str, shape: tuple[int, ...], kind: T) -> npt.NDArray[np.float32] | None:
+        """A tensor's weights, None where none are wanted. Raises ConvertError for another model's matrix."""
+        if kind in UNQUANTIZED:
+            return None
+        found = self.values.get(name)
+        if found is None and name.startswith("blk."):
+            raise ConvertError(
+                f"{self.path}: no entry for {name}, expected one for every matrix; it was made for another model"
+            )
+        if found is not None and found.size != shape[-1]:
+            raise ConvertError(
+                f"{self.path}: {found.size} columns for {name}, expected {shape[-1]}; it was made for another model"
+            )
+        return found
+
+    def keys(self) -> list[Key]:
+        """What llama-quantize records of the matrix it used; of its path only the name."""
+        keys = [Key("quantize.imatrix.file", _cut(self.path.name), V.STRING)]
+        if self.datasets:
+            keys.append(Key("quantize.imatrix.dataset", _cut(self.datasets[0]), V.STRING))
+        keys.append(Key("quantize.imatrix.entries_count", len(self.values), V.UINT32))
+        if self.chunks:
+            keys.append(Key("quantize.imatrix.chunks_count", self.chunks, V.UINT32))
+        return keys
+
+
+def read_matrix(path: str | PathLike[str] | None, quant: str) -> ImportanceMatrix | None:
+    """The matrix, checked. Raises UnsupportedOption if a type needs one and there is none, ConvertError."""
+    if path is None:
+        if quant in NEED_MATRIX:
+            raise UnsupportedOption(
+                f"--quant {quant}: found no importance matrix, which this type needs; make one from pictures with"
+                " `pocketllava imatrix` and give it as --imatrix"
+            )
+        return None
+    file = Path(fspath(path)).expanduser()
+    try:
+        header = Header.read(file)
+    except BundleError as error:
+        raise ConvertError(
+            f"{file}: not an importance matrix in GGUF ({str(error).removeprefix(f'{file}: ')}); an old .dat file:"
+            " make it again with `pocketllava imatrix`"
+        ) from error
+    return _checked(header)
+
+
+def _checked(header: Header) -> ImportanceMatrix:
+    keys, path = header.keys, header.path
+    missing = [k for k in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if k not in keys]
+    if keys.get("general.type") != "imatrix" or missing:
+        raise ConvertError(
+            f"{path}: found general.type {keys.get('general.type')!r}, expected 'imatrix' with {DATASETS},"
+            f" {CHUNK_COUNT} and {CHUNK_SIZE}; make one with `pocketllava imatrix`"
+        )
+    names = sorted({n.removesuffix(SUMS).removesuffix(COUNTS) for n in header.tensors})
+    values = {name: _values(header, name) for name in names}
+    if not values:
+        raise ConvertError(f"{path}: an importance matrix without entries; make it again")
+    datasets, chunks = keys[DATASETS], keys[CHUNK_COUNT]
+    texts = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
+    return ImportanceMatrix(path, values, texts, chunks if isinstance(chunks, int) else 0)
+
+
+def _values(header: Header, name: str) -> npt.NDArray[np.float32]:
+    """sums / counts in float32, 1 where nothing was counted: what llama-quantize hands to ggml."""
+    sums, counts = _floats(header, name + SUMS), _floats(header, name + COUNTS)
+    if counts.size != 1:
+        raise ConvertError(
+            f"{header.path}: {counts.size} counts for {name}, expected 1; not a Llama's matrix"
+        )
+    count = np.float32(round(float(counts[0])))
+    with np.errstate(over="ignore"):
+        values = sums / count if count > 0 else np.ones_like(sums)
+    if not (np.isfinite(values).all() and (values >= 0).all() and (values < LARGEST).all()):
+        raise ConvertError(f"{header.path}: {name} holds values that are no mean squares; make it again")
+    return values
+
+
+def _floats(header: Header, name: str) -> npt.NDArray[np.float32]:
+    info = header.tensors.get(name)
+    if info is None or info.type != int(T.F32):
+        raise ConvertError(f"{header.path}: no float32 tensor {name}; the importance matrix is damaged")
+    with header.path.open("rb") as file:
+        file.seek(header.data_start + info.offset)
+        values: npt.NDArray[Any] = np.frombuffer(file.read(info.n_bytes), "<f4")
+    if not np.isfinite(values).all():
+        raise ConvertError(f"{header.path}: {name} holds NaN or infinite values; make it again")
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:MAX_KEY_BYTES].decode("utf-8", "ignore")

@@ -1,0 +1,1 @@
+"""Files of a checkpoint become canonical tensors, configuration, vocabulary and template."""

@@ -1,0 +1,195 @@
+"""A folder or hub id -> JSON files and a table of tensors under canonical names.
+
+Knows which files a checkpoint has and the ways a LLaVA-1.5 checkpoint names its tensors; weight files are
+shards.py's. Reads no tensor data and knows no GGUF. Canonical names are `text.*`, `vision.*` and `projector.*`:
+text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, projector.linear_1.weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketllava.convert.read import original
+from pocketllava.convert.read.safetensors import read_safetensors
+from pocketllava.convert.read.shards import INDEXES, SAFETENSORS, has_weights, read_tensors
+from pocketllava.convert.read.sources import LFS, SourceTensor, read_json
+from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
+
+__all__ = ["LFS", "Checkpoint", "SourceTensor", "canonical", "fetch", "open_checkpoint", "read_safetensors"]
+
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+PICKLED_PATTERNS = ["pytorch_model*.bin"]
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: `files` is JSON content by file name, `tensors` by canonical name.
+
+    original: config.json as it is, where it is the original authors' format.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    files: dict[str, Any]
+    chat_template: str | None
+    tensors: dict[str, SourceTensor]
+    dropped: dict[str, str]
+    original: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, in the hub's words."""
+        return dict(self.files["config.json"])
+
+
+def fetch(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds SOURCE, downloaded from the hub if need be, and what identifies it.
+
+    Downloads resume, land in huggingface_hub's cache, and honor HF_HUB_OFFLINE. Raises ConvertError.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder, {"id": folder.resolve().name, "revision": None}
+    if folder.exists() or not HUB_ID.match(source):
+        found = "a file" if folder.exists() else "nothing"
+        raise ConvertError(
+            f"{source}: found {found}, expected a checkpoint's folder or a hub id like owner/name"
+        )
+    return _download(source, revision, weights)
+
+
+def _download(source: str, revision: str | None, weights: bool) -> tuple[Path, dict[str, Any]]:
+    try:
+        folder = _snapshot(source, revision, PATTERNS if weights else ["*.json"])
+        if weights and not has_weights(folder, (SAFETENSORS,)):
+            folder = _snapshot(source, folder.name, PICKLED_PATTERNS)
+    except Exception as error:  # network, hub and file errors share no base class
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConvertError(
+            f"{source}: no such folder, and the hub gave nothing ({reason}); check the name and the network,"
+            " or give a folder"
+        ) from error
+    return folder, {"id": source, "revision": folder.name}
+
+
+def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+    )
+
+
+def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | None = None) -> Checkpoint:
+    """Read and check the JSON files and every tensor's header. Raises ConvertError and its kinds.
+
+    vision_tower: folder or hub id of the CLIP model for a checkpoint of the original format.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedCheckpoint(
+            f"{folder}: a LoRA adapter; merge it into its base model and convert that"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConvertError(f"{folder}: no config.json, expected a LLaVA-1.5 checkpoint")
+    files = {path.name: read_json(path) for path in sorted(folder.glob("*.json")) if path.name not in INDEXES}
+    template = _chat_template(folder, files)
+    kind = original.text_kind(files["config.json"])
+    if kind is None:
+        if vision_tower is not None:
+            raise ConvertError(f"{folder}: holds its vision tower itself; leave --vision-tower out")
+        tensors, dropped = _named(read_tensors(folder), canonical, folder)
+        return Checkpoint(folder, identity, files, template, tensors, dropped)
+    config = files["config.json"]
+    original.hub_config(config, None)  # what cannot be converted is refused before a tower is fetched
+    tensors, dropped = _named(read_tensors(folder), original.canonical, folder)
+    vision = _original_tower(config, vision_tower, tensors, dropped, files)
+    files["config.json"] = original.hub_config(config, vision)
+    template = template if template and "image" in template else original.TEMPLATES[kind]
+    return Checkpoint(folder, identity, files, template, tensors, dropped, config)
+
+
+def _original_tower(
+    config: dict[str, Any],
+    given: str | None,
+    tensors: dict[str, SourceTensor],
+    dropped: dict[str, str],
+    files: dict[str, Any],
+) -> dict[str, Any] | None:
+    """The vision tower's config; its tensors and preprocessing are put in place where the checkpoint has none."""
+    inside = [name for name in tensors if name.startswith("vision.")]
+    name = original.tower_name(config, given)
+    if inside and given is None and name.endswith("/" + original.KNOWN_TOWER) and not Path(name).is_dir():
+        return None
+    try:
+        folder, _ = fetch(name, weights=not inside or given is not None)
+    except ConvertError as error:
+        raise ConvertError(f"vision tower {error}; --vision-tower FOLDER names another") from error
+    vision = original.tower_config(folder)
+    if (path := folder / "preprocessor_config.json").is_file():
+        files.setdefault(path.name, read_json(path))
+    if given is not None or not inside:
+        dropped |= {tensors.pop(n).name: "replaced by --vision-tower" for n in inside}
+        found, left_out = original.tower_tensors(folder)
+        tensors |= found
+        dropped |= left_out
+    return vision
+
+
+def _named(
+    found: Iterable[SourceTensor], name_of: Callable[[str], str | None], folder: Path
+) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+    """(tensors by canonical name, what was left out and why). Raises TensorMismatch."""
+    tensors: dict[str, SourceTensor] = {}
+    dropped: dict[str, str] = {}
+    unknown: list[str] = []
+    for tensor in found:
+        name = name_of(tensor.name)
+        if name is None:
+            unknown.append(tensor.name)
+        elif name.endswith((".position_ids", ".rotary_emb.inv_freq")):
+            dropped[tensor.name] = "a constant that the runtime computes"
+        elif name in tensors:
+            raise TensorMismatch(
+                f"{tensor.file.name}: tensor {tensor.name!r} stands for {name} a second time"
+            )
+        else:
+            tensors[name] = tensor
+    if unknown:
+        raise TensorMismatch(
+            f"{folder}: {len(unknown)} unexpected tensors, first {unknown[0]!r}; expected the names of a LLaVA-1.5"
+            " checkpoint",
+            unexpected=tuple(unknown),
+        )
+    return tensors, dropped
+
+
+def canonical(name: str) -> str | None:
+    """The canonical name of a checkpoint's tensor, or None for one that belongs to no part.
+
+    Accepts the hub's names, those of transformers >= 4.52 and >= 5.6, and saves that repeat
+    `language_model.` (transformers 5.4): what follows the last one counts.
+    """
+    name = name.removeprefix("model.")
+    if (at := name.rfind("multi_modal_projector.")) >= 0:
+        return "projector." + name[at + len("multi_modal_projector.") :]
+    if name.startswith("vision_tower."):
+        return "vision." + name.removeprefix("vision_tower.").removeprefix("vision_model.")
+    if (at := name.rfind("language_model.")) >= 0:
+        return "text." + name[at + len("language_model.") :].removeprefix("model.")
+    return "text." + name if name.startswith("lm_head.") else None
+
+
+def _chat_template(folder: Path, files: dict[str, Any]) -> str | None:
+    """The processor's chat template, wherever this version of transformers keeps it."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = files.get(name, {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None

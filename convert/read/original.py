@@ -1,0 +1,174 @@
+"""The original authors' checkpoints (LlavaLlamaForCausalLM, LlavaMistralForCausalLM), said in the hub's words.
+
+Knows the original config.json, tensor names, conversation templates and image preparation
+(github.com/haotian-liu/LLaVA: llava/model/builder.py, conversation.py, mm_utils.py) and where the vision
+tower comes from; what follows from a config is the same for every layout and stands elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pocketllava.convert.read.shards import read_tensors
+from pocketllava.convert.read.sources import SourceTensor, read_json
+from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+
+KINDS = {  # architecture or model_type -> text model
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+}
+IMAGE_TOKEN = "<image>"  # where the prompt is cut; no row of the vocabulary (IMAGE_TOKEN_INDEX is -200)
+KNOWN_TOWER = "clip-vit-large-patch14-336"  # LLaVA-1.5's: LlavaConfig's own default, no need to ask the hub
+HUB_OWNER = "openai/"
+NOT_VISION = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+_MESSAGE = (
+    "{% macro said(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{% endmacro %}"
+)
+VICUNA_V1 = (  # conv_vicuna_v1 with llava_v1's system line: sep " ", sep2 "</s>"
+    _MESSAGE + "{% if messages[0]['role'] == 'system' %}{{ said(messages[0]) }}{% else %}"
+    '{{ "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful,'
+    " detailed, and polite answers to the human's questions.\" }}{% endif %}{{ ' ' }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + said(m) + ' ' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + said(m) + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+MISTRAL_INSTRUCT = (  # conv_mistral_instruct: no system line, sep "", sep2 "</s>"
+    _MESSAGE + "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    "{% for m in turns %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% if loop.first and messages[0]['role'] == 'system' %}"
+    "{{ '<<SYS>>\n' + said(messages[0]) + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{{ said(m) + ' [/INST]' }}{% else %}{{ ' ' + said(m) + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
+
+
+def text_kind(config: Mapping[str, Any]) -> str | None:
+    """ "llama" or "mistral" for a config.json of the original format, else None."""
+    names = (*(config.get("architectures") or []), config.get("model_type"))
+    found = next((KINDS[str(n)] for n in names if str(n) in KINDS), None)
+    flat = config.get("model_type") == "llava" and "mm_vision_tower" in config and "text_config" not in config
+    return found or ("llama" if flat and not config.get("architectures") else None)
+
+
+def canonical(name: str) -> str | None:
+    """The canonical name (checkpoint.py) of an original checkpoint's tensor, or None."""
+    name = name.removeprefix("model.")
+    if name.startswith("mm_projector."):
+        layers = {"0": "linear_1", "2": "linear_2"}
+        number, _, rest = name.removeprefix("mm_projector.").partition(".")
+        return f"projector.{layers[number]}.{rest}" if number in layers else None
+    if name.startswith("vision_tower."):
+        return "vision." + name.removeprefix("vision_tower.").removeprefix("vision_tower.").removeprefix(
+            "vision_model."
+        )
+    text = ("layers.", "embed_tokens.", "norm.", "lm_head.")
+    return "text." + name if name.startswith(text) else None
+
+
+def hub_config(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config.json that LlavaForConditionalGeneration has for the same model.
+
+    vision: the tower's config, None for LLaVA-1.5's own. Raises UnsupportedCheckpoint.
+    """
+    _refuse(config)
+    text = {k: v for k, v in config.items() if k not in ("architectures", "quantization_config")}
+    hub = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": {**text, "model_type": text_kind(config)},
+        "vision_config": dict(vision) if vision is not None else None,
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "image_token_index": 1,  # any row: the prompt never holds it
+    }
+    kept = {k: config[k] for k in ("quantization_config",) if k in config}
+    return hub | kept
+
+
+def _refuse(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedCheckpoint for what the original code has and this project does not."""
+    expected: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+        "mm_projector_type": ("linear", ("mlp2x_gelu",), "LLaVA-1.0's single linear layer is another model"),
+        "mm_use_im_start_end": (False, (False, None), "LLaVA-1.5 has no image start and end tokens"),
+        "mm_vision_select_feature": ("patch", ("patch",), "llama.cpp always drops the class token"),
+        "mm_patch_merge_type": ("flat", ("flat", None), "LLaVA-1.6 cuts images into tiles"),
+        "image_aspect_ratio": ("square", ("square", "pad", None), "LLaVA-1.6 cuts images into tiles"),
+        "s2": (False, (False, None), "several scales of one image are not supported"),
+    }
+    for name, (default, accepted, reason) in expected.items():
+        found = config.get(name, default)
+        if found not in accepted:
+            raise UnsupportedCheckpoint(
+                f"config.json: {name} is {found!r}, expected {accepted[0]!r}; {reason}"
+            )
+
+
+def pads(config: Mapping[str, Any]) -> bool:
+    """Whether images are padded to a square before CLIP's own steps (process_images)."""
+    return config.get("image_aspect_ratio") == "pad"
+
+
+def space_prefix(found: str, tokenizer_config: Mapping[str, Any], described: bool, kind: str) -> str:
+    """Which text gets a leading space: the original tokenizes every text between images by itself.
+
+    Its Llama tokenizer is the slow one, whatever tokenizer.json says: with legacy=false only the start of such
+    a text gets the space, otherwise every piece between special tokens too.
+    """
+    if found == "none":
+        return found
+    if kind == "llama" or not described:
+        return "chunk" if tokenizer_config.get("legacy") is False else "every"
+    return "chunk" if found == "first" else found
+
+
+def tower_name(config: Mapping[str, Any], given: str | None) -> str:
+    """The folder or hub id of the vision tower: the one that the caller gives, or mm_vision_tower's."""
+    if given is not None:
+        return given
+    name = config.get("mm_vision_tower", config.get("vision_tower"))
+    if not isinstance(name, str) or not name:
+        raise ConvertError(
+            f"config.json: mm_vision_tower is {name!r}, expected a name; give --vision-tower FOLDER"
+        )
+    known = Path(name).name == KNOWN_TOWER  # often a path on the trainer's machine
+    return HUB_OWNER + KNOWN_TOWER if known and not Path(name).is_dir() else name
+
+
+def tower_config(folder: Path) -> dict[str, Any]:
+    """The vision part of a CLIP folder's config.json. Raises UnsupportedCheckpoint for another tower."""
+    if not (folder / "config.json").is_file():
+        raise ConvertError(f"{folder}: no config.json, expected a CLIP model's folder for --vision-tower")
+    config = read_json(folder / "config.json")
+    found = config.get("vision_config") if config.get("model_type") == "clip" else config
+    vision = {"model_type": "clip_vision_model", **found} if isinstance(found, dict) else {}
+    if (
+        config.get("model_type") not in ("clip", "clip_vision_model")
+        or vision.get("model_type") != "clip_vision_model"
+    ):
+        raise UnsupportedCheckpoint(
+            f"{folder / 'config.json'}: vision tower {config.get('model_type')!r}, expected 'clip' or"
+            " 'clip_vision_model'"
+        )
+    return vision
+
+
+def tower_tensors(folder: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+    """(the vision tower's tensors by canonical name, what was left out and why) of a CLIP folder."""
+    tensors: dict[str, SourceTensor] = {}
+    dropped: dict[str, str] = {}
+    for tensor in read_tensors(folder):
+        if tensor.name.startswith(NOT_VISION):
+            dropped[tensor.name] = "not the vision tower's"
+        elif tensor.name.endswith(".position_ids"):
+            dropped[tensor.name] = "a constant that the runtime computes"
+        else:
+            tensors["vision." + tensor.name.removeprefix("vision_model.")] = tensor
+    return tensors, dropped

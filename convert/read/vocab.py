@@ -1,0 +1,246 @@
+"""tokenizer.model / tokenizer.json -> the token arrays of a GGUF file (SentencePiece-style BPE).
+
+Knows the two files and GGUF's token types; no tensors. Llama 3's kind is in vocab_bpe.py. A
+checkpoint's vocabulary is padded to the embedding's rows, because llama.cpp wants one token a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pocketllava.convert.read.checkpoint import LFS, Checkpoint
+from pocketllava.convert.read.vocab_bpe import is_byte_level, read_byte_level
+from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
+SPACE = "▁"
+FIRST_SCORED_ID = 259  # <unk>, <s>, </s> and 256 bytes come first; a piece's score is 259 - id
+MERGES_ONLY_SCORE = -1e9  # pieces of "▁" alone, in llama-2's tokenizer.model
+ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter writes them
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """Token arrays of equal length, special ids, and which text pieces get a leading space.
+
+    space_prefix: "every" piece between special tokens (the hub's llava-1.5), the "first" one, or "none";
+    "chunk": the first one and those after an image (original.py).
+    merges: of a byte-level BPE (Llama 3), which has no scores; pre is llama.cpp's name of its pre-tokenizer.
+    """
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    bos_id: int
+    eos_id: int
+    unk_id: int
+    pad_id: int | None
+    add_bos: bool
+    space_prefix: str
+    merges: list[str] = field(default_factory=list)
+    pre: str = "default"
+
+
+def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) -> Vocab:
+    """Build the vocabulary for an embedding of n_rows rows. Raises ConvertError, UnsupportedCheckpoint."""
+    described = checkpoint.files.get("tokenizer.json")
+    model = checkpoint.folder / "tokenizer.model"
+    if described is not None and is_byte_level(described):
+        return _from_byte_level(checkpoint, described, n_rows, bos_id, eos_id)
+    if model.is_file():
+        vocab = _from_sentencepiece(model)
+    elif described is not None:
+        vocab = _from_tokenizer_json(described)
+    else:
+        raise ConvertError(f"{checkpoint.folder}: no tokenizer.model and no tokenizer.json, expected either")
+    config = checkpoint.files.get("tokenizer_config.json", {})
+    vocab = replace(
+        vocab,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        add_bos=config.get("add_bos_token") is not False,
+        space_prefix=_space_prefix(described, config),
+    )
+    added = _added_tokens(checkpoint)
+    _extend(vocab, added, n_rows)
+    pad = {text: i for i, (text, _) in added.items()}.get(str(_text(config.get("pad_token"))))
+    return replace(vocab, pad_id=pad)
+
+
+def _from_byte_level(
+    checkpoint: Checkpoint, described: dict[str, Any], n_rows: int, bos_id: int, eos_id: int
+) -> Vocab:
+    """Llama 3's kind: the tokenizer's files name bos and eos, config.json's ids count where they don't."""
+    config, added = checkpoint.files.get("tokenizer_config.json", {}), _added_tokens(checkpoint)
+    b = read_byte_level(described, config, added, n_rows)
+    pad = {text: i for i, (text, _) in added.items()}.get(str(_text(config.get("pad_token"))))
+    bos, eos = (
+        found if found is not None else said for found, said in ((b.bos_id, bos_id), (b.eos_id, eos_id))
+    )
+    return Vocab(b.tokens, [], b.types, bos, eos, -1, pad, b.add_bos, "none", b.merges, b.pre)
+
+
+def _from_sentencepiece(path: Path) -> Vocab:
+    data = path.read_bytes()
+    if data.startswith(LFS):
+        raise ConvertError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it")
+    tokens, scores, types = [], [], []
+    try:
+        for field, value in _fields(data):
+            if field == 1 and isinstance(value, bytes):
+                piece = dict(_fields(value))
+                tokens.append(_utf8(piece.get(1, b"")))
+                scores.append(_float(piece.get(2, b"\0\0\0\0")))
+                types.append(int(piece.get(3, NORMAL)))
+    except (IndexError, ValueError, TypeError) as error:
+        raise ConvertError(f"{path}: not a SentencePiece model ({error}); download it again") from error
+    if not tokens or any(not NORMAL <= kind <= BYTE for kind in types):
+        raise ConvertError(f"{path}: {len(tokens)} pieces, expected a SentencePiece vocabulary")
+    return _vocab(tokens, scores, types)
+
+
+def _from_tokenizer_json(data: dict[str, Any]) -> Vocab:
+    model = data.get("model") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise UnsupportedCheckpoint(
+            f"tokenizer.json: {model.get('type')!r} with byte_fallback {model.get('byte_fallback')!r}, expected"
+            " a SentencePiece-style BPE with byte fallback"
+        )
+    ids = model.get("vocab")
+    if not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
+        raise ConvertError("tokenizer.json: its vocabulary's ids are not 0, 1, 2, ...; download it again")
+    tokens = sorted(ids, key=lambda text: int(ids[text]))
+    special = {t["content"] for t in data.get("added_tokens", []) if t.get("special")}
+    types = [_type_of(text, special, str(model.get("unk_token"))) for text in tokens]
+    scores = [_score_of(i, text) for i, text in enumerate(tokens)]
+    return _vocab(tokens, scores, types)
+
+
+def _vocab(tokens: list[str], scores: list[float], types: list[int]) -> Vocab:
+    unk = types.index(UNKNOWN) if UNKNOWN in types else 0
+    return Vocab(tokens, scores, types, 1, 2, unk, None, True, "every")
+
+
+def _type_of(text: str, special: set[str], unk: str) -> int:
+    if text == unk:
+        return UNKNOWN
+    if text in special:
+        return CONTROL
+    return BYTE if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
+
+
+def _score_of(token_id: int, text: str) -> float:
+    """The score that llama-2's tokenizer.model gives; checked equal for all its 32,000 pieces."""
+    if token_id < FIRST_SCORED_ID:
+        return 0.0
+    return MERGES_ONLY_SCORE if not text.strip(SPACE) else float(FIRST_SCORED_ID - token_id)
+
+
+def _space_prefix(described: dict[str, Any] | None, config: dict[str, Any]) -> str:
+    """Read tokenizer.json's way of putting "▁" before text: a Prepend normalizer or a Metaspace."""
+    if described is None:
+        return "none" if config.get("add_prefix_space") is False else "every"
+    for step in _steps(described.get("normalizer")):
+        if step.get("type") == "Prepend":
+            return "every"
+    for step in _steps(described.get("pre_tokenizer")):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            return {"always": "every", "first": "first"}.get(scheme, "none")
+    return "none"
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    if not isinstance(part, dict):
+        return []
+    return [s for key in ("normalizers", "pretokenizers") for s in part.get(key, [])] or [part]
+
+
+def _added_tokens(checkpoint: Checkpoint) -> dict[int, tuple[str, bool]]:
+    """Tokens added after training: id -> (text, special), from every file that may name them."""
+    added: dict[int, tuple[str, bool]] = {}
+    for text, token_id in checkpoint.files.get("added_tokens.json", {}).items():
+        added[int(token_id)] = (str(text), True)
+    for entry in checkpoint.files.get("tokenizer.json", {}).get("added_tokens", []):
+        added[int(entry["id"])] = (str(entry["content"]), bool(entry.get("special")))
+    decoder = checkpoint.files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    for token_id, entry in decoder.items():
+        added[int(token_id)] = (str(entry["content"]), bool(entry.get("special")))
+    return added
+
+
+def _extend(vocab: Vocab, added: dict[int, tuple[str, bool]], n_rows: int) -> None:
+    """Put added tokens in and pad to the embedding's rows, in place."""
+    if len(vocab.tokens) > n_rows or any(not 0 <= i < n_rows for i in added):
+        most = max([len(vocab.tokens) - 1, *added])
+        raise ConvertError(
+            f"tokenizer: token id {most}, but the embedding has {n_rows} rows; expected one a token"
+        )
+    for i in range(len(vocab.tokens), n_rows):
+        vocab.tokens.append(f"[PAD{i}]")
+        vocab.scores.append(PADDING_SCORE)
+        vocab.types.append(UNUSED)
+    for i, (text, special) in added.items():
+        if vocab.types[i] == UNKNOWN:
+            continue
+        vocab.tokens[i] = text if special else text.replace(SPACE, " ")
+        vocab.scores[i] = ADDED_SCORE
+        vocab.types[i] = CONTROL if special else USER_DEFINED
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _utf8(value: int | bytes) -> str:
+    if not isinstance(value, bytes):
+        raise ValueError("a piece is not text")
+    return value.decode("utf-8")
+
+
+def _float(value: int | bytes) -> float:
+    import struct
+
+    if not isinstance(value, bytes) or len(value) != 4:
+        raise ValueError("a score is not a float")
+    return float(struct.unpack("<f", value)[0])
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a protobuf message: varints as int, everything else as bytes.
+
+    Wire format: https://protobuf.dev/programming-guides/encoding
+    """
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        field, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield field, value
+            continue
+        if wire == 2:
+            length, at = _varint(data, at)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {at}")
+        if at + length > len(data):
+            raise ValueError(f"ends inside a field at byte {at}")
+        yield field, data[at : at + length]
+        at += length
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if not byte & 0x80:
+            return value, at
+        if shift > 63:
+            raise ValueError(f"a number too long at byte {at}")

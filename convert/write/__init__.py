@@ -1,0 +1,1 @@
+"""A plan becomes verified files in their place."""

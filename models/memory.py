@@ -1,0 +1,108 @@
+"""How much memory a bundle takes with a given context, and how its weights are best held.
+
+Knows GGUF headers, what llama.cpp allocates, and how much memory is free; loads nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from pocketllava.errors import UnsupportedOption
+from pocketllava.models import Bundle
+from pocketllava.models.gguf_header import Header
+
+DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens; less if trained on less
+CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must agree
+MIN_BATCH = 512  # llama.cpp's default; an image's patches go in one batch if there are more
+KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # a value; ggml's block_q8_0 is 32 values in 34 bytes
+F32_BYTES = 4
+# enum ggml_type: Q4_0, Q8_0, Q2_K, Q4_K, Q5_K, Q6_K, IQ4_NL, which ggml-cpu/repack.cpp rearranges on some CPUs
+REPACKED = (2, 8, 10, 12, 13, 14, 20)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a loaded bundle takes; `prefix` for each evaluated image that is kept to go back to."""
+
+    n_ctx: int
+    kv_type: str
+    text: int
+    vision: int
+    kv_cache: int
+    buffers: int
+    prefix: int
+
+    @property
+    def total(self) -> int:
+        """All but kept prefixes."""
+        return self.text + self.vision + self.kv_cache + self.buffers
+
+
+def context_size(n_ctx: int | None, trained: int) -> int:
+    """n_ctx rounded up as llama.cpp needs it. Raises UnsupportedOption outside what the model was trained on."""
+    if n_ctx is None:
+        n_ctx = min(DEFAULT_CONTEXT, trained)
+    if not 1 <= n_ctx <= trained:
+        raise UnsupportedOption(
+            f"n_ctx: found {n_ctx}, expected 1 to {trained}, the context of the model's training"
+        )
+    return -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
+
+
+def batch_size(bundle: Bundle) -> int:
+    """Positions that are evaluated at once: at least an image's."""
+    return max(MIN_BATCH, int(bundle.manifest["image"]["n_patches"]))
+
+
+def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Memory:
+    """What loading would take. Raises UnsupportedOption for a context that the model cannot have."""
+    text = Header.read(bundle.model)
+    keys = {name.removeprefix("llama."): value for name, value in text.keys.items()}
+    context = context_size(n_ctx, int(keys.get("context_length", DEFAULT_CONTEXT)))
+    batch = min(batch_size(bundle), context)
+    position = _kv_bytes_per_position(keys, kv_type)
+    return Memory(
+        n_ctx=context,
+        kv_type=kv_type,
+        text=_tensor_bytes(text),
+        vision=_tensor_bytes(Header.read(bundle.mmproj)),
+        kv_cache=round(position * context),
+        buffers=_buffer_bytes(keys, context, batch, flash=kv_type != "f16"),
+        prefix=round(position * bundle.manifest["image"]["n_patches"]),
+    )
+
+
+def available_bytes() -> int:
+    """Memory that programs can have without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
+    """Whether to read the text model's weights rather than map their file.
+
+    Many CPUs compute with a rearranged copy of quantized weights, beside which the mapped file stays
+    resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. Where memory is short the map is better all
+    the same, because its pages can be dropped; where weights are used as they lie (F16, GPUs), too.
+    """
+    repacked = sum(t.n_bytes for t in Header.read(bundle.model).tensors.values() if t.type in REPACKED)
+    return not on_gpu and 2 * repacked > needed.text and needed.total <= available_bytes()
+
+
+def _kv_bytes_per_position(keys: dict[str, Any], kv_type: str) -> float:
+    heads = keys["attention.head_count"]
+    width = keys["embedding_length"] // heads * keys.get("attention.head_count_kv", heads)
+    return float(2 * keys["block_count"] * width * KV_BYTES[kv_type])
+
+
+def _buffer_bytes(keys: dict[str, Any], context: int, batch: int, *, flash: bool) -> int:
+    """About what one batch's intermediate results take: attention scores, the widest activations, logits."""
+    scores = 0 if flash else keys["attention.head_count"] * context
+    activations = 2 * keys["feed_forward_length"] + 4 * keys["embedding_length"]
+    return int(batch * F32_BYTES * (max(scores, keys["vocab_size"]) + activations))
+
+
+def _tensor_bytes(header: Header) -> int:
+    return sum(t.n_bytes for t in header.tensors.values())

@@ -1,0 +1,1 @@
+"""Accuracy, speed, importance matrices and feature drift of loaded models."""

@@ -1,0 +1,1 @@
+"""Messages become runs of token ids and image spans. Never sees pixels."""

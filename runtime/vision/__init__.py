@@ -1,0 +1,1 @@
+"""A picture becomes pixels, and pixels become feature rows. Never sees text."""
