@@ -214,7 +214,7 @@ def as_original(
 
 def _manifest(planned: ConvertPlan) -> dict[str, Any]:
     """bundle.json's content; its `files` are known when they are written."""
-    from pocketllava import __version__
+    from pocketllava.version import __version__
 
     config, vocab, checkpoint = planned.config, planned.vocab, planned.checkpoint
     return {

@@ -127,7 +127,7 @@ def keys_of(header: Header) -> list[Key]:
 
 def _manifest(bundle: Bundle, quant: str, mmproj: str | None) -> dict[str, Any]:
     """All that the bundle says of itself, its new types, and which files the tensors came from."""
-    from pocketllava import __version__
+    from pocketllava.version import __version__
 
     before = bundle.manifest
     types = {"model": quant, "mmproj": mmproj or before["types"]["mmproj"]}

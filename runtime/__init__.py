@@ -16,6 +16,7 @@ from pocketllava.errors import (
     InputError,
     ModelNotFound,
     PocketLlavaError,
+    StateError,
     TensorMismatch,
     UnsupportedCheckpoint,
     UnsupportedOption,
@@ -23,8 +24,7 @@ from pocketllava.errors import (
 from pocketllava.llava import Llava
 from pocketllava.models import Bundle
 from pocketllava.types import Answer, Chunk, Message, Options, Timings, Trace
-
-__version__ = "0.1.0"
+from pocketllava.version import __version__
 
 __all__ = [
     "Answer",
@@ -43,9 +43,11 @@ __all__ = [
     "Options",
     "PocketLlavaError",
     "Preparation",
+    "StateError",
     "TensorMismatch",
     "Timings",
     "Trace",
     "UnsupportedCheckpoint",
     "UnsupportedOption",
+    "__version__",
 ]

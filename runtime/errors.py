@@ -5,6 +5,7 @@ PocketLlavaError
 │   ├── ImageError           not an image, too large, or not a source we open
 │   ├── ContextOverflow      the prompt does not fit: .needed and .available tokens
 │   └── UnsupportedOption    a setting this build or model cannot honor
+├── StateError               used after close(), or a stream that a newer call ended
 ├── ModelNotFound            no bundle there; names what was looked for
 ├── BundleError              a bundle's file is missing, damaged or foreign
 ├── ConvertError             a checkpoint cannot be converted
@@ -45,6 +46,10 @@ class ContextOverflow(InputError):
 
 class UnsupportedOption(InputError):
     """A setting that this build of llama.cpp or this model cannot honor."""
+
+
+class StateError(PocketLlavaError):
+    """A model or stream cannot do this any more: closed, or ended by a newer call."""
 
 
 class ModelNotFound(PocketLlavaError):
