@@ -131,8 +131,8 @@ def rows(out: Path, n: int) -> dict[str, list[Result]]:
 def _uncorrected(bundle: Bundle) -> Iterator[Llava]:
     """pocketllava's prompt on libmtmd's image features as they are: what the class token's place costs."""
     with Llava.load(bundle.folder) as llava:
-        correction = llava._handler.vision(llava._llama).correction
-        correction._correct = lambda node: None  # type: ignore[method-assign]  # noqa: ARG005
+        with llava.session() as session:
+            session.vision.correction.enabled = False
         yield llava
 
 

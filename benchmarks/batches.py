@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import Llama, llama_cpp
 
-from pocketllava.llamacpp.backend import capture_log, cores
 from pocketllava.llamacpp.batch import decode_features
+from pocketllava.llamacpp.devices import cores
+from pocketllava.llamacpp.log import capture_log
 from pocketllava.names import open_bundle
 
 SIZES = (512, 576, 1024)  # for 576 positions: 512 and 64, one batch that just fits, one with room

@@ -62,18 +62,15 @@ def matrices(out: Path, bundle: Bundle) -> dict[str, Path | None]:
 
 def distributions(llava: Llava, item: Item, answer: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """log p of every next token after the prompt and after each token of an answer, (n, n_vocab)."""
-    from llama_cpp import llama_cpp
-
-    llama = llava._llama
-    llava._handler.evaluate(llama, item.messages)
     rows = []
-    for token in (*answer, None):
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),))
-        wide = logits.astype(np.float64)
-        wide -= wide.max()
-        rows.append(wide - np.log(np.exp(wide).sum()))
-        if token is not None:
-            llama.eval([token])
+    with llava.session() as session:
+        session.prefill(item.messages)
+        for token in (*answer, None):
+            wide = session.text.logits().astype(np.float64)
+            wide -= wide.max()
+            rows.append(wide - np.log(np.exp(wide).sum()))
+            if token is not None:
+                session.text.decode_tokens([token])
     return np.array(rows)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from pocketllava import Llava, Message, Options
-from pocketllava.llamacpp.backend import cores
+from pocketllava.llamacpp.devices import cores
 from pocketllava.measure.speed import FIRST, MORE, SECOND, peak_bytes
 from pocketllava.models import Bundle
 

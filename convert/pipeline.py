@@ -29,7 +29,7 @@ from pocketllava.convert.write.produce import Job, produce
 from pocketllava.convert.write.staging import check_target
 from pocketllava.convert.write.writer import Progress
 from pocketllava.errors import ConvertError
-from pocketllava.llamacpp.backend import cores
+from pocketllava.llamacpp.devices import cores
 from pocketllava.models.bundle import FORMAT, Bundle
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 

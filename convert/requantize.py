@@ -27,7 +27,7 @@ from pocketllava.convert.read.checkpoint import SourceTensor
 from pocketllava.convert.write.produce import Job, produce
 from pocketllava.convert.write.writer import Progress
 from pocketllava.errors import UnsupportedOption
-from pocketllava.llamacpp.backend import cores
+from pocketllava.llamacpp.devices import cores
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.gguf_header import Header
 

@@ -5,8 +5,10 @@ Knows one path; nothing of what is written. (Bundles are folders: convert/place.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,3 +35,17 @@ def written_whole(path: Path) -> Iterator[Path]:
 def cache_folder() -> Path:
     """Where this user's caches lie on this platform."""
     return Path(user_cache_path("pocketllava", appauthor=False, ensure_exists=True))
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """A regular file's bytes. Raises OSError for a pipe or device, and for a file of more than max_bytes."""
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )  # a pipe would wait to be opened
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "found a pipe, device or folder, expected a regular file")
+        if found.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"found {found.st_size} bytes, expected at most {max_bytes}")
+        return file.read(max_bytes)

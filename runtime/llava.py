@@ -1,24 +1,23 @@
 """Llava: a bundle, loaded; ask, chat, stream, astream, prepare, image_features, trace, close.
 
 The one generator core is `stream`; ask and chat join it. Knows how tokens become text and when an answer
-ends; prompt, image and cache work is the handler's.
+ends; prompt, image and cache work is the Session's.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pocketllava.engine.answer_text import AnswerText
 from pocketllava.engine.background import in_background_async
-from pocketllava.engine.lock import Turn, Turns
+from pocketllava.engine.lock import Lease, ModelLock
 from pocketllava.engine.preparation import Preparation
 from pocketllava.errors import InputError
-from pocketllava.llamacpp.vocabulary import Tokens
 from pocketllava.models import Bundle
 from pocketllava.types import (
     GIGA,
@@ -36,7 +35,7 @@ from pocketllava.types import (
 )
 
 if TYPE_CHECKING:
-    from pocketllava.integrations.llama_cpp import Evaluated, LlavaChatHandler
+    from pocketllava.engine.session import Prefilled, Session
     from pocketllava.vision.feature_cache import Features
 
 ROOM = 4  # the part of the context that Options.shift makes free for an answer
@@ -45,14 +44,11 @@ ROOM = 4  # the part of the context that Options.shift makes free for an answer
 class Llava:
     """A loaded model. Use as a context manager, or call close(). Threads may share it: calls queue."""
 
-    def __init__(
-        self, bundle: Bundle, llama: Any, handler: LlavaChatHandler, load_s: float, device: str
-    ) -> None:
-        self.bundle, self._llama, self._handler = bundle, llama, handler
-        self.load_s, self._device = load_s, device
-        # config.json may name several ends; a GGUF file holds one
-        self._vocabulary = Tokens(llama._model.vocab, bundle.manifest["eos_token_ids"])
-        self._turns = Turns()
+    def __init__(self, bundle: Bundle, session: Session, load_s: float, device: str) -> None:
+        """Programs call Llava.load."""
+        self.bundle, self.load_s = bundle, load_s
+        self._session, self._device = session, device
+        self._lock = ModelLock()
         self._preparation: Preparation | None = None
 
     @classmethod
@@ -84,7 +80,7 @@ class Llava:
         from pocketllava.names import open_bundle
 
         start = time.perf_counter()
-        how = LoadOptions(
+        options = LoadOptions(
             n_ctx,
             n_threads,
             n_gpu_layers,
@@ -96,8 +92,8 @@ class Llava:
             keep_prefixes,
         )
         bundle = open_bundle(path)
-        llama, handler, device = load_bundle(bundle, how)
-        return cls(bundle, llama, handler, time.perf_counter() - start, device)
+        loaded = load_bundle(bundle, options)
+        return cls(bundle, loaded.session, time.perf_counter() - start, loaded.device)
 
     def ask(
         self,
@@ -124,15 +120,15 @@ class Llava:
         messages: Sequence[Message],
         *,
         options: Options | None = None,
-        stop: Callable[[], bool] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Chunk]:
         """Answer piece by piece; the last chunk carries finish_reason and timings.
 
         The model is taken when the first chunk is asked for and given back when the iterator ends or is
-        closed. stop is asked before every token and during prompt evaluation (on CPUs at every step of it);
+        closed. should_stop is asked before every token and during prompt evaluation (on CPUs at every step of it);
         once it is true the answer ends there, "cancelled". Raises InputError and its kinds, BackendError.
         """
-        return self._stream(_checked(messages), options or Options(), stop)
+        return self._stream(_checked(messages), options or Options(), should_stop)
 
     def astream(
         self, messages: Sequence[Message], *, options: Options | None = None
@@ -150,46 +146,58 @@ class Llava:
         raised by the preparation's wait().
         """
         messages = [*_checked(after), Message("user", "", as_images(image))]
-        images = [shown for message in messages for shown in message.images]
-        self._make_way(images)
+        self._make_way(messages)
 
-        def work(stop: Callable[[], bool]) -> None:
-            with self._turns.turn():
-                self._handler.evaluate(self._llama, messages, stop=stop, to_sample=False)
+        def work(should_stop: Callable[[], bool]) -> None:
+            with self._lock.lease():
+                self._session.prefill(messages, should_stop=should_stop, to_sample=False)
 
-        self._preparation = Preparation(work, images)
+        self._preparation = Preparation(work, self._digests(messages))
         return self._preparation
 
     def image_features(self, image: ImageSource) -> Features:
-        """What the text model sees of an image: (n_patches, n_embd) float32, equal to the reference's."""
-        with self._turns.turn():
-            pixels = self._handler.prepare(self._llama, [image])[0]
-            return self._handler.features(self._llama, pixels)
+        """What the text model sees of an image: (n_tokens, n_embd) float32, equal to the reference's."""
+        with self.session() as session:
+            return session.image_features(image)
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Positions of the context that a conversation takes, images included; none of them is opened."""
+        with self.session() as session:
+            return session.count_tokens(_checked(messages))
+
+    def clear_cache(self) -> None:
+        """Evaluate the next prompt from its beginning. Encoded images, and what a cache folder holds, stay."""
+        with self.session() as session:
+            session.clear()
 
     def trace(self, image: ImageSource, question: str) -> Trace:
         """Follow one picture through the model, from a real evaluation of the prompt."""
         from pocketllava.engine.trace import trace
 
-        with self._turns.turn():
-            return trace(self._llama, self._handler, conversation(image, question))
+        with self.session() as session:
+            return trace(session, conversation(image, question))
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """The engine, for one caller at a time: what measures a model looks at it here. Raises StateError."""
+        with self._lock.lease():
+            yield self._session
 
     @property
     def devices(self) -> tuple[str, str]:
         """What evaluates the text model, and the vision tower."""
-        vision = self._handler._vision
-        return self._device, vision.device if vision else "not used"
+        return self._device, self._session.vision.device
 
     @property
     def n_ctx(self) -> int:
         """Tokens of context: a prompt and its answer."""
-        return int(self._llama.n_ctx())
+        return self._session.text.n_ctx
 
     def close(self) -> None:
         """Free the model, after the answer that is running. Calling it again does nothing."""
         self._make_way(None)
-        if self._turns.close():
-            self._handler.close()
-            self._llama.close()
+        if self._lock.close():
+            self._session.close()
 
     def __enter__(self) -> Llava:
         return self
@@ -199,94 +207,86 @@ class Llava:
     ) -> None:
         self.close()
 
-    def _make_way(self, images: Sequence[ImageSource] | None) -> None:
-        """Cancel a preparation that is no help to a conversation with these images."""
+    def _make_way(self, messages: Sequence[Message] | None) -> None:
+        """Cancel a preparation that is no help to a conversation."""
         running = self._preparation
-        if running is not None and (images is None or not running.helps(images)):
+        if running is None or running.done:
+            return
+        if messages is None or not running.helps(self._digests(messages)):
             running.cancel()
 
+    def _digests(self, messages: Sequence[Message]) -> list[str | None]:
+        """What tells the content of each image from any other's."""
+        images = [image for message in messages for image in message.images]
+        return [self._session.images.digest(image) for image in images]
+
     def _stream(
-        self, messages: list[Message], options: Options, stop: Callable[[], bool] | None
+        self, messages: list[Message], options: Options, should_stop: Callable[[], bool] | None
     ) -> Iterator[Chunk]:
-        from pocketllava.llamacpp.backend import Interrupted
+        from pocketllava.llamacpp.guard import Interrupted
 
         start = time.perf_counter()
-        self._make_way([image for message in messages for image in message.images])
-        turn = self._turns.begin()
+        self._make_way(messages)
+        lease = self._lock.acquire()
         try:
             room = min(options.max_tokens, self.n_ctx // ROOM) if options.shift else None
-            evaluated = self._handler.evaluate(self._llama, messages, stop=stop, shift_for=room)
-            yield from self._answer(turn, evaluated, options, start, stop)
+            prefilled = self._session.prefill(messages, should_stop=should_stop, truncate_for=room)
+            yield from self._answer(lease, prefilled, options, start, should_stop)
         except Interrupted:
             yield Chunk("", (), "cancelled", Timings(load_s=self.load_s))
         finally:
-            self._turns.end(turn)
+            self._lock.release(lease)
 
     def _answer(
         self,
-        turn: Turn,
-        evaluated: Evaluated,
+        lease: Lease,
+        prefilled: Prefilled,
         options: Options,
         start: float,
-        stop: Callable[[], bool] | None,
+        should_stop: Callable[[], bool] | None,
     ) -> Iterator[Chunk]:
-        text, tokens = AnswerText(options.stop), self._vocabulary
-        room = self.n_ctx - len(evaluated.token_ids)
+        text, vocabulary = AnswerText(options.stop), self._session.text.vocabulary
+        room = self.n_ctx - len(prefilled.token_ids)
         limit = min(options.max_tokens, room)
         finish: FinishReason = "length"
         first_s = last_s = n = 0.0
-        for token in self._tokens(evaluated.token_ids, options):
+        for token in self._session.generate(prefilled, options):
             last_s = time.perf_counter() - start
             first_s = first_s or last_s
-            if stop is not None and stop():
+            if should_stop is not None and should_stop():
                 finish = "cancelled"
                 break
-            if tokens.is_end(token):
+            if vocabulary.is_end(token):
                 finish = "stop"
                 break
             n += 1
-            piece = text.add(tokens.piece(token))
+            piece = text.add(vocabulary.piece(token))
             if text.stopped:
                 yield Chunk(piece, (token,))
                 finish = "stop"
                 break
-            with self._turns.suspended(turn):
+            with self._lock.suspended(lease):
                 yield Chunk(piece, (token,))
             if n == limit:
                 break
-        timings = self._timings(evaluated, first_s, last_s, int(n))
+        timings = self._timings(prefilled, first_s, last_s, int(n))
         yield Chunk(text.finish(), (), finish, timings)
 
-    def _timings(self, evaluated: Evaluated, first_s: float, last_s: float, n: int) -> Timings:
+    def _timings(self, prefilled: Prefilled, first_s: float, last_s: float, n: int) -> Timings:
         return Timings(
             load_s=self.load_s,
-            prepare_s=evaluated.prepare_s,
-            encode_s=evaluated.encode_s,
-            prompt_s=evaluated.prompt_s,
+            prepare_s=prefilled.prepare_s,
+            encode_s=prefilled.encode_s,
+            prompt_s=prefilled.prompt_s,
             first_token_s=first_s,
             decode_s=last_s - first_s,
-            prompt_tokens=len(evaluated.token_ids),
-            image_tokens=evaluated.image_tokens,
-            kept_tokens=evaluated.kept_tokens,
+            prompt_tokens=len(prefilled.token_ids),
+            image_tokens=prefilled.image_tokens,
+            kept_tokens=prefilled.cached_tokens,
             answer_tokens=n,
             devices=self.devices,
-            left_out=evaluated.left_out,
+            left_out=prefilled.left_out,
         )
-
-    def _tokens(self, prompt: list[int], options: Options) -> Iterator[int]:
-        from pocketllava.llamacpp.backend import translated
-
-        seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
-        self._llama.set_seed(seed)
-        with translated("generating the answer"):
-            yield from self._llama.generate(
-                prompt,
-                temp=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                min_p=0.0,
-                repeat_penalty=1.0,
-            )
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,18 @@ from pocketllava import Bundle, Llava
 from pocketllava.vision.encoder import VisionEncoder
 
 
-class StockEncoder(VisionEncoder):
-    """The same library and file without the class-token correction."""
-
-    def __init__(self, mmproj: Path, text_model: Any) -> None:
-        super().__init__(mmproj, text_model, n_threads=2, use_gpu=False)
-        self.correction._correct = lambda node: None  # type: ignore[method-assign]
-
-
 def stock_features(llava: Llava, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Image features as libmtmd gives them out."""
-    encoder = StockEncoder(llava.bundle.mmproj, llava._llama.model)
-    try:
-        return encoder.encode(pixels)
-    finally:
-        encoder.close()
+    with llava.session() as session:
+        text = session.text
+        encoder = VisionEncoder(
+            llava.bundle.mmproj, text.model, n_threads=2, n_embd=text.n_embd, use_gpu=False
+        )
+        encoder.correction.enabled = False
+        try:
+            return encoder.encode(pixels)
+        finally:
+            encoder.close()
 
 
 def stock_answers(bundle: Bundle, pictures: list[bytes], question: str, n_tokens: int) -> list[list[int]]:

@@ -27,6 +27,7 @@ from pocketllava import (
     Llava,
     Message,
     Options,
+    StateError,
     UnsupportedOption,
 )
 from pocketllava.engine.answer_text import AnswerText
@@ -136,7 +137,7 @@ def test_every_end_token_of_config_json_ends_the_answer(bundle: Bundle, tmp_path
 
 def test_the_prompt_must_fit(bundle: Bundle) -> None:
     with Llava.load(bundle.folder, n_ctx=700) as llava:
-        assert llava._llama.n_ctx() == 768
+        assert llava.n_ctx == 768
         picture = pictures.four()[0]
         with pytest.raises(ContextOverflow, match=r"tokens .* do not fit a context of 768") as caught:
             llava.ask([picture, picture], "Compare.")
@@ -187,7 +188,7 @@ def test_a_newer_call_ends_a_suspended_stream(llava: Llava) -> None:
     stream = llava.stream([Message("user", "Older?")], options=Options(max_tokens=8))
     next(stream)
     assert llava.ask(None, "Newer?", options=SHORT).token_ids == expected
-    with pytest.raises(InputError, match="a newer call on this model ended it"):
+    with pytest.raises(StateError, match="a newer call on this model ended it"):
         next(stream)
     abandoned = llava.stream([Message("user", "Older?")], options=Options(max_tokens=8))
     next(abandoned)
@@ -208,7 +209,7 @@ def test_after_close_everything_is_an_error(bundle: Bundle) -> None:
         lambda: llava.image_features(b""),
         lambda: llava.trace(b"", "a"),
     ):
-        with pytest.raises(InputError, match=r"used after close\(\)"):
+        with pytest.raises(StateError, match=r"used after close\(\)"):
             call()
 
 

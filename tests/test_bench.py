@@ -24,7 +24,7 @@ from pocketllava.measure.speed import (
     unseen,
 )
 from pocketllava.types import FinishReason
-from pocketllava.vision.image import prepare
+from pocketllava.vision.image import preprocess
 
 PHOTO = str(Path(__file__).parent / "photo.jpg")
 ONCE = ("load", "peak memory")
@@ -67,7 +67,8 @@ def test_the_table_shows_every_figure() -> None:
 def test_every_run_shows_something_new(llava: Llava) -> None:
     """Nothing that is called new was ever computed, and nothing that is called kept is computed again."""
     picture = Image.fromarray(np.zeros((200, 300, 3), np.uint8))
-    encoder = llava._handler.vision(llava._llama).correction
+    with llava.session() as session:
+        encoder = session.vision.correction
     before, done = encoder.corrected, []
     bench(llava, picture, runs=2, tokens=2, progress=lambda: done.append(1))
     assert encoder.corrected - before == 2 * 2  # a new picture and a prepared one a run
@@ -76,7 +77,7 @@ def test_every_run_shows_something_new(llava: Llava) -> None:
 
 def test_unseen_pictures_stay_different_when_they_are_made_smaller(bundle: Bundle) -> None:
     large = Image.new("RGB", (5000, 2000))
-    pixels = {prepare(jpeg(unseen(large)), bundle.preprocessing).tobytes() for _ in range(3)}
+    pixels = {preprocess(jpeg(unseen(large)), bundle.preprocessing).tobytes() for _ in range(3)}
     assert len(pixels) == 3
     assert Image.open(io.BytesIO(jpeg(unseen(Image.new("L", (1, 1)))))).size == (1, 1)
 

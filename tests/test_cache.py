@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketllava import Bundle, ContextOverflow, ImageError, Llava, Message, Options
+from pocketllava.integrations.llama_cpp import LlavaChatHandler
 from pocketllava.models.blob_cache import Store
-from pocketllava.prompt.items import Entry, ImageSpan, image_ends, n_positions, position_ids, shared
-from pocketllava.vision.feature_cache import FeatureCache, key_of
+from pocketllava.prompt.items import ImageSpan, PromptItem, image_ends, n_positions, position_ids, shared
+from pocketllava.vision.feature_cache import FeatureCache
+from pocketllava.vision.image_processor import key_of
 
 SHORT = Options(max_tokens=3)
 CONVERSATIONS = int(os.environ.get("CONVERSATIONS", "8"))  # 200 were run by hand
@@ -50,7 +52,7 @@ def test_what_two_prompts_share() -> None:
         st.integers(0, 2) | st.builds(ImageSpan, st.sampled_from("ab"), st.just(4)), min_size=1, max_size=8
     ),
 )
-def test_the_shared_prefix_is_the_longest(held: list[Entry], wanted: list[Entry]) -> None:
+def test_the_shared_prefix_is_the_longest(held: list[PromptItem], wanted: list[PromptItem]) -> None:
     n = shared(held, wanted)
     assert held[:n] == wanted[:n]
     assert n == len(wanted) or n == len(held) or held[n] != wanted[n]
@@ -94,12 +96,13 @@ def fresh(bundle: Bundle) -> Iterator[Llava]:
 
 def logits(model: Llava) -> Any:
     """Next-token logits after the last evaluated token."""
-    return np.ctypeslib.as_array(model._llama._ctx.get_logits(), (model._llama.n_vocab(),)).copy()
+    with model.session() as session:
+        return session.text.logits()
 
 
 def same_as_fresh(llava: Llava, fresh: Llava, messages: list[Message]) -> int:
     """Compare tokens and logits; returns how many prompt tokens were kept."""
-    fresh._handler.forget()
+    fresh.clear_cache()
     found, expected = llava.chat(messages, options=SHORT), fresh.chat(messages, options=SHORT)
     assert expected.timings.kept_tokens == 0
     assert found.token_ids == expected.token_ids
@@ -109,7 +112,7 @@ def same_as_fresh(llava: Llava, fresh: Llava, messages: list[Message]) -> int:
 
 def test_a_second_question_keeps_the_image(llava: Llava, fresh: Llava) -> None:
     picture = pictures.four()[0]
-    llava._handler.forget()
+    llava.clear_cache()
     same_as_fresh(llava, fresh, [Message("user", "What is it?", (picture,))])
     kept = same_as_fresh(llava, fresh, [Message("user", "Is it red?", (picture,))])
     assert kept > 576
@@ -122,7 +125,7 @@ def test_a_repeated_question_sees_the_same_bits(llava: Llava) -> None:
     one = Options(max_tokens=1)
     question = [Message("user", "What is it?", (pictures.four()[0],))]
     later = [*question, Message("assistant", "word " * 40), Message("user", "Sure?")]
-    llava._handler.forget()
+    llava.clear_cache()
     llava.chat(question, options=one)
     first = logits(llava)
     for turns in (question, later, later):
@@ -140,51 +143,67 @@ def test_two_pictures_in_turn_forty_times(llava: Llava) -> None:
     pair = pictures.four()[:2]
     expected = []
     for picture in pair:
-        llava._handler.forget()
+        llava.clear_cache()
         expected.append(llava.ask(picture, "What is it?", options=SHORT).token_ids)
     assert expected[0] != expected[1]
-    encoder = llava._handler.vision(llava._llama)
-    before = encoder.correction.corrected
+    with llava.session() as session:
+        correction = session.vision.correction
+    before = correction.corrected
     for _ in range(40):
         for picture, answer in zip(pair, expected, strict=True):
             assert llava.ask(picture, "What is it?", options=SHORT).token_ids == answer
-    assert encoder.correction.corrected == before  # encoded once
+    assert correction.corrected == before  # encoded once
 
 
-def test_after_other_use_of_the_same_llama(llava: Llava, fresh: Llava) -> None:
-    question = [Message("user", "What is it?", (pictures.four()[0],))]
-    llava._handler.forget()
-    same_as_fresh(llava, fresh, question)
-    llama = llava._llama
+def test_after_other_use_of_the_same_llama(bundle: Bundle, fresh: Llava) -> None:
+    """A program's own Llama, with the handler and without it."""
+    from llama_cpp import Llama, llama_cpp
+
+    llama = Llama(str(bundle.model), n_ctx=1024, n_batch=576, n_ubatch=576, n_threads=2, verbose=False)
+    session = LlavaChatHandler(bundle.folder).session(llama)
+
+    def cached_tokens(picture: bytes) -> int:
+        """What is evaluated for a question about a picture has a fresh model's logits; returns what is not."""
+        question = [Message("user", "What is it?", (picture,))]
+        prefilled = session.prefill(question)
+        fresh.clear_cache()
+        with fresh.session() as other:
+            other.prefill(question)
+            assert np.abs(session.text.logits() - other.text.logits()).max() < 1e-3
+        return prefilled.cached_tokens
+
+    def forget() -> None:
+        llama.reset()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+
+    first, second = pictures.four()[:2]
+    assert cached_tokens(first) == 0
     ids = llama.input_ids[: llama.n_tokens].tolist()
     llama.create_completion("Something else", max_tokens=2)
-    assert same_as_fresh(llava, fresh, question) < 20
-    llama.reset()
-    llama._ctx.kv_cache_clear()
-    assert same_as_fresh(llava, fresh, question) == 0
-    llama.reset()
-    llama._ctx.kv_cache_clear()
+    assert cached_tokens(first) < 20
+    forget()
+    assert cached_tokens(first) == 0
+    forget()
     llama.eval(ids)  # the same ids, with an image token's embedding where the picture was
-    assert same_as_fresh(llava, fresh, question) == 0
+    assert cached_tokens(first) == 0
     state = llama.save_state()
-    same_as_fresh(llava, fresh, [Message("user", "What is it?", (pictures.four()[1],))])
+    assert cached_tokens(second) < 20
     llama.load_state(state)  # the first picture's cache under the second one's ids
-    assert same_as_fresh(llava, fresh, [Message("user", "What is it?", (pictures.four()[1],))]) == 0
-    assert same_as_fresh(llava, fresh, question) > 576  # kept when the other picture came
+    assert cached_tokens(second) == 0
+    assert cached_tokens(first) > 576  # kept when the other picture came
+    llama.close()
 
 
 def test_one_handler_for_two_models(make_bundle: Any) -> None:
     from llama_cpp import Llama
-
-    from pocketllava.integrations.llama_cpp import LlavaChatHandler
 
     one, other = make_bundle("F16"), make_bundle("Q8_0")
     handler = LlavaChatHandler(one.folder)
     turns = [Message("user", "What is it?", (pictures.four()[0],))]
     for bundle in (one, other, one):
         llama = Llama(str(bundle.model), n_ctx=1024, n_threads=2, verbose=False)
-        assert handler.evaluate(llama, turns).kept_tokens == 0
-        assert handler.evaluate(llama, turns).kept_tokens > 576
+        assert handler.session(llama).prefill(turns).cached_tokens == 0
+        assert handler.session(llama).prefill(turns).cached_tokens > 576
         handler.close()
         llama.close()
 
@@ -245,7 +264,7 @@ def test_any_conversation_answers_as_a_fresh_model_does(
             turns = [Message("user", "What is it?", (shown[0],))]
         if action == "break":
             left = itertools.count(value, -1)
-            list(llava.stream(turns, options=SHORT, stop=lambda left=left: next(left) <= 0))
+            list(llava.stream(turns, options=SHORT, should_stop=lambda left=left: next(left) <= 0))
         if action == "stop":
             stream = llava.stream(turns, options=SHORT)
             for _ in range(value):

@@ -204,13 +204,20 @@ def test_a_conversation_on_a_terminal(bundle: Bundle, tmp_path: Path) -> None:
     assert re.findall(r"^\+(.*)", history, re.M) == ["Count.", "one", "two and", "three", "/save chat.json"]
 
 
+def n_tokens(llava: Llava) -> int:
+    """Positions that the KV cache holds."""
+    with llava.session() as session:
+        return session.text.n_tokens
+
+
 def test_an_image_is_worked_on_while_its_question_is_typed(llava: Llava, picture: str) -> None:
     dialogue = Dialogue(Gallery(llava.bundle.preprocessing))
     conversation = Chat(llava, dialogue, Options(max_tokens=1), stats=False, on_terminal=False)
-    llava._handler.forget()
+    llava.clear_cache()
     conversation.look_ahead(f"'{picture}' What is")
-    assert llava._preparation
-    assert llava._preparation.wait(DEADLINE_S)
+    until = time.monotonic() + DEADLINE_S
+    while n_tokens(llava) < 576 and time.monotonic() < until:
+        time.sleep(0.01)
     assert conversation.take(f"'{picture}' What is it?")
     assert dialogue.timings
     assert dialogue.timings.kept_tokens >= 576

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
-from pocketllava.vision.image import load, prepare, resize_and_crop
+from pocketllava.vision.image import load, preprocess, resize_and_crop
 
 CLIP = Preprocessing()
 
@@ -34,7 +34,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def test_pixels_equal_the_recorded_reference() -> None:
     found = {
-        name: hashlib.sha256(prepare(data, CLIP).tobytes()).hexdigest()
+        name: hashlib.sha256(preprocess(data, CLIP).tobytes()).hexdigest()
         for name, data in pictures.twelve().items()
     }
     assert found == recorded.load()["pixels"]
@@ -44,7 +44,7 @@ def test_every_way_to_give_an_image(tmp_path: Path) -> None:
     picture = pictures.scene(300, 200)
     data = encoded(picture, "PNG")
     (tmp_path / "a b.png").write_bytes(data)
-    expected = prepare(picture, CLIP)
+    expected = preprocess(picture, CLIP)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     for source in (
         data,
@@ -54,14 +54,14 @@ def test_every_way_to_give_an_image(tmp_path: Path) -> None:
         uri,
         np.asarray(picture),
     ):
-        assert np.array_equal(prepare(source, CLIP), expected)  # type: ignore[arg-type]
+        assert np.array_equal(preprocess(source, CLIP), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_agree(kind: str) -> None:
     picture = pictures.scene(90, 70)
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert np.array_equal(prepare(encoded(picture, kind, **options), CLIP), prepare(picture, CLIP))
+    assert np.array_equal(preprocess(encoded(picture, kind, **options), CLIP), preprocess(picture, CLIP))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -22,7 +22,7 @@ from pocketllava.convert.plan.quantize import NEED_MATRIX, TEXT_TYPES, quantize
 from pocketllava.convert.write.writer import write
 from pocketllava.llamacpp import tensors
 from pocketllava.llamacpp.tensors import mul_mat_op
-from pocketllava.measure.activations import Sums
+from pocketllava.measure.activations import Activations
 from pocketllava.measure.importance import collect, write_matrix
 from pocketllava.models.gguf_header import Header
 
@@ -186,7 +186,7 @@ def test_sources_without_pictures_or_text(llava: Llava, tmp_path: Path) -> None:
 
 
 def test_sums_are_those_of_the_activations(llava: Llava, bundle: Bundle, tmp_path: Path) -> None:
-    with Sums(llava) as sums:
+    with llava.session() as session, Activations(session) as sums:
         n = sums.text([1, *range(300, 340)])
     assert n == 41
     names = {

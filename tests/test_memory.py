@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from pocketllava import Bundle, Llava, Options, UnsupportedOption
 from pocketllava.cli import cli
-from pocketllava.llamacpp.backend import logger as llama_log
+from pocketllava.llamacpp.log import logger as llama_log
 from pocketllava.models.memory import better_in_memory, memory
 
 SHORT = Options(max_tokens=6)

@@ -31,7 +31,7 @@ from pocketllava.convert import convert
 from pocketllava.convert.pipeline import plan
 from pocketllava.convert.read.original import canonical
 from pocketllava.models.gguf_header import Header
-from pocketllava.prompt.template import ImagePlace
+from pocketllava.prompt.items import ImageSpan, placeholders
 from pocketllava.vision import image
 
 GREEDY = Options(max_tokens=recorded.N_TOKENS)
@@ -76,11 +76,12 @@ def as_messages(turns: list[Turn]) -> list[Message]:
 
 def rendered(llava: Llava, turns: list[Turn]) -> str:
     """The prompt's text, special tokens spelled out."""
-    template = llava._handler.template(llava._llama)
+    with llava.session() as session:
+        template = session.template
     names = {i: text for text, i in template.special.items() if text != "<image>"}
-    pieces = template.pieces(as_messages(turns))
+    pieces = template.pieces(as_messages(turns), placeholders(sum(n for *_, n in turns), 576))
     return "".join(
-        "<image>" if isinstance(p, ImagePlace) else names[p] if isinstance(p, int) else p for p in pieces
+        "<image>" if isinstance(p, ImageSpan) else names[p] if isinstance(p, int) else p for p in pieces
     )
 
 
@@ -95,15 +96,17 @@ def test_prompts_and_answers(make_bundle: Any, name: str) -> None:
         answers = [list(llava.ask(p, recorded.QUESTION, options=GREEDY).token_ids) for p in pictures.four()]
         assert answers == expected[f"answers, {name}"]
         for case, turns in CONVERSATIONS.items():
-            found = llava._handler.prompt_ids(llava._llama, as_messages(turns))
+            with llava.session() as session:
+                found = session.count(as_messages(turns))
             ids = [i if isinstance(i, int) else -200 for i in found]
             assert ids == expected[f"token ids, {kind}"][case], case
 
 
 def test_what_a_user_writes_stays_text(make_bundle: Any) -> None:
     with Llava.load(make_bundle("F16", "F16", naming="original").folder) as llava:
-        template = llava._handler.template(llava._llama)
-        pieces = template.pieces([Message("user", "an <image> and </s>")])
+        with llava.session() as session:
+            template = session.template
+        pieces = template.pieces([Message("user", "an <image> and </s>")], [])
         assert [p for p in pieces if not isinstance(p, str)] == [1]
         assert template.eos == "</s>"
 
@@ -257,11 +260,11 @@ def test_padding_equals_padding_by_hand(make_bundle: Any) -> None:
     plain = make_bundle("F16", "F16").preprocessing
     for data in pictures.twelve().values():
         assert np.array_equal(
-            image.prepare(data, how), image.prepare(expand_by_hand(image.load(data)), plain)
+            image.preprocess(data, how), image.preprocess(expand_by_hand(image.load(data)), plain)
         )
 
 
 def test_a_padded_square_has_a_limit(make_bundle: Any) -> None:
     how = make_bundle("F16", "F16", naming="original").preprocessing
     with pytest.raises(ImageError, match="padded to a square of 20000 x 20000"):
-        image.prepare(np.zeros((100, 20000, 3), np.uint8), how)
+        image.preprocess(np.zeros((100, 20000, 3), np.uint8), how)

@@ -14,7 +14,7 @@ import pytest
 import recorded
 import small_tokenizer
 from test_original import CONVERSATIONS, LAYOUTS, as_messages, expand_by_hand, prompt_of
-from test_reference import _assert_equal_or_tie, model_of, opened
+from test_reference import assert_equal_or_tie, model_of, opened
 
 from pocketllava import Llava, Options
 
@@ -66,7 +66,8 @@ def test_token_ids(make_checkpoint: Any, make_bundle: Any, kind: str, request: p
     }
     with Llava.load(make_bundle("F16", "F16", **layout).folder) as llava:
         for case, turns in CONVERSATIONS.items():
-            found = llava._handler.prompt_ids(llava._llama, as_messages(turns))
+            with llava.session() as session:
+                found = session.count(as_messages(turns))
             assert [i if isinstance(i, int) else -200 for i in found] == expected[case], case
     judge(f"token ids, {kind}", expected, request)
 
@@ -114,7 +115,7 @@ def test_features_and_answers(
             wanted = out.sequences[0, ids.shape[1] :].tolist()
             wanted = wanted[: wanted.index(2)] if 2 in wanted else wanted
             found = list(llava.ask(data, recorded.QUESTION, options=GREEDY).token_ids)
-            _assert_equal_or_tie(found, wanted, [np.asarray(step[0]) for step in out.logits])
+            assert_equal_or_tie(found, wanted, [np.asarray(step[0]) for step in out.logits])
             total += sum(a == b for a, b in zip(found, wanted, strict=False))
             print(f"\n{name}: relative error {error:.2e}")
             answers.append(wanted)

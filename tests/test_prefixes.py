@@ -14,18 +14,34 @@ import psutil
 import pytest
 from test_cache import logits
 
-from pocketllava import Bundle, ContextOverflow, ImageError, InputError, Llava, Message, Options, Timings
-from pocketllava.models.blob_cache import SUFFIX
+from pocketllava import (
+    Bundle,
+    ContextOverflow,
+    ImageError,
+    InputError,
+    Llava,
+    Message,
+    Options,
+    StateError,
+    Timings,
+)
+from pocketllava.models.blob_cache import SUFFIX, Store
 
 SHORT = Options(max_tokens=3)
 ONE = Options(max_tokens=1)
 A, B, C = pictures.four()[:3]
 
 
-def evaluated(model: Llava, picture: bytes, question: str = "What is it?") -> tuple[Any, Timings]:
+def evaluated(model: Llava, picture: Any, question: str = "What is it?") -> tuple[Any, Timings]:
     """Logits after the prompt, and the timings."""
     timings = model.ask(picture, question, options=ONE).timings
     return logits(model), timings
+
+
+def n_encoded(model: Llava) -> int:
+    """Images that went through the vision tower."""
+    with model.session() as session:
+        return session.vision.correction.corrected
 
 
 @pytest.fixture
@@ -33,9 +49,9 @@ def expected(llava: Llava) -> Any:
     """Logits after a question about each of three pictures, from evaluation alone."""
     found = []
     for picture in (A, B, C):
-        llava._handler.forget()
+        llava.clear_cache()
         found.append(evaluated(llava, picture)[0])
-    llava._handler.forget()
+    llava.clear_cache()
     return found
 
 
@@ -51,8 +67,6 @@ def test_only_a_few_are_kept_in_memory(llava: Llava, expected: Any) -> None:
         evaluated(llava, picture)
     assert evaluated(llava, A)[1].kept_tokens < 20  # two others were used since
     assert np.array_equal(logits(llava), expected[0])
-    kept = llava._handler.cache(llava._llama)._prefixes._kept
-    assert len(kept) == 2
 
 
 def test_a_kept_pair_of_pictures_serves_for_its_first(llava: Llava, expected: Any) -> None:
@@ -70,11 +84,11 @@ def on_disk(bundle: Bundle, folder: Path, **how: Any) -> Llava:
 def test_an_image_seen_before_is_not_encoded_again(bundle: Bundle, tmp_path: Path) -> None:
     with on_disk(bundle, tmp_path / "cache") as first:
         found, timings = evaluated(first, A)
-        assert first._handler.vision(first._llama).correction.corrected == 1
+        assert n_encoded(first) == 1
     assert [p.suffixes for p in (tmp_path / "cache").iterdir()] == [[".features", SUFFIX]]
     with on_disk(bundle, tmp_path / "cache") as second:
         again, timings = evaluated(second, A)
-        assert second._handler.vision(second._llama).correction.corrected == 0
+        assert n_encoded(second) == 0
         assert timings.kept_tokens == 0
         assert np.array_equal(again, found)
 
@@ -127,13 +141,12 @@ def test_a_state_that_llama_cpp_refuses_is_evaluated(
     """A file with a right hash and wrong content: made by hand, or by a library that calls itself the same."""
     with on_disk(bundle, tmp_path, keep_prefixes=True) as model:
         evaluated(model, A)
-        store = model._handler._store
-        assert store is not None
+        store = Store(tmp_path, 1 << 30)
         for name in [p.name.removesuffix(SUFFIX) for p in tmp_path.glob(f"*.prefix{SUFFIX}")]:
             state = store.get(name)
             assert state is not None
             store.put(name, bytes(state[: len(state) // 2]))
-        model._handler.forget()
+        model.clear_cache()
         found, timings = evaluated(model, A)
         assert timings.kept_tokens == 0
         assert np.abs(found - expected[0]).max() < 1e-2 * np.abs(expected[0]).max()  # features are F16 here
@@ -169,9 +182,9 @@ def test_a_prepared_image_waits_only_for_its_question(llava: Llava, expected: An
 def test_an_image_is_prepared_in_the_middle_of_a_conversation(llava: Llava) -> None:
     before = [Message("user", "What is it?", (A,)), Message("assistant", "A thing.")]
     turns = [*before, Message("user", "And this?", (B,))]
-    llava._handler.forget()
+    llava.clear_cache()
     expected = llava.chat(turns, options=SHORT).token_ids
-    llava._handler.forget()
+    llava.clear_cache()
     assert llava.prepare(B, after=before).wait()
     answer = llava.chat(turns, options=SHORT)
     assert answer.token_ids == expected
@@ -180,7 +193,7 @@ def test_an_image_is_prepared_in_the_middle_of_a_conversation(llava: Llava) -> N
 
 def test_a_question_about_another_image_ends_a_preparation(llava: Llava, expected: Any) -> None:
     for wait_s in (0.0, 0.001, 0.01, 0.1):
-        llava._handler.forget()
+        llava.clear_cache()
         preparation = llava.prepare(A)
         time.sleep(wait_s)
         assert np.array_equal(evaluated(llava, B)[0], expected[1])
@@ -188,14 +201,15 @@ def test_a_question_about_another_image_ends_a_preparation(llava: Llava, expecte
         assert np.array_equal(evaluated(llava, A)[0], expected[0])
 
 
-def test_a_question_about_the_same_image_waits_for_it(llava: Llava, expected: Any) -> None:
-    encoder = llava._handler.vision(llava._llama).correction
-    llava._handler._features = type(llava._handler._features)()
-    before = encoder.corrected
-    llava.prepare(A)
-    found, _ = evaluated(llava, A)
-    assert np.array_equal(found, expected[0])
-    assert encoder.corrected == before + 1  # encoded once
+def test_a_question_about_the_same_image_waits_for_it(llava: Llava) -> None:
+    unseen = np.random.default_rng().integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    before = n_encoded(llava)
+    preparation = llava.prepare(unseen.copy())
+    found, _ = evaluated(llava, unseen)  # another object, the same picture
+    assert preparation.done
+    assert n_encoded(llava) == before + 1
+    llava.clear_cache()
+    assert np.array_equal(evaluated(llava, unseen)[0], found)
 
 
 def test_what_is_wrong_with_a_prepared_image_is_told(llava: Llava) -> None:
@@ -213,7 +227,7 @@ def test_closing_does_not_wait_for_a_preparation(bundle: Bundle) -> None:
     preparation = model.prepare(A)
     model.close()
     assert preparation.done
-    with pytest.raises(InputError, match=r"used after close\(\)"):
+    with pytest.raises(StateError, match=r"used after close\(\)"):
         model.prepare(A).wait()
 
 
@@ -222,8 +236,10 @@ def test_stopping_at_any_moment_leaves_the_next_answer_right(llava: Llava, expec
     for moment in (0, 1, 10, 40, 80, 160):
         left = iter(range(moment))
         turns = [Message("user", "What is it?", (A,))]
-        llava._handler.forget()
-        chunks = list(llava.stream(turns, options=ONE, stop=lambda left=left: next(left, None) is None))  # type: ignore[misc]
+        llava.clear_cache()
+        chunks = list(
+            llava.stream(turns, options=ONE, should_stop=lambda left=left: next(left, None) is None)
+        )  # type: ignore[misc]
         assert chunks[-1].finish_reason in ("cancelled", "length")
         assert moment > 1 or chunks[-1].finish_reason == "cancelled"
         assert np.array_equal(evaluated(llava, A)[0], expected[0])

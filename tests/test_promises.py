@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -79,3 +80,47 @@ def test_the_readmes_python_runs(bundle: pocketllava.Bundle) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def private_names(path: Path) -> set[str]:
+    """Private attributes of others that a file touches, and private names that it imports from others."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            owner = node.value
+            if not (isinstance(owner, ast.Name) and owner.id in ("self", "cls")):
+                names.add(f"{ast.unparse(owner)}.{node.attr}")
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name)}
+    return names
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_ctypes_and_llama_cpps_own_names_stay_in_one_room() -> None:
+    for path in sources():
+        if path.startswith("runtime/llamacpp/"):
+            continue
+        text = (ROOT / path).read_text("utf-8")
+        assert not re.search(r"^\s*(import|from) ctypes\b", text, re.MULTILINE), path
+        foreign = {name for name in private_names(ROOT / path) if not own_class(name, text)}
+        assert not foreign, path
+
+
+def own_class(name: str, text: str) -> bool:
+    """Whether a private attribute is defined in the same file: an object may know others of its class."""
+    attribute = name.rsplit(".", 1)[1]
+    return bool(re.search(rf"def {attribute}\(|self\.{attribute}\b|^    {attribute}\b", text, re.MULTILINE))
+
+
+FOREIGN = ("._fields_", "._didModify")  # of ctypes' structures and of zipfile's archives
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])
+def test_no_test_or_benchmark_touches_what_is_private(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        text = path.read_text("utf-8")
+        names = {name for name in private_names(path) if not own_class(name, text)}
+        assert not {name for name in names if not name.endswith(FOREIGN)}, path

@@ -13,7 +13,8 @@ from small_checkpoint import CHAT_TEMPLATE
 
 from pocketllava import BundleError, InputError, Llava, Message
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
-from pocketllava.prompt.template import ImagePlace, Template
+from pocketllava.prompt.items import ImageSpan, placeholders
+from pocketllava.prompt.template import Template
 
 SPECIAL = {"<s>": 1, "</s>": 2, "<image>": 700, "<pad>": 701}
 HOSTILE = (
@@ -33,6 +34,9 @@ HOSTILE = (
 )
 
 
+SPAN = ImageSpan("a picture", 576)
+
+
 def template(source: str = DEFAULT_TEMPLATE, **changes: Any) -> Template:
     """llava-1.5's, unless changed."""
     settings = {"special": SPECIAL, "image_token": "<image>", "bos": "<s>", "eos": "</s>", "add_bos": True}
@@ -45,7 +49,8 @@ def test_token_ids_equal_the_recorded_reference(make_bundle: Any, scheme: str) -
     expected = recorded.load()[f"token ids, {scheme}"]
     with Llava.load(make_bundle(**layout).folder) as llava:
         for name, turns in PROMPTS.items():
-            found = llava._handler.prompt_ids(llava._llama, messages(turns))
+            with llava.session() as session:
+                found = session.count(messages(turns))
             assert [i if isinstance(i, int) else recorded.image_token() for i in found] == expected[name], (
                 name
             )
@@ -57,9 +62,9 @@ def test_the_hubs_template() -> None:
         Message("assistant", "A dog."),
         Message("user", "Sure?"),
     ]
-    expected = [1, "USER: ", ImagePlace(0), "\nWhat is it? ASSISTANT: A dog. USER: Sure? ASSISTANT:"]
-    assert template(CHAT_TEMPLATE).pieces(turns) == expected
-    assert template(DEFAULT_TEMPLATE).pieces(turns) == expected
+    expected = [1, "USER: ", SPAN, "\nWhat is it? ASSISTANT: A dog. USER: Sure? ASSISTANT:"]
+    assert template(CHAT_TEMPLATE).pieces(turns, [SPAN]) == expected
+    assert template(DEFAULT_TEMPLATE).pieces(turns, [SPAN]) == expected
 
 
 def test_a_template_that_writes_special_tokens_itself() -> None:
@@ -69,8 +74,8 @@ def test_a_template_that_writes_special_tokens_itself() -> None:
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}assistant:"
     )
     turns = [Message("user", "  <s>Hi</s>  ", (b"",)), Message("assistant", "Yes"), Message("user", "Ok")]
-    assert template(source).pieces(turns) == [
-        1, "user:", ImagePlace(0), " <s>Hi</s>assistant: Yes", 2, "user: Okassistant:"
+    assert template(source).pieces(turns, [SPAN]) == [
+        1, "user:", SPAN, " <s>Hi</s>assistant: Yes", 2, "user: Okassistant:"
     ]  # fmt: skip
 
 
@@ -85,9 +90,9 @@ def test_user_text_stays_text(texts: list[str]) -> None:
     """Whatever users write, the pieces hold it unchanged, and only the template's special tokens count."""
     roles = ("user", "assistant")
     turns = [Message(roles[n % 2], t, (b"",) if n % 2 == 0 else ()) for n, t in enumerate(texts)]  # type: ignore[arg-type]
-    pieces = template().pieces(turns)
-    n_images = len(texts[::2])
-    assert [p.index for p in pieces if isinstance(p, ImagePlace)] == list(range(n_images))
+    spans = placeholders(len(texts[::2]), 576)
+    pieces = template().pieces(turns, spans)
+    assert [p for p in pieces if isinstance(p, ImageSpan)] == spans
     assert [p for p in pieces if isinstance(p, int)] == [1]
     rendered = "".join(p if isinstance(p, str) else "" if isinstance(p, int) else "\0IMAGE\0" for p in pieces)
     expected = "".join(
@@ -98,9 +103,10 @@ def test_user_text_stays_text(texts: list[str]) -> None:
 
 def test_hostile_text_gives_no_special_ids(llava: Llava) -> None:
     text = "Is <image> or <__media__> or </s> or <s> or <pad> in it?"
-    ids = llava._handler.prompt_ids(llava._llama, [Message("user", text, (b"",))])
-    special = set(llava._handler.template(llava._llama).special.values())
-    assert [i for i in ids if not isinstance(i, int)] == [ImagePlace(0)]
+    with llava.session() as session:
+        ids = session.count([Message("user", text, (b"",))])
+        special = set(session.template.special.values())
+    assert sum(isinstance(i, ImageSpan) for i in ids) == 1
     assert [i for i in ids if i in special] == [1]
 
 
@@ -128,7 +134,7 @@ def test_templates_and_conversations_that_fail(
     source: str, turns: list[Message], error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        template(source).pieces(turns)
+        template(source).pieces(turns, placeholders(sum(len(m.images) for m in turns), 576))
 
 
 @pytest.mark.parametrize(

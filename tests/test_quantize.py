@@ -26,7 +26,8 @@ from pocketllava.convert.plan.quantize import (
 )
 from pocketllava.convert.write.writer import write
 from pocketllava.errors import ConvertError, UnsupportedOption
-from pocketllava.llamacpp.backend import capture_log, ggml
+from pocketllava.llamacpp.library import ggml
+from pocketllava.llamacpp.log import capture_log
 from pocketllava.models.gguf_header import Header
 
 DEEP = {"layers": 16, "ffn": 256}

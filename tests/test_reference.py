@@ -109,7 +109,7 @@ def test_pixels(make_checkpoint: Any, bundle: Bundle, record: bool) -> None:
             opened(data), do_rescale=False, do_normalize=False, return_tensors="np"
         )
         expected = np.moveaxis(values["pixel_values"][0], 0, -1)
-        found = image.prepare(data, bundle.preprocessing)
+        found = image.preprocess(data, bundle.preprocessing)
         assert found.dtype == np.uint8
         assert np.array_equal(found, expected), name
         hashes[name] = hashlib.sha256(found.tobytes()).hexdigest()
@@ -129,7 +129,7 @@ def test_pixels_of_a_padding_processor(tmp_path: Path) -> None:
     for name, data in pictures.twelve().items():
         values = processor(opened(data), do_rescale=False, do_normalize=False, return_tensors="np")
         expected = np.moveaxis(values["pixel_values"][0], 0, -1)
-        assert np.array_equal(image.prepare(data, how), expected), name
+        assert np.array_equal(image.preprocess(data, how), expected), name
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,8 @@ def test_token_ids(make_checkpoint: Any, make_bundle: Any, layout: dict[str, Any
         for name, turns in PROMPTS.items():
             text = processor.apply_chat_template(for_transformers(turns), add_generation_prompt=True)
             expected[name] = processor.tokenizer(text).input_ids
-            found = llava._handler.prompt_ids(llava._llama, messages(turns))
+            with llava.session() as session:
+                found = session.count(messages(turns))
             ids = [i if isinstance(i, int) else recorded.image_token() for i in found]
             assert ids == expected[name], name
     judge("token ids, " + (layout.get("scheme") or "prepend"), expected, record)
@@ -158,7 +159,7 @@ def test_features(make_checkpoint: Any, make_bundle: Any, mmproj: str, bound: fl
     expected = features_of(model, processor, picture)
     with Llava.load(bundle.folder) as llava:
         error = recorded.relative_error(llava.image_features(picture), expected)
-        stock = stock_features(llava, image.prepare(picture, bundle.preprocessing))
+        stock = stock_features(llava, image.preprocess(picture, bundle.preprocessing))
     print(f"\n{mmproj}: relative error {error:.2e}, stock {recorded.relative_error(stock, expected):.2e}")
     assert error <= bound
     if record:
@@ -248,7 +249,7 @@ def test_answers(make_checkpoint: Any, make_bundle: Any, name: str, record: bool
     theirs = sum(_equal(s, e) for s, e in zip(stock, ids, strict=True))
     print(f"\n{name}: {ours} of {total} tokens equal transformers', stock handler {theirs} of {total}")
     for answer, (wanted, logits) in zip(found, expected, strict=True):
-        _assert_equal_or_tie(answer, wanted, logits)
+        assert_equal_or_tie(answer, wanted, logits)
     judge(f"answers, {name}", ids, record)
 
 
@@ -280,7 +281,7 @@ def _equal(found: list[int], expected: list[int]) -> int:
     return n
 
 
-def _assert_equal_or_tie(found: list[int], expected: list[int], logits: list[Any]) -> None:
+def assert_equal_or_tie(found: list[int], expected: list[int], logits: list[Any]) -> None:
     """Equal, or parting where the reference's own two candidates are within rounding of each other."""
     n = _equal(found, expected)
     if n < len(expected):

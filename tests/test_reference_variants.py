@@ -12,7 +12,7 @@ import pytest
 import recorded
 import variants
 from prompts import PROMPTS, for_transformers, messages
-from test_reference import GREEDY, _assert_equal_or_tie, features_of, model_of, opened, processor_of
+from test_reference import GREEDY, assert_equal_or_tie, features_of, model_of, opened, processor_of
 
 from pocketllava import Llava
 from pocketllava.vision import image
@@ -74,17 +74,18 @@ def test_features_prompts_and_answers(
             values = processor.image_processor(
                 opened(data), do_rescale=False, do_normalize=False, return_tensors="np"
             )["pixel_values"][0]
-            assert np.array_equal(image.prepare(data, bundle.preprocessing), np.moveaxis(values, 0, -1))
+            assert np.array_equal(image.preprocess(data, bundle.preprocessing), np.moveaxis(values, 0, -1))
             error = recorded.relative_error(llava.image_features(data), features_of(model, processor, data))
             found = list(llava.ask(data, recorded.QUESTION, options=GREEDY).token_ids)
             equal += sum(a == b for a, b in zip(found, ids, strict=False))
             print(f"\n{name}: relative error {error:.2e}, {equal} tokens equal")
             assert error <= 1.5e-3
-            _assert_equal_or_tie(found, ids, logits)
+            assert_equal_or_tie(found, ids, logits)
         for turns in PROMPTS.values():
             text = processor.apply_chat_template(for_transformers(turns), add_generation_prompt=True)
             bos = layout.get("llama3", False)
             wanted = processor.tokenizer(text, add_special_tokens=not bos).input_ids
             place = llava.bundle.manifest["image"]["token_id"]
-            ids_found = llava._handler.prompt_ids(llava._llama, messages(turns))
+            with llava.session() as session:
+                ids_found = session.count(messages(turns))
             assert [i if isinstance(i, int) else place for i in ids_found] == wanted

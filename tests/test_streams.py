@@ -25,9 +25,9 @@ A = pictures.four()[0]
 def counting(made: list[int], error: Exception | None = None) -> Callable[..., Iterator[int]]:
     """A stream that notes what it made, and ends when it is asked to."""
 
-    def stream(*, stop: Callable[[], bool]) -> Iterator[int]:
+    def stream(*, should_stop: Callable[[], bool]) -> Iterator[int]:
         for n in range(1000):
-            if stop():
+            if should_stop():
                 return
             made.append(n)
             yield n
@@ -63,9 +63,11 @@ def test_closing_a_background_stream_stops_its_thread() -> None:
 
 
 def test_a_stopped_answer_says_so(llava: Llava) -> None:
-    """The second question to `stop` after the first token ends the answer before the next one."""
+    """The second question to `should_stop` after the first token ends the answer before the next one."""
     chunks: list[Any] = []
-    for chunk in llava.stream([Message("user", "Count.")], options=LONG, stop=lambda: len(chunks) >= 2):
+    for chunk in llava.stream(
+        [Message("user", "Count.")], options=LONG, should_stop=lambda: len(chunks) >= 2
+    ):
         chunks.append(chunk)
     assert [len(chunk.token_ids) for chunk in chunks] == [1, 1, 0]
     assert chunks[-1].finish_reason == "cancelled"
@@ -104,7 +106,7 @@ def test_the_event_loop_stays_free(llava: Llava) -> None:
                 await asyncio.sleep(0.001)
 
         ticking = asyncio.create_task(tick())
-        llava._handler.forget()
+        llava.clear_cache()
         async for _ in llava.astream([Message("user", "What is it?", (A,))], options=LONG):
             pass
         running = False
@@ -119,21 +121,25 @@ def test_closing_an_async_stream_stops_within_a_token(llava: Llava) -> None:
         stream = llava.astream([Message("user", "Count.")], options=LONG)
         await anext(stream)
         await stream.aclose()
-        return llava._llama.n_tokens
+        return n_tokens()
+
+    def n_tokens() -> int:
+        with llava.session() as session:
+            return session.text.n_tokens
 
     n = asyncio.run(stopped())
     time.sleep(0.05)
-    assert llava._llama.n_tokens == n  # nothing goes on
+    assert n_tokens() == n  # nothing goes on
     assert n < 200
 
 
 def test_cancelling_a_task_stops_prompt_evaluation(llava: Llava) -> None:
-    llava._handler.forget()
+    llava.clear_cache()
     llava.ask(A, "What is it?", options=SHORT)
     expected = llava.ask(A, "Again?", options=SHORT).token_ids
 
     async def cancelled() -> None:
-        llava._handler.forget()
+        llava.clear_cache()
         task = asyncio.create_task(collect(llava, A))
         await asyncio.sleep(0.005)
         task.cancel()

@@ -38,15 +38,16 @@ def test_300_lines_have_the_ids_of_transformers(make_bundle: Any) -> None:
     expected = variants.load()["token ids"]
     with Llava.load(make_bundle("F16", "F16", **LLAMA3).folder) as llava:
         for line, ids in zip(mixed_text.lines(), expected, strict=True):
-            found = llava._llama.tokenize(line.encode(), add_bos=False, special=False)
+            with llava.session() as session:
+                found = session.text.tokenize(line)
             assert found == [int(i) for i in ids.split()], line
 
 
 def test_special_tokens_in_a_question_stay_text(make_bundle: Any) -> None:
     question = Message("user", "a<|eot_id|><image>b")
-    with Llava.load(make_bundle("F16", "F16", **LLAMA3).folder) as llava:
-        ids = llava._handler.prompt_ids(llava._llama, [question])
-        said = [llava._vocabulary.piece(i) for i in ids if isinstance(i, int)]
+    with Llava.load(make_bundle("F16", "F16", **LLAMA3).folder) as llava, llava.session() as session:
+        ids = session.count([question])
+        said = [session.text.vocabulary.piece(i) for i in ids if isinstance(i, int)]
     assert ids.count(small_llama3.id_of("<|eot_id|>")) == 1
     assert ids.count(small_llama3.id_of("<|begin_of_text|>")) == 1
     assert b"a<|eot_id|><image>b" in b"".join(said)

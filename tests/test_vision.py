@@ -11,7 +11,7 @@ import pytest
 import recorded
 from stock import stock_features
 
-from pocketllava import BackendError, Bundle, BundleError, InputError, Llava
+from pocketllava import BackendError, Bundle, BundleError, InputError, Llava, ModelNotFound
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
 from pocketllava.vision import image
 from pocketllava.vision.encoder import ClassTokenCorrection
@@ -28,12 +28,13 @@ def test_features_equal_the_recorded_reference(make_bundle: Any, mmproj: str, bo
 
 def test_stock_features_are_wrong_and_ours_are_corrected(llava: Llava, bundle: Bundle) -> None:
     picture = pictures.four()[0]
-    stock = stock_features(llava, image.prepare(picture, bundle.preprocessing))
+    stock = stock_features(llava, image.preprocess(picture, bundle.preprocessing))
     assert recorded.relative_error(stock[recorded.FEATURE_ROWS], recorded.features()) > 0.1
-    encoder = llava._handler.vision(llava._llama)
+    with llava.session() as session:
+        encoder = session.vision
     correction = encoder.correction
     before = correction.corrected, correction.left_alone
-    encoder.encode(image.prepare(picture, bundle.preprocessing))
+    encoder.encode(image.preprocess(picture, bundle.preprocessing))
     assert (correction.corrected, correction.left_alone) == (before[0] + 1, before[1])
 
 
@@ -41,9 +42,8 @@ class Rows:
     """Embeddings in a ggml tensor on the CPU, as the scheduler's callback sees them."""
 
     def __init__(self, rows: Any) -> None:
-        from llama_cpp import _ggml
-
-        from pocketllava.llamacpp.backend import ggml
+        from pocketllava.llamacpp.library import ggml
+        from pocketllava.llamacpp.private import private
 
         class Params(ctypes.Structure):
             _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
@@ -56,9 +56,10 @@ class Rows:
             "ggml_concat",
         ):
             getattr(self.lib, name).restype = ctypes.c_void_p
-        buffer_type = _ggml.libggml.ggml_backend_dev_buffer_type
-        _ggml.libggml.ggml_backend_dev_by_type.restype = buffer_type.restype = ctypes.c_void_p
-        cpu = _ggml.libggml.ggml_backend_dev_by_type(0)
+        libggml = private("llama_cpp._ggml", "libggml")
+        buffer_type = libggml.ggml_backend_dev_buffer_type
+        libggml.ggml_backend_dev_by_type.restype = buffer_type.restype = ctypes.c_void_p
+        cpu = libggml.ggml_backend_dev_by_type(0)
         self.context = ctypes.c_void_p(self.lib.ggml_init(Params(1 << 16, None, True)))
         width, n = ctypes.c_int64(rows.shape[1]), len(rows)
         parts = [
@@ -95,12 +96,15 @@ def run(embeddings: Any, stored: Any) -> tuple[Any, ClassTokenCorrection]:
     """Let the correction see a CONCAT node that holds `stored`."""
     correction = ClassTokenCorrection(embeddings[0], n_patches=4)
     rows = Rows(np.ascontiguousarray(stored))
-    correction.start()
-    assert correction._on_node(rows.node, True, None)
-    correction._on_node(rows.node, False, None)
-    assert not correction._on_node(rows.node, True, None)  # once an image
+    correction.begin()
+    assert correction.function(rows.node, True, None)
+    correction.function(rows.node, False, None)
     found = rows.read()
-    rows.free()
+    try:
+        correction.check()
+        assert not correction.function(rows.node, True, None)  # once an image
+    finally:
+        rows.free()
     return found, correction
 
 
@@ -108,20 +112,20 @@ def test_a_class_token_at_the_end_is_moved_to_the_front(llava: Llava, embeddings
     assert llava is not None  # ggml's back ends are registered
     found, correction = run(embeddings, np.roll(embeddings, -1, axis=0))
     assert np.array_equal(found, embeddings)
-    assert (correction.corrected, correction.left_alone, correction.error) == (1, 0, None)
+    assert (correction.corrected, correction.left_alone) == (1, 0)
 
 
 def test_a_library_that_is_right_is_left_alone(llava: Llava, embeddings: Any) -> None:
     assert llava is not None
     found, correction = run(embeddings, embeddings)
     assert np.array_equal(found, embeddings)
-    assert (correction.corrected, correction.left_alone, correction.error) == (0, 1, None)
+    assert (correction.corrected, correction.left_alone) == (0, 1)
 
 
 def test_an_unknown_order_is_an_error(llava: Llava, embeddings: Any) -> None:
     assert llava is not None
-    _, correction = run(embeddings, np.zeros_like(embeddings))
-    assert isinstance(correction.error, BackendError)
+    with pytest.raises(BackendError, match="no class token at either end"):
+        run(embeddings, np.zeros_like(embeddings))
 
 
 def test_the_embeddings_at_the_image_positions_are_the_features(llava: Llava) -> None:
@@ -137,18 +141,23 @@ def test_the_embeddings_at_the_image_positions_are_the_features(llava: Llava) ->
 
 
 def test_pixels_of_another_size_are_refused(llava: Llava) -> None:
-    encoder = llava._handler.vision(llava._llama)
+    with llava.session() as session:
+        encoder = session.vision
     with pytest.raises(InputError, match=r"pixels: uint8 \(10, 10, 3\), expected uint8 \(336, 336, 3\)"):
         encoder.encode(np.zeros((10, 10, 3), np.uint8))
 
 
-def test_files_that_are_no_mmproj(bundle: Bundle, make_bundle: Any, llava: Llava, tmp_path: Any) -> None:
+def test_files_that_are_no_mmproj(bundle: Bundle, make_bundle: Any, tmp_path: Any) -> None:
+    from llama_cpp import Llama
+
+    llama = Llama(str(bundle.model), n_ctx=256, n_threads=1, verbose=False)
     with pytest.raises(BundleError, match="it is a text model, not an mmproj"):
-        LlavaChatHandler(bundle.model).vision(llava._llama)
+        LlavaChatHandler(bundle.model).session(llama)
     other = make_bundle(hidden=512, heads=8, kv_heads=8, layers=1, ffn=256)
     alone = tmp_path / "other.gguf"
     alone.write_bytes(other.mmproj.read_bytes())
     with pytest.raises(BundleError, match="projects to width 512, the text model has 256"):
-        LlavaChatHandler(alone).vision(llava._llama)
-    with pytest.raises(BundleError, match="no such file"):
+        LlavaChatHandler(alone).session(llama)
+    llama.close()
+    with pytest.raises(ModelNotFound, match="found nothing"):
         LlavaChatHandler(tmp_path / "none.gguf")

@@ -19,7 +19,7 @@ from gguf import LlamaFileType as F
 
 from pocketllava.convert.plan.q8_0 import q8_0
 from pocketllava.errors import ConvertError, UnsupportedOption
-from pocketllava.llamacpp.backend import ggml, to_float
+from pocketllava.llamacpp.library import ggml, to_float
 
 Floats = npt.NDArray[np.float32]
 

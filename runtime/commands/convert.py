@@ -75,7 +75,7 @@ def convert(
     Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.
     """
     from pocketllava.convert.pipeline import execute_all, plan
-    from pocketllava.llamacpp.backend import cores
+    from pocketllava.llamacpp.devices import cores
 
     if broken is not None:
         if source is not None:

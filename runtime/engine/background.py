@@ -19,9 +19,9 @@ _END: Any = object()
 
 
 def in_background(stream: Callable[..., Iterator[T]], *args: Any, **kwargs: Any) -> Generator[T, None, None]:
-    """What stream(*args, stop=..., **kwargs) yields. Closing the iterator, or Ctrl-C, stops it and waits."""
+    """What stream(*args, should_stop=..., **kwargs) yields. Closing the iterator, or Ctrl-C, stops it and waits."""
     items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stop, thread = _start(lambda should_stop: stream(*args, stop=should_stop, **kwargs), items.put)
+    stop, thread = _start(lambda should_stop: stream(*args, should_stop=should_stop, **kwargs), items.put)
     try:
         while (item := _next(items)) is not _END:
             yield _raised(item)
@@ -40,7 +40,7 @@ async def in_background_async(
     def put(item: Any) -> None:
         loop.call_soon_threadsafe(items.put_nowait, item)
 
-    stop, thread = _start(lambda should_stop: stream(*args, stop=should_stop, **kwargs), put)
+    stop, thread = _start(lambda should_stop: stream(*args, should_stop=should_stop, **kwargs), put)
     try:
         while (item := await items.get()) is not _END:
             yield _raised(item)

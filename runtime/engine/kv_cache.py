@@ -1,179 +1,146 @@
-"""The KV cache of a llama_cpp.Llama: what it holds of the last prompt, and how the rest of the next one gets in.
+"""The KV cache: what it holds of the last prompt, and how the rest of the next one gets in.
 
-Knows llama_cpp.Llama's record of its tokens, and that others may use the same Llama; no templates, no
-image files.
+Knows prompt items and a TextModel; no templates, no image files. It is the only record of what the cache
+holds: images are known by their content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketllava.engine.prefix_cache import Prefixes
-from pocketllava.errors import BackendError
-from pocketllava.llamacpp.backend import Interrupted, interruptible
-from pocketllava.llamacpp.batch import decode_features
-from pocketllava.prompt.items import Entry, ImageSpan, image_ends, n_positions, position_ids, shared
+from pocketllava.engine.prefix_cache import PrefixCache
+from pocketllava.llamacpp.guard import Interrupted, ShouldStop
+from pocketllava.llamacpp.text_model import Mark, TextModel
+from pocketllava.prompt.items import (
+    ImageSpan,
+    PromptItem,
+    image_ends,
+    n_positions,
+    position_ids,
+    runs,
+    shared,
+)
 
 SNAP = 32  # tokens of text that are rather evaluated again than split into other batches
 
 
 class KvCache:
-    """Remembers what was brought in. For one Llama; it is passed in, so that it can be freed.
+    """What one TextModel's KV cache holds.
 
-    image_id: the token id that stands for image positions in the Llama's record.
+    image_id: the token id that stands for image positions in llama_cpp's record.
     """
 
-    def __init__(self, image_id: int = 0, prefixes: Prefixes | None = None) -> None:
-        self._image_id, self._prefixes = image_id, prefixes or Prefixes()
-        self.forget()
+    def __init__(self, text: TextModel, image_id: int = 0, prefixes: PrefixCache | None = None) -> None:
+        self._text, self._image_id, self._prefixes = text, image_id, prefixes or PrefixCache()
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Count nothing as held. Prefixes that were kept stay."""
-        self._prompt: list[Entry] = []
-        self._ids: list[int] = []
-        self._last_run = 0
-        self._array: Any = None
-        self._count = 0
+        self._prompt: list[PromptItem] = []
+        self._mark: Mark | None = None
+        self._last_run = 0  # where the prompt's last run of text began to be evaluated
 
-    def keep(self, llama: Any, prompt: list[Entry], *, to_sample: bool = True) -> int:
-        """Make the cache hold what is known of a prompt; returns how many entries need no evaluation.
+    def contents(self) -> list[PromptItem]:
+        """The last prompt and what was generated after it; nothing if others may have used the model."""
+        if self._mark is None or not self._prompt:
+            return []
+        generated = self._text.ids_since(self._mark, position_ids(self._prompt, self._image_id))
+        return [] if generated is None else [*self._prompt, *generated]
+
+    def reuse(self, prompt: list[PromptItem], *, to_sample: bool = True) -> int:
+        """Make the cache hold what is known of a prompt; returns how many items need no evaluation.
 
         What the cache holds is used, or an image prefix that was kept, whichever is longer. An image that
-        gets lost is kept as a prefix first. to_sample: evaluate the last entry in any case, because its
+        gets lost is kept as a prefix first. to_sample: evaluate the last item in any case, because its
         logits are what sampling needs.
         """
-        held = self.held(llama)
-        kept = self._reusable(held, prompt, to_sample)
-        if kept == len(prompt):  # and the text behind it stays, too
-            return kept
-        restorable = self._prefixes.longest(prompt)
-        self._save_images(llama, held, kept)
-        if restorable <= kept:
-            return kept
-        self.forget()
-        if (restored := self._prefixes.restore(llama, prompt[:restorable])) is None:
+        contents = self.contents()
+        n_reused = self._reusable(contents, prompt, to_sample)
+        if n_reused == len(prompt):  # and the text behind it stays, too
+            return n_reused
+        n_restorable = self._prefixes.longest(prompt)
+        self._save_images(contents, n_reused)
+        if n_restorable <= n_reused:
+            return n_reused
+        self.clear()
+        if (restored := self._prefixes.restore(self._text, prompt[:n_restorable])) is None:
             return 0
-        self._record(llama, restored)
-        return restorable
+        self._remember(restored)
+        return n_restorable
 
-    def _reusable(self, held: list[Entry], prompt: list[Entry], to_sample: bool) -> int:
-        """Entries that the cache holds, of which text in the middle of a run counts only where it saves much.
+    def _reusable(self, contents: list[PromptItem], prompt: list[PromptItem], to_sample: bool) -> int:
+        """Items that the cache holds, of which text in the middle of a run counts only where it saves much.
 
         A run of text that would be evaluated from its middle is evaluated from its beginning if that is at
         most SNAP tokens more, and the very same prompt from where its last run began: then batches, and so
         logits, are bit for bit those of the first time, and a seed repeats its answer.
         """
-        kept = shared(held, prompt)
-        if kept == len(prompt) and not to_sample:
-            return kept
-        if held and prompt == self._prompt:
+        n = shared(contents, prompt)
+        if n == len(prompt) and not to_sample:
+            return n
+        if contents and prompt == self._prompt:
             return self._last_run
-        kept = run = min(kept, len(prompt) - 1)
+        n = run = min(n, len(prompt) - 1)
         while run and isinstance(prompt[run - 1], int):
             run -= 1
-        return run if kept - run <= SNAP else kept
+        return run if n - run <= SNAP else n
 
-    def _save_images(self, llama: Any, held: list[Entry], kept: int) -> None:
-        """Before entries beyond `kept` are lost: keep the state up to the last image among them."""
-        end = next(iter(image_ends(held)), 0)
-        if end > kept:
-            self._cut(llama, held[:end])
-            self._prefixes.save(llama, held[:end])
+    def _save_images(self, contents: list[PromptItem], n_reused: int) -> None:
+        """Before items beyond n_reused are lost: keep the state up to the last image among them."""
+        end = next(iter(image_ends(contents)), 0)
+        if end > n_reused:
+            self._truncate(contents[:end])
+            self._prefixes.save(self._text, contents[:end])
 
-    def held(self, llama: Any) -> list[Entry]:
-        """The last prompt and what was generated after it; nothing if in doubt.
-
-        Token ids alone would not show that others used the Llama, since every picture has the same ones: so
-        the cache's length, the count of evaluated tokens and the array itself must agree too.
-        """
-        from llama_cpp import llama_cpp
-
-        n = len(self._ids)
-        generated = llama.n_tokens - n
-        memory = llama_cpp.llama_get_memory(llama.ctx)
-        untouched = (
-            self._prompt
-            and llama.input_ids is self._array  # load_state replaces it
-            and llama_cpp.llama_memory_seq_pos_max(memory, 0) == llama.n_tokens - 1
-            and 0 <= generated - (evaluated_tokens(llama) - self._count) <= 1  # a count of 0 is reported as 1
-            and llama.input_ids[:n].tolist() == self._ids
-        )
-        return [*self._prompt, *llama.input_ids[n : llama.n_tokens].tolist()] if untouched else []
-
-    def fill(
+    def decode(
         self,
-        llama: Any,
-        prompt: list[Entry],
-        kept: int,
+        prompt: list[PromptItem],
+        n_reused: int,
         features: Mapping[str, npt.NDArray[np.float32]],
-        stop: Callable[[], bool] | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> None:
-        """Evaluate all but the first `kept` entries of a prompt, which the cache holds.
+        """Evaluate all but the first n_reused items of a prompt, which the cache holds.
 
-        Once stop() is true it ends with Interrupted, and the cache holds those first entries; after any
-        other failure nothing counts as held. Raises BackendError, and what llama_cpp raises.
+        features: (n_tokens, n_embd) by image key. Once should_stop() is true it ends with Interrupted, and the
+        cache holds those first items; after any other failure nothing counts as held. Raises BackendError,
+        and what llama_cpp raises.
         """
-        if kept == len(prompt):
+        if n_reused == len(prompt):
             return
-        self._cut(llama, prompt[:kept])
-        self.forget()
+        self._truncate(prompt[:n_reused])
+        self.clear()
         try:
-            with interruptible(llama.ctx, stop):
-                self._evaluate(llama, prompt, kept, features)
+            with self._text.interruptible(should_stop):
+                self._evaluate(prompt, n_reused, features)
         except Interrupted:
-            self._cut(llama, prompt[:kept])
+            self._truncate(prompt[:n_reused])
             raise
-        self._record(llama, prompt)
+        self._remember(prompt)
 
     def _evaluate(
-        self, llama: Any, prompt: list[Entry], kept: int, features: Mapping[str, npt.NDArray[np.float32]]
+        self, prompt: list[PromptItem], n_reused: int, features: Mapping[str, npt.NDArray[np.float32]]
     ) -> None:
         last_image = next(iter(image_ends(prompt)), 0)
-        run: list[int] = []
-        for n, entry in enumerate([*prompt[kept:], None], kept):
-            if isinstance(entry, int):
-                run.append(entry)
-                continue
-            if run:
-                llama.eval(run)
-                self._last_run, run = n - len(run), []
-            if isinstance(entry, ImageSpan):
-                self._place(llama, features[entry.key])
-                if n + 1 == last_image:
-                    self._prefixes.write(llama, prompt[: n + 1])
+        at = n_reused
+        for part in runs(prompt[n_reused:]):
+            if isinstance(part, ImageSpan):
+                self._text.decode_features(features[part.key], self._image_id)
+                at += 1
+                if at == last_image:
+                    self._prefixes.write(self._text, prompt[:at])
+            else:
+                self._text.decode_tokens(part)
+                self._last_run = at
+                at += len(part)
 
-    def _place(self, llama: Any, features: npt.NDArray[np.float32]) -> None:
-        first, n = llama.n_tokens, len(features)
-        decode_features(llama.ctx, features, first, llama.n_batch)
-        llama.input_ids[first : first + n] = self._image_id
-        llama.n_tokens = first + n
+    def _truncate(self, items: list[PromptItem]) -> None:
+        """Drop everything behind these items, with which the cache begins."""
+        self._text.truncate(n_positions(items))
+        self._remember(items)
 
-    def _cut(self, llama: Any, entries: list[Entry]) -> None:
-        """Drop everything behind these entries, with which the cache begins."""
-        n = n_positions(entries)
-        if not n:
-            llama._ctx.kv_cache_clear()
-        elif not llama._ctx.kv_cache_seq_rm(-1, n, -1):
-            raise BackendError(f"KV cache: cannot be cut at position {n}")
-        llama._requires_eval = True
-        self._record(llama, entries)
-
-    def _record(self, llama: Any, entries: list[Entry]) -> None:
-        ids = position_ids(entries, self._image_id)
-        llama.input_ids[: len(ids)] = ids
-        llama.n_tokens = len(ids)
-        self._prompt, self._ids = entries, ids
-        self._array, self._count = llama.input_ids, evaluated_tokens(llama)
-
-
-def evaluated_tokens(llama: Any) -> int:
-    """Tokens and embeddings that the context has evaluated since its timings were reset."""
-    from llama_cpp import llama_cpp
-
-    llama_cpp.llama_synchronize(llama.ctx)
-    perf = llama_cpp.llama_perf_context(llama.ctx)
-    return int(perf.n_p_eval + perf.n_eval)
+    def _remember(self, items: list[PromptItem]) -> None:
+        self._text.record(position_ids(items, self._image_id))
+        self._prompt, self._mark = items, self._text.mark()

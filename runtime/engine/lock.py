@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pocketllava.errors import InputError
+from pocketllava.errors import StateError
 
 
-class Turn:
-    """The right to use the model, from begin() to end()."""
+class Lease:
+    """The right to use the model, from acquire() to release()."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -22,66 +22,66 @@ class Turn:
         self.ended = False
 
 
-class Turns:
-    """Hands out turns."""
+class ModelLock:
+    """Gives out leases, one at a time."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._current: Turn | None = None
+        self._current: Lease | None = None
         self._closed = False
 
-    def begin(self) -> Turn:
-        """Wait for a turn. Raises InputError once closed."""
+    def acquire(self) -> Lease:
+        """Wait for one's turn. Raises StateError once closed."""
         with self._changed:
             while self._current is not None and not self._may_take_over(self._current):
                 self._changed.wait()
             if self._closed:
-                raise InputError("model: used after close(); load it again")
+                raise StateError("model: used after close(); load it again")
             if self._current is not None:
                 self._current.ended = True
-            self._current = Turn()
+            self._current = Lease()
             return self._current
 
-    def _may_take_over(self, turn: Turn) -> bool:
-        return not turn.running and turn.thread == threading.get_ident()
+    def _may_take_over(self, lease: Lease) -> bool:
+        return not lease.running and lease.thread == threading.get_ident()
 
     @contextmanager
-    def suspended(self, turn: Turn) -> Iterator[None]:
-        """While a stream's consumer holds control. Raises InputError if a newer call took over meanwhile."""
+    def suspended(self, lease: Lease) -> Iterator[None]:
+        """While a stream's consumer holds control. Raises StateError if a newer call took over meanwhile."""
         with self._changed:
-            turn.thread, turn.running = threading.get_ident(), False
+            lease.thread, lease.running = threading.get_ident(), False
         yield
         with self._changed:
-            if turn.ended:
-                raise InputError(
+            if lease.ended:
+                raise StateError(
                     "stream: a newer call on this model ended it; finish or close a stream first"
                 )
-            turn.thread, turn.running = threading.get_ident(), True
+            lease.thread, lease.running = threading.get_ident(), True
 
-    def end(self, turn: Turn) -> None:
-        """Give the turn back; harmless if a newer call has taken it."""
+    def release(self, lease: Lease) -> None:
+        """Give the lease back; harmless if a newer call has taken it."""
         with self._changed:
-            turn.ended = True
-            if self._current is turn:
+            lease.ended = True
+            if self._current is lease:
                 self._current = None
                 self._changed.notify_all()
 
     @contextmanager
-    def turn(self) -> Iterator[Turn]:
-        """A turn for a call that does not stream."""
-        turn = self.begin()
+    def lease(self) -> Iterator[Lease]:
+        """A lease for a call that does not stream."""
+        lease = self.acquire()
         try:
-            yield turn
+            yield lease
         finally:
-            self.end(turn)
+            self.release(lease)
 
     def close(self) -> bool:
         """Wait for the running answer, then let nobody begin. False if it was closed already."""
         try:
-            turn = self.begin()
-        except InputError:
+            lease = self.acquire()
+        except StateError:
             return False
         with self._changed:
             self._closed = True
-        self.end(turn)
+        self.release(lease)
         return True

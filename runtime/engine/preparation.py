@@ -1,23 +1,19 @@
 """An image that is encoded and evaluated before its question is known, in a thread of its own.
 
-Knows threads and image sources; the work is a function it is given.
+Knows threads, and images by what tells their content apart; the work is a function it is given.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
-from typing import Any
-
-from pocketllava.llamacpp.backend import Interrupted
 
 
 class Preparation:
     """Made by Llava.prepare. A question about the same images waits for it, one about others ends it."""
 
-    def __init__(self, work: Callable[[Callable[[], bool]], None], images: Sequence[Any]) -> None:
-        self._images, self._work = tuple(images), work
+    def __init__(self, work: Callable[[Callable[[], bool]], None], digests: Sequence[str | None]) -> None:
+        self._digests, self._work = tuple(digests), work
         self._stop = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="pocketllava prepare", daemon=True)
@@ -39,20 +35,16 @@ class Preparation:
         """Stop soon; does not wait."""
         self._stop.set()
 
-    def helps(self, images: Sequence[Any]) -> bool:
-        """Whether a conversation with these images, in this order, begins with the prepared ones."""
-        return len(images) >= len(self._images) and all(map(_same, self._images, images))
+    def helps(self, digests: Sequence[str | None]) -> bool:
+        """Whether a conversation with images of this content, in this order, begins with the prepared ones."""
+        return tuple(digests[: len(self._digests)]) == self._digests
 
     def _run(self) -> None:
+        from pocketllava.llamacpp.guard import Interrupted
+
         try:
             self._work(self._stop.is_set)
         except Interrupted:
             pass
         except Exception as error:
             self._error = error
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other or (
-        type(one) is type(other) and isinstance(one, str | bytes | PurePath) and one == other
-    )

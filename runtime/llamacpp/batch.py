@@ -1,8 +1,9 @@
-"""Image features -> the KV cache of a llama context. Knows llama_batch and nothing above it."""
+"""Token ids or rows of features -> one llama_batch -> llama_decode. Knows llama_batch and nothing above it."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,44 @@ import numpy.typing as npt
 from pocketllava.errors import BackendError
 
 
-def decode_features(context: Any, features: npt.NDArray[np.float32], first: int, n_batch: int) -> None:
+def decode_features(
+    context: Any, features: npt.NDArray[np.float32], first: int, n_batch: int, *, logits: bool = False
+) -> None:
     """Evaluate (n, n_embd) float32 features at positions first, first + 1, ... of sequence 0.
 
     They go in one batch unless there are more than n_batch. Attention is causal, as in the reference.
+    logits: compute the last block and the output for every row, which otherwise are left out.
     Raises BackendError with llama_decode's code (1: no room in the cache).
     """
     for start in range(0, len(features), n_batch):
-        part = np.ascontiguousarray(features[start : start + n_batch], dtype=np.float32)
-        _decode(context, part, first + start)
+        rows = np.ascontiguousarray(features[start : start + n_batch], dtype=np.float32)
+        pointer = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        _decode(context, len(rows), first + start, None, pointer, logits)
 
 
-def _decode(context: Any, features: npt.NDArray[np.float32], first: int) -> None:
+def decode_tokens(
+    context: Any, ids: Sequence[int], first: int, n_batch: int, *, logits: bool = False
+) -> None:
+    """The same for token ids."""
     from llama_cpp import llama_cpp
 
-    n = len(features)
+    for start in range(0, len(ids), n_batch):
+        part = ids[start : start + n_batch]
+        tokens = (llama_cpp.llama_token * len(part))(*part)
+        _decode(context, len(part), first + start, tokens, None, logits)
+
+
+def _decode(context: Any, n: int, first: int, tokens: Any, embeddings: Any, logits: bool) -> None:
+    from llama_cpp import llama_cpp
+
     sequence = (llama_cpp.llama_seq_id * 1)(0)
     pointer = ctypes.POINTER(llama_cpp.llama_seq_id)
     arrays = (  # referenced until llama_decode returns
         (llama_cpp.llama_pos * n)(*range(first, first + n)),
         (ctypes.c_int32 * n)(*[1] * n),
         (pointer * n)(*[ctypes.cast(sequence, pointer)] * n),
-        (ctypes.c_int8 * n)(),
+        (ctypes.c_int8 * n)(*[int(logits)] * n),
     )
-    embeddings = features.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    batch = llama_cpp.llama_batch(n, None, embeddings, *arrays)
+    batch = llama_cpp.llama_batch(n, tokens, embeddings, *arrays)
     if code := llama_cpp.llama_decode(context, batch):
-        raise BackendError(f"llama_decode: code {code} for {n} image positions from {first}")
+        raise BackendError(f"llama_decode: code {code} for {n} positions from {first}")

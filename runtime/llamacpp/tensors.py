@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import BackendError
-from pocketllava.llamacpp.backend import ggml
+from pocketllava.llamacpp.library import F16, F32, Node, ggml
 
 MAX_DIMS, MAX_OP_PARAMS_BYTES, MAX_SRC, MAX_NAME = 4, 64, 10, 64  # ggml.h
 OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts in
-F32, F16 = 0, 1  # enum ggml_type
 
 
 class Tensor(ctypes.Structure):
@@ -43,6 +43,27 @@ class _InitParams(ctypes.Structure):
     """struct ggml_init_params."""
 
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product: the weight's name, and the input, whose rows have n_columns values."""
+
+    weight: str
+    input: Node
+    n_columns: int
+    contiguous_f32: bool
+
+
+def product(node: Node) -> Product | None:
+    """What a node multiplies, or None for another operation. Raises BackendError as mul_mat_op does."""
+    tensor = tensor_at(node.address)
+    if tensor.op != mul_mat_op():
+        return None
+    rows = tensor_at(tensor.src[1])
+    contiguous = rows.type == F32 and rows.nb[1] == rows.ne[0] * ctypes.sizeof(ctypes.c_float)
+    weight = tensor_at(tensor.src[0]).name.decode("utf-8", "replace")
+    return Product(weight, Node(tensor.src[1]), rows.ne[0], contiguous)
 
 
 def tensor_at(address: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""A loaded model's tokens: their bytes, and which of them end an answer. Knows llama_vocab and nothing above it."""
+"""A loaded model's tokens: their texts and bytes, and which of them are special or end an answer.
+
+Knows llama_vocab and nothing above it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ from collections.abc import Iterable
 from typing import Any
 
 PIECE_BYTES = 1024
+CONTROL = 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_CONTROL
 
 
-class Tokens:
-    """Looked up once each: at a few hundred tokens a second the calls would be felt."""
+class Vocabulary:
+    """Looks tokens up once each: at a few hundred tokens a second the calls would be felt."""
 
-    def __init__(self, vocab: Any, ends: Iterable[int] = ()) -> None:
-        """vocab: a llama_vocab that outlives this object. ends: end-of-sequence ids beside the vocabulary's own."""
-        self._vocab, self._ends = vocab, set(ends)
-        self._known: dict[int, tuple[bytes, bool]] = {}
+    def __init__(self, vocab: Any, end_ids: Iterable[int] = ()) -> None:
+        """vocab: a llama_vocab that outlives this object. end_ids: ends of an answer beside the vocabulary's own."""
+        self._vocab, self._end_ids = vocab, set(end_ids)
+        self._cache: dict[int, tuple[bytes, bool]] = {}
 
     def piece(self, token: int) -> bytes:
         """A token's bytes; none for a control token."""
@@ -25,11 +29,48 @@ class Tokens:
         """Whether a token ends an answer."""
         return self._look_up(token)[1]
 
+    def text(self, token: int) -> str:
+        """A token as the vocabulary writes it, such as "▁a" or "</s>"."""
+        from llama_cpp import llama_cpp
+
+        return str(llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
+
+    def special(self) -> dict[str, int]:
+        """Control tokens by their text."""
+        from llama_cpp import llama_cpp
+
+        return {
+            self.text(i): i
+            for i in range(llama_cpp.llama_vocab_n_tokens(self._vocab))
+            if llama_cpp.llama_vocab_get_attr(self._vocab, i) & CONTROL
+        }
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether prompts begin with BOS."""
+        from llama_cpp import llama_cpp
+
+        return bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """The begin-of-sequence token's id, -1 where there is none."""
+        from llama_cpp import llama_cpp
+
+        return int(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> int:
+        """The end-of-sequence token's id, -1 where there is none."""
+        from llama_cpp import llama_cpp
+
+        return int(llama_cpp.llama_vocab_eos(self._vocab))
+
     def _look_up(self, token: int) -> tuple[bytes, bool]:
-        found = self._known.get(token)
-        if found is None:
-            found = self._known[token] = self._bytes_of(token), self._ends_answer(token)
-        return found
+        entry = self._cache.get(token)
+        if entry is None:
+            entry = self._cache[token] = self._bytes_of(token), self._ends_answer(token)
+        return entry
 
     def _bytes_of(self, token: int) -> bytes:
         """llama_cpp's own detokenizer cuts pieces off at 32 bytes."""
@@ -42,4 +83,4 @@ class Tokens:
     def _ends_answer(self, token: int) -> bool:
         from llama_cpp import llama_cpp
 
-        return token in self._ends or bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        return token in self._end_ids or bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))

@@ -79,9 +79,8 @@ def tiny_text_model(path: Path, width: int) -> Path:
 
 
 def _main(before: Path, after: Path) -> str:
-    from llama_cpp import llama_cpp
-
-    from pocketllava.llamacpp.backend import capture_log
+    from pocketllava.llamacpp.log import capture_log
+    from pocketllava.llamacpp.text_model import load_model
     from pocketllava.models.gguf_header import Header
     from pocketllava.models.mmproj_contract import check_mmproj
 
@@ -89,11 +88,7 @@ def _main(before: Path, after: Path) -> str:
     info = check_mmproj(Header.read(after))
     with tempfile.TemporaryDirectory() as folder:
         path = tiny_text_model(Path(folder) / "tiny.gguf", info.projected_width)
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers, params.use_mmap = 0, False
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise SystemExit("llama.cpp refuses the text model made for it")
+        model = load_model(path)
     right = _features(after, model, info)
     sys.stdout.write(f"{REFUSED}\n")  # the last word counts: this one, if the next line ends the process
     sys.stdout.flush()
@@ -105,15 +100,17 @@ def _main(before: Path, after: Path) -> str:
 
 
 def _features(path: Path, model: Any, info: Any) -> npt.NDArray[np.float32]:
-    from pocketllava.llamacpp.backend import cores
+    from pocketllava.llamacpp.devices import cores
     from pocketllava.models.demo import scenes
     from pocketllava.models.preprocessing import Preprocessing
     from pocketllava.vision.encoder import VisionEncoder
-    from pocketllava.vision.image import prepare
+    from pocketllava.vision.image import preprocess
 
     picture = scenes.scene(SCENE).draw()
-    pixels = prepare(picture, Preprocessing(shortest_edge=info.image_size, crop_size=info.image_size))
-    encoder = VisionEncoder(path, model, n_threads=cores(), use_gpu=False, info=info)
+    pixels = preprocess(picture, Preprocessing(shortest_edge=info.image_size, crop_size=info.image_size))
+    encoder = VisionEncoder(
+        path, model, n_threads=cores(), n_embd=info.projected_width, use_gpu=False, info=info
+    )
     try:
         return encoder.encode(pixels)
     finally:

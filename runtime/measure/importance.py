@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketllava.errors import BundleError, ImageError, InputError
-from pocketllava.llamacpp.backend import translated
-from pocketllava.measure.activations import Sums
+from pocketllava.llamacpp.guard import translated
+from pocketllava.measure.activations import Activations
 from pocketllava.models.files import written_whole
 from pocketllava.models.gguf_header import Header
 from pocketllava.types import Message
 
 if TYPE_CHECKING:
+    from pocketllava.engine.session import Session
     from pocketllava.llava import Llava
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,13 @@ def collect(
     """
     _check_place(out)
     work: list[Path | list[int]] = []
-    work += _pictures(source, limit) if source.is_dir() else _chunks(llava, source, chunk, limit)
-    images = 0
-    with llava._turns.turn(), translated("computing the importance matrix"), Sums(llava) as sums:
-        done = 0
+    images = done = 0
+    with (
+        llava.session() as session,
+        translated("computing the importance matrix"),
+        Activations(session) as sums,
+    ):
+        work += _pictures(source, limit) if source.is_dir() else _chunks(session, source, chunk, limit)
         for n, piece in enumerate(work):
             if isinstance(piece, Path):
                 images += (used := _one(sums, piece, questions[n % len(questions)], answer_tokens))
@@ -128,7 +132,7 @@ def _check_place(out: Path) -> None:
             raise InputError(f"{out}: is there already and is no importance matrix; choose another --out")
 
 
-def _one(sums: Sums, picture: Path, question: str, answer_tokens: int) -> int:
+def _one(sums: Activations, picture: Path, question: str, answer_tokens: int) -> int:
     """1, or 0 for a picture that cannot be read; it is said and left out."""
     try:
         sums.chat([Message("user", question, (picture,))], answer_tokens)
@@ -145,21 +149,19 @@ def _pictures(folder: Path, limit: int | None) -> Iterator[Path]:
     yield from found[:limit]
 
 
-def _chunks(llava: Llava, path: Path, size: int, limit: int | None) -> Iterator[list[int]]:
+def _chunks(session: Session, path: Path, size: int, limit: int | None) -> Iterator[list[int]]:
     """Token ids of a text in pieces, each beginning with BOS in place of its first token, as llama-imatrix has it."""
-    from llama_cpp import llama_cpp
-
-    llama = llava._llama
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: found no folder and no readable text ({error})") from error
-    add_bos = llama_cpp.llama_vocab_get_add_bos(llama._model.vocab)
-    ids = llama.tokenize(text.removesuffix("\n").encode(), add_bos=True, special=False)
-    if len(ids) < size or size > llama.n_ctx():
+    vocabulary = session.text.vocabulary
+    begin = [vocabulary.bos] if vocabulary.adds_bos else []
+    ids = [*begin, *session.text.tokenize(text.removesuffix("\n"))]
+    if len(ids) < size or size > session.text.n_ctx:
         raise InputError(
             f"{path}: {len(ids)} tokens, expected at least {size}, and a context of {size} (--ctx)"
         )
     for n in range(len(ids) // size)[:limit]:
         piece = list(ids[n * size : (n + 1) * size])
-        yield [llama.token_bos(), *piece[1:]] if add_bos else piece
+        yield [*begin, *piece[len(begin) :]]

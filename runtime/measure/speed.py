@@ -174,7 +174,7 @@ def machine() -> dict[str, Any]:
     """What is measured on, and with which versions."""
     import psutil
 
-    from pocketllava.llamacpp.backend import cores
+    from pocketllava.llamacpp.devices import cores
 
     return {
         "cpu": _cpu_name(),

@@ -1,46 +1,70 @@
-"""What the KV cache holds, as token ids and image keys, and how much of it a new prompt can keep.
+"""What a prompt is made of: token ids, and images known by their content.
 
-An image is known by its content: token ids cannot tell two pictures apart, and a cache that compares
-ids alone shows the wrong one (JamePeng/llama-cpp-python #90). Knows no engine.
+Token ids cannot tell two pictures apart, and a cache that compares ids alone shows the wrong one
+(JamePeng/llama-cpp-python #90). Knows no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """A picture's place in a prompt: its key (of pixels and mmproj) and how many positions it takes."""
+    """An image's place in a prompt: its key (of pixels and mmproj) and how many positions it takes."""
 
     key: str
-    n_positions: int
+    n_tokens: int
 
 
-Entry = int | ImageSpan
+PromptItem = int | ImageSpan
 
 
-def n_positions(entries: Sequence[Entry]) -> int:
+def placeholders(n_images: int, n_tokens: int) -> list[ImageSpan]:
+    """Spans for images that were not opened yet: enough to count a prompt."""
+    return [ImageSpan(f"image {n}", n_tokens) for n in range(n_images)]
+
+
+def fill(items: Sequence[PromptItem], spans: Iterable[ImageSpan]) -> list[PromptItem]:
+    """The same prompt with these spans, in the order of its images."""
+    following = iter(spans)
+    return [next(following) if isinstance(item, ImageSpan) else item for item in items]
+
+
+def n_positions(items: Sequence[PromptItem]) -> int:
     """Positions that a prompt takes in the KV cache."""
-    return sum(1 if isinstance(entry, int) else entry.n_positions for entry in entries)
+    return sum(1 if isinstance(item, int) else item.n_tokens for item in items)
 
 
-def position_ids(entries: Sequence[Entry], image_id: int) -> list[int]:
+def position_ids(items: Sequence[PromptItem], image_id: int) -> list[int]:
     """One token id a position, image_id where pictures stand."""
-    return [i for e in entries for i in ([e] if isinstance(e, int) else [image_id] * e.n_positions)]
+    return [i for item in items for i in ([item] if isinstance(item, int) else [image_id] * item.n_tokens)]
 
 
-def shared(held: Sequence[Entry], wanted: Sequence[Entry]) -> int:
-    """How many entries at the start of `wanted` the cache holds."""
+def shared(contents: Sequence[PromptItem], prompt: Sequence[PromptItem]) -> int:
+    """How many items at the start of two prompts are equal."""
     n = 0
-    for a, b in zip(held, wanted, strict=False):
+    for a, b in zip(contents, prompt, strict=False):
         if a != b:
             break
         n += 1
     return n
 
 
-def image_ends(entries: Sequence[Entry]) -> list[int]:
-    """How many entries there are up to the end of each image, the last image first."""
-    return [n for n in range(len(entries), 0, -1) if isinstance(entries[n - 1], ImageSpan)]
+def image_ends(items: Sequence[PromptItem]) -> list[int]:
+    """How many items there are up to the end of each image, the last image first."""
+    return [n for n in range(len(items), 0, -1) if isinstance(items[n - 1], ImageSpan)]
+
+
+def runs(items: Sequence[PromptItem]) -> list[list[int] | ImageSpan]:
+    """Text between images as lists of ids, images as they are."""
+    parts: list[list[int] | ImageSpan] = []
+    for item in items:
+        if isinstance(item, ImageSpan):
+            parts.append(item)
+        elif parts and isinstance(parts[-1], list):
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+    return parts

@@ -1,4 +1,4 @@
-"""Messages -> runs of text, special tokens and image places, by the checkpoint's own chat template -> token ids.
+"""Messages -> runs of text, special tokens and image spans, by the checkpoint's own chat template -> token ids.
 
 Knows Jinja templates and which texts are special; no engine (a tokenizer is a function it is given) and
 no pixels. What a user writes stays text: special tokens and image markers count only where the template
@@ -14,20 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import BackendError, BundleError, InputError
+from pocketllava.llamacpp.private import private
+from pocketllava.prompt.items import ImageSpan, PromptItem
 from pocketllava.types import Message
 
 Tokenize = Callable[[str], Sequence[int]]  # text -> ids, special tokens not parsed, no BOS
 ANCHOR = "\n"  # a text that no SentencePiece merge crosses
-
-
-@dataclass(frozen=True)
-class ImagePlace:
-    """A place in the prompt where picture number `index` stands."""
-
-    index: int
-
-
-Piece = str | int | ImagePlace  # a run of text, a special token's id, an image
 
 
 @dataclass(frozen=True)
@@ -42,49 +34,53 @@ class Template:
     add_bos: bool
     space_prefix: str
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """Render a conversation. Raises InputError for one without turns, or whose images do not appear."""
+    def pieces(self, messages: Sequence[Message], spans: Sequence[ImageSpan]) -> list[str | PromptItem]:
+        """Render a conversation: runs of text, special tokens' ids and the spans of its images, one each.
+
+        Raises InputError for one without turns, or whose images do not appear.
+        """
         if not messages:
             raise InputError("conversation: found no messages, expected at least one")
         guard = _guard([m.text for m in messages])
         text = self._render([_as_dict(m, lambda t: self._shield(t, guard)) for m in messages])
-        pieces: list[Piece] = []
+        pieces: list[str | PromptItem] = []
         n_images = 0
         for run in self._runs(text):
             if run == self.image_token:
-                pieces.append(ImagePlace(n_images))
+                pieces.extend(spans[n_images : n_images + 1])
                 n_images += 1
             elif run in self.special:
                 pieces.append(self.special[run])
             else:
                 pieces.append(run.replace(guard, ""))
-        expected = sum(len(m.images) for m in messages)
-        if n_images != expected:
-            raise InputError(f"chat template: it shows {n_images} of the conversation's {expected} images")
+        if n_images != len(spans):
+            raise InputError(f"chat template: it shows {n_images} of the conversation's {len(spans)} images")
         if self.add_bos and pieces[:1] != [self.special.get(self.bos)]:
             pieces.insert(0, self.special[self.bos])
         return pieces
 
-    def token_ids(self, messages: Sequence[Message], tokenize: Tokenize) -> list[int | ImagePlace]:
-        """Token ids, with an ImagePlace where a picture goes."""
-        ids: list[int | ImagePlace] = []
+    def prompt(
+        self, messages: Sequence[Message], spans: Sequence[ImageSpan], tokenize: Tokenize
+    ) -> list[PromptItem]:
+        """A conversation's token ids, with the spans where its images stand. Raises as pieces() does."""
+        items: list[PromptItem] = []
         first = True
-        for piece in self.pieces(messages):
+        for piece in self.pieces(messages, spans):
             if not isinstance(piece, str):
                 first = self._begins_anew(piece, first)
-                ids.append(piece)
+                items.append(piece)
                 continue
-            ids.extend(tokenize(piece) if self._prefixed(first) else without_prefix(piece, tokenize))
+            items.extend(tokenize(piece) if self._prefixed(first) else without_prefix(piece, tokenize))
             first = False
-        return ids
+        return items
 
     def _prefixed(self, first: bool) -> bool:
         """Whether a run of text gets the tokenizer's leading space (llama.cpp adds it to every run)."""
         return self.space_prefix not in ("first", "chunk") or first
 
-    def _begins_anew(self, piece: int | ImagePlace, first: bool) -> bool:
+    def _begins_anew(self, piece: PromptItem, first: bool) -> bool:
         """Whether text after this piece stands at the start: after BOS, and after an image if chunks do."""
-        if isinstance(piece, ImagePlace):
+        if isinstance(piece, ImageSpan):
             return self.space_prefix == "chunk"
         return first and piece == self.special.get(self.bos)
 
@@ -148,7 +144,6 @@ def _environment() -> Any:
 
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     def raise_exception(message: str) -> None:
         raise InputError(f"chat template: {message}")
@@ -156,7 +151,10 @@ def _environment() -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[loopcontrols, Jinja2ChatFormatter.IgnoreGenerationTags],
+        extensions=[
+            loopcontrols,
+            private("llama_cpp.llama_chat_format", "Jinja2ChatFormatter").IgnoreGenerationTags,
+        ],
     )
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)

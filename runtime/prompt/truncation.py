@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from pocketllava.types import Message
 
 
-def leave_out(
+def without_oldest(
     messages: Sequence[Message], n_tokens: Callable[[Sequence[Message]], int], room: int
 ) -> list[Message]:
     """The conversation without its oldest turns, as few as make it take at most `room` tokens.
 
     A turn is a user's message and what follows it. Kept in any case: system messages, the last turn, and
-    the last turn that shows images, since they are what is spoken of. What is left may still not fit.
+    the last turn that shows images, since they are what is spoken of. The rest may still not fit. The
+    conversation is counted log2(turns) times, because counting renders it.
     """
     turns = _turns(messages)
-    spoken_of = max((n for n, turn in enumerate(turns) if any(m.images for m in turn)), default=-1)
-    droppable = [n for n in range(len(turns) - 1) if n != spoken_of and turns[n][0].role != "system"]
-    left = list(messages)
-    dropped: set[int] = set()
-    for n in droppable:
-        if n_tokens(left) <= room:
-            break
-        dropped.add(n)
-        left = [m for k, turn in enumerate(turns) if k not in dropped for m in turn]
-    return left
+    last_shown = max((n for n, turn in enumerate(turns) if any(m.images for m in turn)), default=-1)
+    droppable = [n for n in range(len(turns) - 1) if n != last_shown and turns[n][0].role != "system"]
+
+    def without(count: int) -> list[Message]:
+        dropped = set(droppable[:count])
+        return [m for n, turn in enumerate(turns) if n not in dropped for m in turn]
+
+    def fits(count: int) -> bool:
+        return n_tokens(without(count)) <= room
+
+    if not droppable or fits(0):
+        return list(messages)
+    counts = range(1, len(droppable))
+    return without(1 + bisect_left(counts, True, key=fits))
 
 
 def _turns(messages: Sequence[Message]) -> list[list[Message]]:

@@ -5,7 +5,6 @@ Knows arrays and their keys; no engine.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 
 import numpy as np
@@ -15,13 +14,6 @@ from pocketllava.models.blob_cache import Store
 
 Features = npt.NDArray[np.float32]
 MAX_BYTES = 64 << 20  # six images of a 7B model
-
-
-def key_of(pixels: npt.NDArray[np.uint8], encoder: str = "") -> str:
-    """SHA-256 of what encodes an image and of its prepared pixels: what tells one picture from another."""
-    digest = hashlib.sha256(encoder.encode() + b"\0")
-    digest.update(np.ascontiguousarray(pixels).data)
-    return digest.hexdigest()
 
 
 class FeatureCache:

@@ -6,20 +6,19 @@ the size in the header was checked; nothing is fetched.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import os
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.types import ImageSource
+from pocketllava.vision import sources
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
@@ -28,42 +27,76 @@ MAX_ASPECT = 200  # beyond it, resizing the short side to 336 would make gigapix
 BACKGROUND = (255, 255, 255)  # what shows through transparency
 SIXTEEN_BIT = 257  # 65535 / 255
 
+TURNS = {  # EXIF orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 Pixels = npt.NDArray[np.uint8]
 
 
-def prepare(source: ImageSource, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> Pixels:
+def preprocess(source: ImageSource, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode an image and bring it to the model's input: (crop_size, crop_size, 3) uint8, RGB.
 
     Equals transformers' CLIPImageProcessor (LlavaImageProcessor with padding), Pillow back end, before
     rescaling and normalizing. Raises ImageError.
     """
-    return resize_and_crop(load(source, max_pixels), how)
+    return resize_and_crop(load(source, max_pixels), preprocessing)
 
 
 def load(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to an upright RGB picture: first frame, EXIF orientation applied, transparency on white."""
-    if isinstance(source, np.ndarray):
-        return to_rgb(_from_array(source))
-    if isinstance(source, Image.Image):
-        _check_size(source.size, "image", max_pixels)
-        return to_rgb(ImageOps.exif_transpose(source))
-    name, data = _read(source)
+    return decode(sources.read(source), sources.name_of(source), max_pixels)
+
+
+def decode(content: sources.Content, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The same of what sources.read() gave; `name` is what errors call it."""
+    check_pixels(content, name, max_pixels)
+    with pillow_errors(name):
+        if isinstance(content, np.ndarray):
+            return to_rgb(_from_array(content))
+        if isinstance(content, Image.Image):
+            return to_rgb(upright(content))
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ImageError(
+                f"{name}: {len(content)} bytes that are not an image; expected one of {', '.join(FORMATS)}"
+            ) from error
+        _check_size(image.size, name, max_pixels)
+        return to_rgb(upright(image))
+
+
+def check_pixels(content: sources.Content, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ImageError for a picture or an array of more than max_pixels, before anything is made of it."""
+    if isinstance(content, Image.Image):
+        _check_size(content.size, name, max_pixels)
+    elif isinstance(content, np.ndarray) and content.size and content.ndim in (2, 3):
+        _check_size((content.shape[1], content.shape[0]), name, max_pixels)
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Whatever Pillow's decoders raise inside the block is an ImageError; their remarks on metadata are not."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(image.size, name, max_pixels)
-            return to_rgb(ImageOps.exif_transpose(image))
+            warnings.simplefilter("ignore")
+            yield
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: more pixels than Pillow opens ({error})") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name}: {len(data)} bytes that are not an image; expected one of {', '.join(FORMATS)}"
-        ) from error
     except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, MemoryError) as error:
-        raise ImageError(
-            f"{name}: a damaged image ({error})"
-        ) from error  # Pillow's decoders raise all of these
+        raise ImageError(f"{name}: a damaged image ({error})") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says."""
+    turn = TURNS.get(sources.orientation_of(image) or 0)
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -76,22 +109,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, how: Preprocessing) -> Pixels:
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     """RGB picture -> (crop_size, crop_size, 3) uint8, in the steps of CLIPImageProcessor."""
-    if how.pad_to_square:
-        image = _pad_to_square(image, how)
+    if preprocessing.pad_to_square:
+        image = _pad_to_square(image, preprocessing)
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(
             f"image: {width} x {height} pixels, expected sides of at most {MAX_ASPECT}:1; crop it"
         )
-    size = (how.crop_size, how.crop_size)
-    if (edge := how.shortest_edge) is not None:
+    size = (preprocessing.crop_size, preprocessing.crop_size)
+    if (edge := preprocessing.shortest_edge) is not None:
         short, long = sorted((width, height))
         longer = int(edge * long / short)  # transformers' get_resize_output_image_size
         size = (edge, longer) if width <= height else (longer, edge)
-    resized = image.resize(size, resample=Image.Resampling(how.resample))
-    return _center_crop(np.asarray(resized), how.crop_size)
+    resized = image.resize(size, resample=Image.Resampling(preprocessing.resample))
+    return _center_crop(np.asarray(resized), preprocessing.crop_size)
 
 
 def _center_crop(pixels: Pixels, crop: int) -> Pixels:
@@ -106,7 +139,7 @@ def _center_crop(pixels: Pixels, crop: int) -> Pixels:
     return np.ascontiguousarray(pixels[top : top + crop, left : left + crop])
 
 
-def _pad_to_square(image: Image.Image, how: Preprocessing) -> Image.Image:
+def _pad_to_square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Center the picture on a square of the mean color: expand2square of the original LLaVA code."""
     side = max(image.size)
     if side * side > MAX_PADDED_PIXELS:
@@ -114,39 +147,9 @@ def _pad_to_square(image: Image.Image, how: Preprocessing) -> Image.Image:
             f"image: {image.width} x {image.height} pixels, padded to a square of {side} x {side}, expected at most"
             f" {MAX_PADDED_PIXELS / 1e6:.0f} megapixels; crop or scale it"
         )
-    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in how.mean))
+    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in preprocessing.mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def _read(source: ImageSource) -> tuple[str, bytes]:
-    """(what to call it, its bytes)."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return "image", bytes(source)
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return "data URI", _from_data_uri(source)
-    if isinstance(source, str) and source.split(":", 1)[0].lower() in ("http", "https", "file", "ftp"):
-        raise ImageError(f"{source.split(':', 1)[0]} URL: not opened; give a path, bytes or a data URI")
-    if not isinstance(source, str | os.PathLike):
-        raise ImageError(
-            f"image: found {type(source).__name__}, expected a path, bytes, a data URI, a PIL image or an array"
-        )
-    path = Path(source).expanduser()
-    try:
-        return str(path), path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-
-def _from_data_uri(uri: str) -> bytes:
-    """RFC 2397, base64 only."""
-    head, comma, body = uri.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise ImageError("data URI: expected data:image/...;base64,...")
-    try:
-        return base64.b64decode("".join(body.split()), validate=True)
-    except binascii.Error as error:
-        raise ImageError(f"data URI: not base64 ({error})") from error
 
 
 def _from_array(array: npt.NDArray[np.generic]) -> Image.Image:

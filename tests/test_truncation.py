@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketllava import Bundle, ContextOverflow, Llava, Message, Options
-from pocketllava.prompt.truncation import leave_out
+from pocketllava.prompt.truncation import without_oldest
 
 
 def words(messages: Sequence[Message]) -> int:
@@ -24,15 +24,19 @@ def turn(n: int, *images: bytes) -> list[Message]:
 
 def test_the_oldest_turns_go_first() -> None:
     talk = [Message("system", "Be brief."), *turn(1), *turn(2, b"i"), *turn(3), Message("user", "now")]
-    assert leave_out(talk, words, 1000) == talk
-    assert leave_out(talk, words, words(talk) - 1) == [talk[0], *talk[3:]]
-    assert leave_out(talk, words, 108) == [talk[0], *talk[3:5], talk[7]]  # the picture is still spoken of
-    assert leave_out(talk, words, 1) == [talk[0], *talk[3:5], talk[7]]
+    assert without_oldest(talk, words, 1000) == talk
+    assert without_oldest(talk, words, words(talk) - 1) == [talk[0], *talk[3:]]
+    assert without_oldest(talk, words, 108) == [
+        talk[0],
+        *talk[3:5],
+        talk[7],
+    ]  # the picture is still spoken of
+    assert without_oldest(talk, words, 1) == [talk[0], *talk[3:5], talk[7]]
 
 
 def test_an_older_picture_goes_before_the_one_spoken_of() -> None:
     talk = [*turn(1, b"old"), *turn(2, b"new"), Message("user", "now")]
-    assert leave_out(talk, words, 150) == talk[2:]
+    assert without_oldest(talk, words, 150) == talk[2:]
 
 
 messages = st.lists(
@@ -49,7 +53,7 @@ messages = st.lists(
 
 @given(talk=messages, room=st.integers(0, 400))
 def test_no_more_goes_than_must(talk: list[Message], room: int) -> None:
-    left = leave_out(talk, words, room)
+    left = without_oldest(talk, words, room)
     assert [m for m in talk if any(m is kept for kept in left)] == left  # in order
     assert [m for m in left if m.role == "system"] == [m for m in talk if m.role == "system"]
     assert talk[-1:] == left[-1:]

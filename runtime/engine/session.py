@@ -1,0 +1,251 @@
+"""Session: one loaded model with its caches. Messages in, tokens out.
+
+Joins the rooms below: images become features, messages become a prompt, and the KV cache evaluates what is
+new. Knows no command line, no streams and no text of answers.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketllava.engine.kv_cache import KvCache
+from pocketllava.engine.prefix_cache import PrefixCache
+from pocketllava.errors import ContextOverflow, InputError
+from pocketllava.llamacpp.guard import Interrupted, ShouldStop, translated
+from pocketllava.llamacpp.private import library_version
+from pocketllava.llamacpp.text_model import TextModel
+from pocketllava.models import Bundle
+from pocketllava.models.blob_cache import Store
+from pocketllava.models.bundle import DEFAULT_TEMPLATE, file_identity
+from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
+from pocketllava.prompt.template import Template
+from pocketllava.prompt.truncation import without_oldest
+from pocketllava.types import ImageSource, LoadOptions, Message, Options
+from pocketllava.vision.encoder import ENCODER_VERSION, VisionEncoder
+from pocketllava.vision.feature_cache import FeatureCache, Features
+from pocketllava.vision.image import MAX_PIXELS
+from pocketllava.vision.image_processor import ImageProcessor, PreparedImage
+
+IMAGE_TOKEN = "<image>"
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt that the KV cache now holds.
+
+    token_ids: one a position, the image token's id at image positions. cached_tokens: positions at the
+    start that the cache held already, or that were restored. left_out: messages that did not fit. Seconds
+    are wall time.
+    """
+
+    token_ids: list[int]
+    image_tokens: int
+    cached_tokens: int
+    prepare_s: float
+    encode_s: float
+    prompt_s: float
+    left_out: int
+
+
+class Session:
+    """One loaded model: text model, vision tower, template, caches. Not thread-safe; ModelLock guards it."""
+
+    def __init__(
+        self,
+        text: TextModel,
+        mmproj: Path,
+        bundle: Bundle | None = None,
+        options: LoadOptions | None = None,
+        *,
+        use_gpu: bool = True,
+    ) -> None:
+        """Load the vision tower beside a text model; the session owns both from now on.
+
+        bundle: says how images are prepared and what the template is; without one the template is the text
+        model's own, and images are prepared as llava-1.5 prepares them. Raises BundleError for an mmproj of
+        another model, BackendError.
+        """
+        options = options or LoadOptions()
+        self.text, self.bundle = text, bundle
+        self.vision = VisionEncoder(
+            mmproj, text.model, n_threads=text.n_threads, n_embd=text.n_embd, use_gpu=use_gpu
+        )
+        side = self.vision.info.image_size
+        encoder = f"{self._identity(mmproj)} {ENCODER_VERSION} {library_version()}"
+        self.images = ImageProcessor(
+            bundle.preprocessing if bundle else Preprocessing(shortest_edge=side, crop_size=side),
+            max_pixels=options.max_pixels or MAX_PIXELS,
+            encoder=encoder,
+        )
+        self.template = _template(text, bundle)
+        store = Store(Path(options.cache_dir), options.cache_bytes) if options.cache_dir is not None else None
+        self._features = FeatureCache(store=store)
+        settings = repr((self._identity(text.path), encoder, *text.settings))
+        self._prefixes = PrefixCache(store=store if options.keep_prefixes else None, settings=settings)
+        self.cache = KvCache(text, self.image_id, self._prefixes)
+
+    @property
+    def image_id(self) -> int:
+        """The token id that stands where an image is."""
+        return self.template.special[self.template.image_token]
+
+    def prefill(
+        self,
+        messages: Sequence[Message],
+        *,
+        should_stop: ShouldStop | None = None,
+        to_sample: bool = True,
+        truncate_for: int | None = None,
+    ) -> Prefilled:
+        """Bring a conversation into the KV cache, ready for sampling; what the cache holds of it stays.
+
+        should_stop: ends it with Interrupted once it is true. to_sample=False: no further than the last image.
+        truncate_for: leave out the oldest turns of a conversation that has no room for that many tokens more.
+        Raises InputError (ContextOverflow, ImageError) before the cache is touched, BackendError after.
+        """
+        clock = _Clock()
+        n_messages = len(messages)
+        messages, counted = self._fitting(messages, truncate_for)
+        prompt, images = self._prompt(messages, counted, should_stop)
+        if not to_sample:
+            prompt = prompt[: next(iter(image_ends(prompt)), 0)]
+        prepare_s = clock.lap()
+        with translated("restoring the prompt"):
+            n_reused = self.cache.reuse(prompt, to_sample=to_sample)
+        reuse_s = clock.lap()
+        missing = {item.key for item in prompt[n_reused:] if isinstance(item, ImageSpan)}
+        features = {key: self._encoded(images[key], should_stop) for key in missing}
+        encode_s = clock.lap()
+        with translated("evaluating the prompt"):
+            self.cache.decode(prompt, n_reused, features, should_stop)
+        return Prefilled(
+            token_ids=self.text.token_ids,
+            image_tokens=n_positions([item for item in prompt if isinstance(item, ImageSpan)]),
+            cached_tokens=n_positions(prompt[:n_reused]),
+            prepare_s=prepare_s,
+            encode_s=encode_s,
+            prompt_s=reuse_s + clock.lap(),
+            left_out=n_messages - len(messages),
+        )
+
+    def generate(self, prefilled: Prefilled, options: Options) -> Iterator[int]:
+        """Sample the answer's tokens, one by one. Raises BackendError."""
+        seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
+        with translated("generating the answer"):
+            yield from self.text.generate(
+                prefilled.token_ids,
+                seed=seed,
+                temp=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                min_p=0.0,
+                repeat_penalty=1.0,
+            )
+
+    def image_features(self, image: ImageSource) -> Features:
+        """What the text model sees of an image, (n_tokens, n_embd) float32. Raises ImageError, BackendError."""
+        return self._encoded(self.images.process(image))
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Positions that a conversation takes; no image is opened. Raises InputError."""
+        return n_positions(self.count(messages))
+
+    def count(self, messages: Sequence[Message]) -> list[PromptItem]:
+        """A conversation's prompt, with placeholders for its images. Raises InputError."""
+        n_images = sum(len(message.images) for message in messages)
+        return self.template.prompt(
+            messages, placeholders(n_images, self.vision.image_tokens), self.text.tokenize
+        )
+
+    def clear(self) -> None:
+        """Evaluate the next prompt from its beginning; features and what is on disk stay."""
+        self.cache.clear()
+        self._prefixes.clear()
+
+    def close(self) -> None:
+        """Free the vision tower and the text model."""
+        self.vision.close()
+        self.text.close()
+
+    def _fitting(
+        self, messages: Sequence[Message], truncate_for: int | None
+    ) -> tuple[Sequence[Message], list[PromptItem]]:
+        """A conversation that fits the context, and its prompt as it was counted. Raises InputError."""
+        counted = self.count(messages)
+        if truncate_for is not None and n_positions(counted) > self.text.n_ctx - truncate_for:
+            messages = without_oldest(messages, self.count_tokens, self.text.n_ctx - truncate_for)
+            counted = self.count(messages)
+        if not counted or isinstance(counted[-1], ImageSpan):  # an image gives no logits to sample from
+            end = "an image" if counted else "nothing"
+            raise InputError(f"chat template: the prompt ends in {end}, expected text before the answer")
+        if (needed := n_positions(counted)) >= self.text.n_ctx:
+            raise ContextOverflow(needed, self.text.n_ctx)
+        return messages, counted
+
+    def _prompt(
+        self, messages: Sequence[Message], counted: list[PromptItem], should_stop: ShouldStop | None
+    ) -> tuple[list[PromptItem], dict[str, PreparedImage]]:
+        """The prompt with the keys of its images, and these by key. Raises ImageError, Interrupted."""
+        images = []
+        for source in (image for message in messages for image in message.images):
+            _check(should_stop)
+            images.append(self.images.process(source))
+        _check(should_stop)
+        spans = [ImageSpan(image.key, self.vision.image_tokens) for image in images]
+        return fill(counted, spans), {image.key: image for image in images}
+
+    def _encoded(self, image: PreparedImage, should_stop: ShouldStop | None = None) -> Features:
+        """(n_tokens, n_embd) float32, encoded unless it is remembered."""
+        _check(should_stop)
+        shape = (self.vision.image_tokens, self.vision.info.projected_width)
+        features = self._features.get(image.key, shape)
+        if features is None:
+            features = self._features.put(image.key, self.vision.encode(image.pixels, should_stop))
+        return features
+
+    def _identity(self, path: Path) -> str:
+        """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""
+        bundle = self.bundle
+        if bundle and path in (bundle.model, bundle.mmproj):
+            return str(bundle.manifest["files"][path.name]["sha256"])
+        return file_identity(path)
+
+
+def _template(text: TextModel, bundle: Bundle | None) -> Template:
+    """The checkpoint's chat template with the text model's special tokens."""
+    vocabulary = text.vocabulary
+    own = text.metadata.get("tokenizer.chat_template", "")
+    special = vocabulary.special()
+    texts = {i: token for token, i in special.items()}
+    special.setdefault(IMAGE_TOKEN, max(0, vocabulary.eos))  # no row of its own: any id will do
+    return Template(
+        source=bundle.template if bundle else own if "image" in own else DEFAULT_TEMPLATE,
+        special=special,
+        image_token=bundle.manifest["image"]["token"] if bundle else IMAGE_TOKEN,
+        bos=texts.get(vocabulary.bos, ""),
+        eos=texts.get(vocabulary.eos, ""),
+        add_bos=vocabulary.adds_bos,
+        space_prefix=bundle.space_prefix if bundle else "every",
+    )
+
+
+def _check(should_stop: Callable[[], bool] | None) -> None:
+    if should_stop is not None and should_stop():
+        raise Interrupted
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

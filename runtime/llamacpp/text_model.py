@@ -1,0 +1,239 @@
+"""A loaded text model with its KV cache: all that the engine uses of a llama_cpp.Llama.
+
+Knows llama_cpp's record of its tokens (`input_ids`, `n_tokens`), and that others may use the same Llama; no
+images, no templates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketllava.errors import BackendError
+from pocketllava.llamacpp.batch import decode_features
+from pocketllava.llamacpp.devices import cores
+from pocketllava.llamacpp.guard import ShouldStop, interruptible, translated
+from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
+from pocketllava.llamacpp.private import check_llama
+from pocketllava.llamacpp.vocabulary import Vocabulary
+
+State = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment in a Llama's life: its record and how much it had evaluated then."""
+
+    array: Any
+    n_tokens: int
+    n_evaluated: int
+
+
+class TextModel:
+    """Text in, logits out. Not thread-safe."""
+
+    def __init__(self, llama: Any, end_ids: Iterable[int] = ()) -> None:
+        """llama: a llama_cpp.Llama, or a weak proxy of one that somebody else owns.
+
+        end_ids: tokens that end an answer, beside the vocabulary's own. Raises BackendError for a version of
+        llama_cpp that keeps its record in another way.
+        """
+        from llama_cpp import llama_cpp
+
+        check_llama(llama)
+        self._llama = llama
+        self.vocabulary = Vocabulary(llama_cpp.llama_model_get_vocab(llama.model), end_ids)
+        self.n_ctx, self.n_embd, self.n_vocab = int(llama.n_ctx()), int(llama.n_embd()), int(llama.n_vocab())
+
+    @classmethod
+    def load(cls, path: Path, end_ids: Iterable[int] = (), **settings: Any) -> tuple[TextModel, list[str]]:
+        """Load a GGUF file; also what llama.cpp logged meanwhile. settings: llama_cpp.Llama's.
+
+        Raises BackendError.
+        """
+        from llama_cpp import Llama
+
+        with translated(f"{path}: loading the text model"), log_lines() as lines, keep_file_descriptors():
+            return cls(Llama(str(path), verbose=False, **settings), end_ids), lines
+
+    @property
+    def path(self) -> Path:
+        """The GGUF file."""
+        return Path(self._llama.model_path)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's keys, as texts."""
+        return dict(self._llama.metadata)
+
+    @property
+    def model(self) -> Any:
+        """The llama_model, for what else is loaded beside it."""
+        return self._llama.model
+
+    @property
+    def context_params(self) -> Any:
+        """A copy of the parameters that the context was made with."""
+        from llama_cpp import llama_cpp
+
+        params = llama_cpp.llama_context_default_params()
+        ctypes.pointer(params)[0] = self._llama.context_params
+        return params
+
+    @property
+    def n_batch(self) -> int:
+        """Positions that are evaluated at once, at most."""
+        return int(self._llama.n_batch)
+
+    @property
+    def n_threads(self) -> int:
+        """CPU threads of prompt evaluation."""
+        return int(self._llama.n_threads_batch or cores())
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """What an evaluated state depends on, beside the file and the library."""
+        p = self._llama.context_params
+        layers = self._llama.model_params.n_gpu_layers
+        return layers, p.n_batch, p.n_ubatch, p.type_k, p.type_v, p.flash_attn_type
+
+    def tokenize(self, text: str) -> list[int]:
+        """Text -> ids; special tokens are text like any other, and no BOS is added."""
+        return list(self._llama.tokenize(text.encode(), add_bos=False, special=False))
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions in the KV cache."""
+        return int(self._llama.n_tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """One id a position of the KV cache."""
+        return [int(i) for i in self._llama.input_ids[: self.n_tokens]]
+
+    def mark(self) -> Mark:
+        """Remember this moment, for ids_since()."""
+        return Mark(self._llama.input_ids, self.n_tokens, self._n_evaluated())
+
+    def ids_since(self, mark: Mark, ids: list[int]) -> list[int] | None:
+        """Ids generated since a mark, when the cache held `ids`; None if anybody else used the Llama meanwhile.
+
+        Token ids alone would not show that, since every picture has the same ones: so the cache's length, the
+        count of evaluated tokens and the array itself must agree too.
+        """
+        n, llama = len(ids), self._llama
+        n_generated = self.n_tokens - n
+        untouched = (
+            mark.n_tokens == n
+            and llama.input_ids is mark.array  # load_state replaces it
+            and self._last_position() == self.n_tokens - 1
+            # a count of 0 is reported as 1
+            and 0 <= n_generated - (self._n_evaluated() - mark.n_evaluated) <= 1
+            and self.token_ids[:n] == ids
+        )
+        return self.token_ids[n:] if untouched else None
+
+    def record(self, ids: list[int]) -> None:
+        """Write down what the KV cache holds, for llama_cpp's own bookkeeping."""
+        self._llama.input_ids[: len(ids)] = ids
+        self._llama.n_tokens = len(ids)
+
+    def truncate(self, n: int) -> None:
+        """Keep the KV cache's first n positions. Raises BackendError."""
+        from llama_cpp import llama_cpp
+
+        memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        if not n:
+            llama_cpp.llama_memory_clear(memory, True)
+        elif not llama_cpp.llama_memory_seq_rm(memory, 0, n, -1):
+            raise BackendError(f"KV cache: cannot be cut at position {n}")
+        self._llama._requires_eval = True
+        self._llama.n_tokens = min(self.n_tokens, n)
+
+    def decode_tokens(self, ids: list[int]) -> None:
+        """Evaluate ids after what the KV cache holds."""
+        self._llama.eval(ids)
+
+    def decode_features(self, features: npt.NDArray[np.float32], token_id: int) -> None:
+        """Evaluate (n, n_embd) rows in the place of tokens; token_id stands for them in the record."""
+        first, n = self.n_tokens, len(features)
+        decode_features(self._llama.ctx, features, first, self.n_batch)
+        self._llama.input_ids[first : first + n] = token_id
+        self._llama.n_tokens = first + n
+
+    def interruptible(self, should_stop: ShouldStop | None) -> AbstractContextManager[None]:
+        """End evaluation inside the block once should_stop() is true: raises Interrupted."""
+        return interruptible(self._llama.ctx, should_stop)
+
+    def state(self) -> State:
+        """What the KV cache holds, as bytes: (n_bytes,) uint8."""
+        from llama_cpp import llama_cpp
+
+        n_bytes = llama_cpp.llama_state_seq_get_size(self._llama.ctx, 0)
+        state = np.empty(n_bytes, np.uint8)
+        written = llama_cpp.llama_state_seq_get_data(self._llama.ctx, _pointer(state), n_bytes, 0)
+        return state[:written]
+
+    def restore(self, state: State, n_positions: int) -> bool:
+        """Replace what the KV cache holds; False if llama.cpp refused it, and then its content is undefined."""
+        from llama_cpp import llama_cpp
+
+        self.truncate(0)
+        memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        return bool(
+            llama_cpp.llama_state_seq_set_data(self._llama.ctx, _pointer(state), len(state), 0) == len(state)
+            and llama_cpp.llama_memory_seq_pos_min(memory, 0) == 0
+            and self._last_position() == n_positions - 1
+        )
+
+    def generate(self, prompt: list[int], *, seed: int, **sampling: Any) -> Iterator[int]:
+        """Sample tokens after a prompt that the KV cache holds. sampling: llama_cpp.Llama.generate's settings."""
+        self._llama.set_seed(seed)
+        yield from self._llama.generate(prompt, **sampling)
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits of the next token, (n_vocab,) float32."""
+        from llama_cpp import llama_cpp
+
+        pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
+        return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+
+    def close(self) -> None:
+        """Free the model."""
+        self._llama.close()
+
+    def _last_position(self) -> int:
+        from llama_cpp import llama_cpp
+
+        return int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._llama.ctx), 0))
+
+    def _n_evaluated(self) -> int:
+        """Tokens and embeddings that the context has evaluated since its timings were reset."""
+        from llama_cpp import llama_cpp
+
+        llama_cpp.llama_synchronize(self._llama.ctx)
+        perf = llama_cpp.llama_perf_context(self._llama.ctx)
+        return int(perf.n_p_eval + perf.n_eval)
+
+
+def load_model(path: Path) -> Any:
+    """A llama_model on the CPU without a context, for as long as the process lives. Raises BackendError."""
+    from llama_cpp import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers, params.use_mmap = 0, False
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise BackendError(f"{path}: llama.cpp could not load it")
+    return model
+
+
+def _pointer(state: State) -> Any:
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -1,0 +1,99 @@
+"""What a loaded model runs on: llama.cpp's own words for it, and what happens where a GPU is too small."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pocketllava import BackendError, Bundle, Llava, UnsupportedOption
+from pocketllava.engine.loading import device_of, or_on_cpu
+from pocketllava.llamacpp import mtmd, private
+from pocketllava.llamacpp.devices import cores, gpus
+from pocketllava.llamacpp.log import log_lines
+
+CUDA = ["CUDA0 (NVIDIA RTX 4070)"]
+
+
+@pytest.mark.parametrize(
+    ("line", "devices", "expected"),
+    [
+        ("load_tensors: offloaded 33/33 layers to GPU", CUDA, "CUDA0 (NVIDIA RTX 4070), 33/33 layers"),
+        ("load_tensors: offloaded 12/33 layers to GPU", CUDA, "CUDA0 (NVIDIA RTX 4070), 12/33 layers"),
+        ("load_tensors: offloaded 0/33 layers to GPU", CUDA, "CPU, 8 threads"),
+        ("load_tensors: offloaded 33/33 layers to GPU", [], "CPU, 8 threads"),
+        ("llama_model_loader: loaded meta data", CUDA, "CPU, 8 threads"),
+    ],
+)
+def test_where_the_text_model_is(line: str, devices: list[str], expected: str) -> None:
+    assert device_of(["something before", line, *["something behind"] * 1000], devices, 8) == expected
+    assert device_of([], devices, 1) == "CPU, 1 thread"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("clip_ctx: CLIP using CUDA0 backend", "CUDA0"),
+        ("clip_ctx: CLIP using Metal backend", "Metal"),
+        ("clip_ctx: CLIP using CPU backend", "CPU"),
+        ("load_hparams: projector: mlp", None),
+    ],
+)
+def test_where_the_vision_tower_is(line: str, expected: str | None) -> None:
+    assert mtmd.device_of(line) == expected
+
+
+def test_no_line_is_lost_however_many_follow(bundle: Bundle) -> None:
+    """A 7B model logs more than 200 lines after the one that says where its layers are."""
+    with log_lines() as lines:
+        for _ in range(4):
+            Llava.load(bundle.folder, n_ctx=256).close()
+    assert sum("n_ctx" in line for line in lines) >= 4
+    assert len(lines) > 300
+
+
+def test_a_model_too_large_for_the_gpu_is_loaded_on_the_cpu(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[int] = []
+
+    def load(layers: int) -> str:
+        tried.append(layers)
+        if layers:
+            raise BackendError("ggml_cuda: out of memory")
+        return "loaded"
+
+    with caplog.at_level(logging.WARNING):
+        assert or_on_cpu(load, -1, bundle, CUDA) == "loaded"
+    assert tried == [-1, 0]
+    assert "does not load on CUDA0 (NVIDIA RTX 4070): using the CPU" in caplog.text
+    assert "out of memory" in caplog.text
+    with pytest.raises(BackendError):
+        or_on_cpu(load, 12, bundle, CUDA)  # so many layers were asked for
+    assert tried == [-1, 0, 12]
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this build has a GPU")
+def test_layers_on_a_gpu_that_is_not_there(bundle: Bundle) -> None:
+    with pytest.raises(UnsupportedOption, match="built for CPUs only"):
+        Llava.load(bundle.folder, n_gpu_layers=1)
+    with Llava.load(bundle.folder) as llava:
+        assert llava.devices[0].startswith(f"CPU, {cores()} thread")
+        assert llava.devices[1] == "CPU"
+
+
+def test_every_private_name_of_llama_cpp_is_there() -> None:
+    """The one list of what an upgrade of llama-cpp-python may break."""
+    for module, names in private.MODULE_NAMES.items():
+        for name in names:
+            assert private.private(module, name) is not None
+    with pytest.raises(KeyError, match="is not listed"):
+        private.private("llama_cpp.llama", "_something_else")
+
+
+def test_a_name_that_moved_is_one_message() -> None:
+    class Llama:
+        """Of a version to come."""
+
+    with pytest.raises(BackendError, match=r"no Llama\.input_ids, expected a version >=0\.3\.36,<0\.4"):
+        private.check_llama(Llama())
