@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prompt_toolkit.utils import get_cwidth
 
@@ -248,7 +248,8 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complete("/images ") == complete("nothing like it") == []
 
 
-@given(st.lists(st.text("abc \n漢", max_size=50)), st.integers(4, 40))
+@example(pieces=["   a", "a"], columns=4)  # spaces that leave no room for the word behind them
+@given(pieces=st.lists(st.text("abc \n漢", max_size=50)), columns=st.integers(4, 40))
 def test_lines_break_between_words_while_they_stream(pieces: list[str], columns: int) -> None:
     whole, wrap = Wrap(lambda: columns), Wrap(lambda: columns)
     text = "".join(pieces)

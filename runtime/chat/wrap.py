@@ -44,7 +44,7 @@ class Wrap:
             return ""
         word, width = self._word, get_cwidth(self._word)
         fits = self._column + len(self._gap) + width <= self._columns()
-        before = self._gap if fits or not self._column else "\n"
-        self._column = width if before == "\n" else self._column + len(before) + width
+        before = self._gap if fits else "\n" if self._column else ""
+        self._column = self._column + len(before) + width if fits else width
         self._gap, self._word = "", ""
         return before + word

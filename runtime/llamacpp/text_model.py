@@ -50,7 +50,10 @@ class TextModel:
         check_llama(llama)
         self._llama = llama
         self.vocabulary = Vocabulary(llama_cpp.llama_model_get_vocab(llama.model), end_ids)
-        self.n_ctx, self.n_embd, self.n_vocab = int(llama.n_ctx()), int(llama.n_embd()), int(llama.n_vocab())
+        self.n_ctx = min(
+            int(llama.n_ctx()), len(llama.input_ids)
+        )  # llama.cpp rounds up, llama_cpp's record does not
+        self.n_embd, self.n_vocab = int(llama.n_embd()), int(llama.n_vocab())
 
     @classmethod
     def load(cls, path: Path, end_ids: Iterable[int] = (), **settings: Any) -> tuple[TextModel, list[str]]:

@@ -1,0 +1,139 @@
+"""LlavaChatHandler in a program's own llama_cpp.Llama: its requests, its refusals, its life."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import json
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pictures
+import pytest
+
+from pocketllava import Bundle, ContextOverflow, InputError, UnsupportedOption
+from pocketllava.integrations.llama_cpp import LlavaChatHandler
+from pocketllava.prompt.openai import from_openai
+
+URI = "data:image/png;base64," + base64.b64encode(pictures.four()[0]).decode()
+REQUEST: Any = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": URI}},
+            {"type": "text", "text": "What is it?"},
+        ],
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def llama(bundle: Bundle) -> Iterator[Any]:
+    """A Llama with the handler; logits of every position are what llama_cpp's logprobs need."""
+    from llama_cpp import Llama
+
+    handler = LlavaChatHandler(bundle.folder)
+    llama = Llama(
+        str(bundle.model), chat_handler=handler, n_ctx=1024, n_threads=1, logits_all=True, verbose=False
+    )
+    yield llama
+    handler.close()
+    llama.close()
+
+
+def answer(llama: Any, **options: Any) -> Any:
+    return llama.create_chat_completion(REQUEST, max_tokens=12, temperature=0.0, **options)["choices"][0]
+
+
+def test_log_probabilities(llama: Any) -> None:
+    plain, choice = answer(llama), answer(llama, logprobs=True, top_logprobs=2)
+    assert choice["message"] == plain["message"]
+    tokens = choice["logprobs"]["content"]
+    assert len(tokens) == 12
+    for token in tokens:
+        assert 1 <= len(token["top_logprobs"]) <= 2  # llama_cpp merges those of equal text
+        assert math.isclose(token["logprob"], max(t["logprob"] for t in token["top_logprobs"]), abs_tol=1e-4)
+        assert token["logprob"] <= 0
+
+
+def test_json_objects(llama: Any) -> None:
+    """The answer keeps to JSON's grammar: it parses, or was cut off within an object."""
+    text = answer(llama, response_format={"type": "json_object"})["message"]["content"]
+    assert text.lstrip().startswith("{")
+    assert answer(llama, response_format={"type": "text"}) == answer(llama)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"grammar": 'root ::= "a"'}, "grammar"),
+        (
+            {"response_format": {"type": "json_object", "schema": {"enum": []}}},
+            "response_format 'json_object'",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format 'json_schema'"),
+        ({"response_format": "json"}, "response_format 'json'"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+    ],
+)
+def test_what_is_refused(llama: Any, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(UnsupportedOption, match=f"^{name}: "):
+        answer(llama, **options)
+    assert answer(llama)["finish_reason"] == "length"
+
+
+def test_a_prompt_that_ends_in_an_image(make_bundle: Any, tmp_path: Any) -> None:
+    """A template without a generation prompt: there are no logits to sample from, and llama.cpp would abort."""
+    from llama_cpp import Llama
+
+    bundle = make_bundle()
+    (tmp_path / "model.gguf").write_bytes(bundle.model.read_bytes())
+    (tmp_path / "mmproj.gguf").write_bytes(bundle.mmproj.read_bytes())
+    manifest = json.loads((bundle.folder / "bundle.json").read_text("utf-8"))
+    manifest["chat_template"] = "{% for m in messages %}{{ m.content[0].text }}<image>{% endfor %}"
+    (tmp_path / "bundle.json").write_text(json.dumps(manifest), "utf-8")
+    llama = Llama(
+        str(bundle.model), chat_handler=LlavaChatHandler(tmp_path), n_ctx=1024, n_threads=1, verbose=False
+    )
+    with pytest.raises(InputError, match="the prompt ends in an image, expected text"):
+        llama.create_chat_completion(REQUEST, max_tokens=1)
+    llama.close()
+
+
+def test_a_context_that_is_no_multiple_of_256(bundle: Bundle) -> None:
+    from llama_cpp import Llama
+
+    handler = LlavaChatHandler(bundle.folder)
+    llama: Any = Llama(str(bundle.model), chat_handler=handler, n_ctx=600, n_threads=1, verbose=False)
+    long: Any = [{"role": "system", "content": "word " * 20}, *REQUEST]
+    needed = handler.session(llama).count_tokens([from_openai(message) for message in long])
+    assert 600 < needed < 768  # llama.cpp's own context is rounded up, llama_cpp's buffers are not
+    with pytest.raises(ContextOverflow, match="do not fit a context of 600"):
+        llama.create_chat_completion(long, max_tokens=1)
+    assert llama.create_chat_completion(REQUEST, max_tokens=2, temperature=0.0)["choices"]
+    llama.close()
+
+
+def test_a_llama_without_close_is_freed(bundle: Bundle) -> None:
+    """The Llama holds its handler; the handler does not keep it alive."""
+    from llama_cpp import Llama
+
+    llama: Any = Llama(
+        str(bundle.model),
+        chat_handler=LlavaChatHandler(bundle.folder),
+        n_ctx=1024,
+        n_threads=1,
+        verbose=False,
+    )
+    llama.create_chat_completion(REQUEST, max_tokens=1)
+    gone = weakref.ref(llama)
+    del llama
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_demo_by_name() -> None:
+    assert LlavaChatHandler("demo").bundle is not None
