@@ -12,7 +12,7 @@ import pytest
 import recorded
 import variants
 from prompts import PROMPTS, for_transformers, messages
-from test_reference import GREEDY, assert_equal_or_tie, features_of, model_of, opened, processor_of
+from test_reference import GREEDY, features_of, model_of, opened, processor_of
 
 from pocketllava import Llava
 from pocketllava.vision import image
@@ -68,6 +68,8 @@ def test_features_prompts_and_answers(
     model, processor = model_of(folder), processor_of(folder)
     expected = [answer_of(model, processor, data) for data in pictures.four()]
     judge(request, f"answers, {name}", [ids for ids, _ in expected])
+    if request.config.getoption("--record"):
+        variants.keep(f"ties, {name}", [recorded.ties_of(logits) for _, logits in expected])
     equal = 0
     with Llava.load(bundle.folder) as llava:
         for data, (ids, logits) in zip(pictures.four(), expected, strict=True):
@@ -80,7 +82,7 @@ def test_features_prompts_and_answers(
             equal += sum(a == b for a, b in zip(found, ids, strict=False))
             print(f"\n{name}: relative error {error:.2e}, {equal} tokens equal")
             assert error <= 1.5e-3
-            assert_equal_or_tie(found, ids, logits)
+            recorded.assert_equal_or_tie(found, ids, recorded.ties_of(logits))
         for turns in PROMPTS.values():
             text = processor.apply_chat_template(for_transformers(turns), add_generation_prompt=True)
             bos = layout.get("llama3", False)

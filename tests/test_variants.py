@@ -31,7 +31,8 @@ def test_answers_are_those_of_transformers(make_bundle: Any, name: str) -> None:
     options = Options(max_tokens=recorded.N_TOKENS)
     with Llava.load(bundle.folder) as llava:
         found = list(llava.ask(pictures.four()[0], recorded.QUESTION, options=options).token_ids)
-    assert found == variants.load()[f"answers, {name}"][0]
+    reference = variants.load()
+    recorded.assert_equal_or_tie(found, reference[f"answers, {name}"][0], reference[f"ties, {name}"][0])
 
 
 def test_300_lines_have_the_ids_of_transformers(make_bundle: Any) -> None:
