@@ -6,15 +6,19 @@ Knows callbacks and errors; nothing of what is computed.
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 from pocketllava.errors import BackendError, PocketLlavaError
 from pocketllava.llamacpp.library import Node
 from pocketllava.llamacpp.log import capture_log, last_error
 
 ShouldStop = Callable[[], bool]
+T = TypeVar("T")
 
 
 class Interrupted(BaseException):
@@ -35,15 +39,43 @@ def translated(doing: str) -> Iterator[None]:
         raise BackendError(f"{doing}: {reason}" + (f" ({hint})" if hint else "")) from error
 
 
+_pending: list[tuple[int, FrameType | None]] = []  # SIGINTs that came inside a call into C
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Around a call into C: a Ctrl-C ends it as soon as its callbacks can, and is raised at the block's end.
+
+    Python runs signal handlers between its own instructions, so inside C only in callbacks, at their first
+    instruction already; what is raised there is printed and lost. So meanwhile the handler takes notes only.
+    """
+    if threading.current_thread() is not threading.main_thread() or _pending:
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # the default action, ignored, or set by C: none of them raises
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: _pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if _pending:
+            number, frame = _pending[0]
+            _pending.clear()
+            handler(number, frame)
+
+
 class Held:
-    """The first exception of a callback, Ctrl-C's included: raised inside C it would be printed and lost."""
+    """The first exception of a callback, to be raised once C is left: inside C it would be printed and lost."""
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
 
-    def call(self, function: Callable[..., bool], *args: Any, failed: bool) -> bool:
-        """What the function returns; `failed` once it, or an earlier one, raised."""
-        if self.error is None:
+    def call(self, function: Callable[..., T], *args: object, failed: T) -> T:
+        """What the function returns; `failed` once it, or an earlier one, raised, or Ctrl-C came."""
+        if self.error is None and not _pending:
             try:
                 return function(*args)
             except BaseException as error:
@@ -117,7 +149,8 @@ def interruptible(context: Any, should_stop: ShouldStop | None) -> Iterator[None
     callback = llama_cpp.ggml_abort_callback(lambda _data: held.call(stop, failed=True))
     llama_cpp.llama_set_abort_callback(context, callback, None)
     try:
-        yield
+        with deferred_interrupts():
+            yield
     except Exception:
         held.check()
         if stop():

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.devices import gpus
-from pocketllava.llamacpp.guard import EvalCallback, translated
+from pocketllava.llamacpp.guard import EvalCallback, deferred_interrupts, translated
 from pocketllava.llamacpp.log import log_lines
 
 
@@ -48,7 +48,11 @@ class MtmdContext:
             else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.cb_eval = callback.function
-        with translated(f"{mmproj}: loading the vision tower"), log_lines() as lines:
+        with (
+            translated(f"{mmproj}: loading the vision tower"),
+            log_lines() as lines,
+            deferred_interrupts(),
+        ):
             self._context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), model, params)
             if not self._context:
                 raise BackendError(f"{mmproj}: libmtmd could not load it")
@@ -57,8 +61,12 @@ class MtmdContext:
 
     def encode(self, pixels: npt.NDArray[np.uint8], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
         """(side, side, 3) uint8 -> features (n_tokens, n_embd) float32 of the expected shape. Raises BackendError."""
+        with deferred_interrupts():  # libmtmd also logs, and a log callback can lose a Ctrl-C
+            return self._encode(np.ascontiguousarray(pixels), shape)
+
+    def _encode(self, pixels: npt.NDArray[np.uint8], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
         lib, (height, width) = self._lib, pixels.shape[:2]
-        data = np.ascontiguousarray(pixels).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        data = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         bitmap, chunks = lib.mtmd_bitmap_init(width, height, data), lib.mtmd_input_chunks_init()
         try:
             chunk = self._image_chunk(bitmap, chunks, shape[0])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.batch import decode_features
 from pocketllava.llamacpp.devices import cores
-from pocketllava.llamacpp.guard import ShouldStop, interruptible, translated
+from pocketllava.llamacpp.guard import ShouldStop, deferred_interrupts, interruptible, translated
 from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
 from pocketllava.llamacpp.private import check_llama
 from pocketllava.llamacpp.vocabulary import Vocabulary
@@ -63,7 +63,12 @@ class TextModel:
         """
         from llama_cpp import Llama
 
-        with translated(f"{path}: loading the text model"), log_lines() as lines, keep_file_descriptors():
+        with (
+            translated(f"{path}: loading the text model"),
+            log_lines() as lines,
+            keep_file_descriptors(),
+            deferred_interrupts(),
+        ):
             return cls(Llama(str(path), verbose=False, **settings), end_ids), lines
 
     @property
@@ -148,6 +153,7 @@ class TextModel:
         self._llama.input_ids[: len(ids)] = ids
         self._llama.n_tokens = len(ids)
 
+    @deferred_interrupts()
     def truncate(self, n: int) -> None:
         """Keep the KV cache's first n positions. Raises BackendError."""
         from llama_cpp import llama_cpp
@@ -175,6 +181,7 @@ class TextModel:
         """End evaluation inside the block once should_stop() is true: raises Interrupted."""
         return interruptible(self._llama.ctx, should_stop)
 
+    @deferred_interrupts()
     def state(self) -> State:
         """What the KV cache holds, as bytes: (n_bytes,) uint8."""
         from llama_cpp import llama_cpp
@@ -184,6 +191,7 @@ class TextModel:
         written = llama_cpp.llama_state_seq_get_data(self._llama.ctx, _pointer(state), n_bytes, 0)
         return state[:written]
 
+    @deferred_interrupts()
     def restore(self, state: State, n_positions: int) -> bool:
         """Replace what the KV cache holds; False if llama.cpp refused it, and then its content is undefined."""
         from llama_cpp import llama_cpp
@@ -199,7 +207,13 @@ class TextModel:
     def generate(self, prompt: list[int], *, seed: int, **sampling: Any) -> Iterator[int]:
         """Sample tokens after a prompt that the KV cache holds. sampling: llama_cpp.Llama.generate's settings."""
         self._llama.set_seed(seed)
-        yield from self._llama.generate(prompt, **sampling)
+        tokens = self._llama.generate(prompt, **sampling)
+        while True:
+            with deferred_interrupts():
+                token = next(tokens, None)
+            if token is None:
+                return
+            yield token
 
     def logits(self) -> npt.NDArray[np.float32]:
         """Logits of the next token, (n_vocab,) float32."""
