@@ -124,7 +124,7 @@ def test_an_existing_bundle_is_kept_unless_forced(make_checkpoint: Any, tmp_path
     with pytest.raises(KeyboardInterrupt):
         convert(make_checkpoint(), out, quant="Q4_0", force=True, progress=interrupt)
     assert Bundle.open(out).manifest == first
-    assert convert(make_checkpoint(), out, quant="Q4_0", force=True).manifest["types"]["model"] == "Q4_0"
+    assert convert(make_checkpoint(), out, quant="Q4_0", force=True).manifest.types.model == "Q4_0"
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -202,7 +202,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(
         assert not out.exists() or Bundle.open(out)
         if kind == "SIGINT":
             assert not work.exists()
-    assert convert(checkpoint, out, quant="Q2_K", force=True).manifest["types"]["model"] == "Q2_K"
+    assert convert(checkpoint, out, quant="Q2_K", force=True).manifest.types.model == "Q2_K"
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 

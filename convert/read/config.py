@@ -13,7 +13,7 @@ from typing import Any
 from pocketllava.convert.read.layers import feature_layers
 from pocketllava.convert.read.rope import llama3_factors
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
-from pocketllava.models.patches import PatchGrid
+from pocketllava.models.preprocessing import PatchGrid
 from pocketllava.models.siglip import ACTIVATIONS as SIGLIP_ACTIVATIONS
 from pocketllava.models.siglip import DEFAULTS as SIGLIP_DEFAULTS
 from pocketllava.models.siglip import MODEL_TYPE as SIGLIP

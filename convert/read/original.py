@@ -21,7 +21,6 @@ KINDS = {  # architecture or model_type -> text model
     "llava_llama": "llama",
     "llava_mistral": "mistral",
 }
-IMAGE_TOKEN = "<image>"  # where the prompt is cut; no row of the vocabulary (IMAGE_TOKEN_INDEX is -200)
 KNOWN_TOWER = "clip-vit-large-patch14-336"  # LLaVA-1.5's: LlavaConfig's own default, no need to ask the hub
 HUB_OWNER = "openai/"
 NOT_VISION = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")

@@ -12,8 +12,8 @@ from pocketllava.convert.read.config import LlavaConfig
 from pocketllava.convert.read.vocab import Vocab
 from pocketllava.errors import ConvertError
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
+from pocketllava.models.manifest import IMAGE_TOKEN
 
-IMAGE = "<image>"
 LLAMA3_HEADER = "<|start_header_id|>"
 # Meta's Llama-3 template with llava-llama-3-8b's place for images; for checkpoints whose own knows no images.
 LLAMA3_TEMPLATE = (
@@ -40,7 +40,7 @@ def chat_template(checkpoint: Checkpoint, vocab: Vocab, image_token_id: int) -> 
     if own and "image" in own:
         return own
     family = LLAMA3_TEMPLATE if LLAMA3_HEADER in vocab.tokens else DEFAULT_TEMPLATE
-    return family.replace(IMAGE, vocab.tokens[image_token_id])
+    return family.replace(IMAGE_TOKEN, vocab.tokens[image_token_id])
 
 
 def end_ids(checkpoint: Checkpoint, config: LlavaConfig, vocab: Vocab) -> list[int]:
