@@ -117,13 +117,15 @@ def plan_types(
         opened = _open(folder, identity, tower)
         checkpoint, config = opened.checkpoint, opened.config
         dropped = dict(checkpoint.dropped)
+        texts = [
+            plan_text(checkpoint, config.text, opened.vocab, opened.template, quant, dropped, matrix)
+            for quant in types
+        ]
         vision = plan_mmproj(checkpoint, config, opened.preprocessing, mmproj, dropped)
-        plans = []
-        for quant in types:
-            left_out = dict(dropped)
-            text = plan_text(checkpoint, config.text, opened.vocab, opened.template, quant, left_out, matrix)
-            plans.append(ConvertPlan(opened, text, vision, quant, mmproj, left_out))
-    return plans
+    return [
+        ConvertPlan(opened, text, vision, quant, mmproj, dropped)
+        for quant, text in zip(types, texts, strict=True)
+    ]
 
 
 def _open(folder: Path, identity: dict[str, str | None], tower: str | None) -> Opened:

@@ -18,7 +18,7 @@ from small_checkpoint import dump, to_bytes, write_safetensors
 from pocketllava import ConvertError, TensorMismatch, UnsupportedCheckpoint
 from pocketllava.convert import convert
 from pocketllava.convert.pipeline import plan
-from pocketllava.convert.read.checkpoint import read_safetensors
+from pocketllava.convert.read.safetensors import read_safetensors
 
 Spoil = Callable[[Path], None]
 Tensor = tuple[str, str, tuple[int, ...], bytes]

@@ -160,7 +160,7 @@ def test_the_manifest_names_the_towers_file_too(make_bundle: Any) -> None:
 
 
 def test_square_images_are_not_padded(make_checkpoint: Any) -> None:
-    assert not plan(make_checkpoint(naming="original", aspect="square")).preprocessing.pad_to_square
+    assert not plan(make_checkpoint(naming="original", aspect="square")).opened.preprocessing.pad_to_square
 
 
 def test_llava_1_5s_own_tower_needs_no_network(make_checkpoint: Any, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_without_ignore_merges_whole_words_are_merged(make_checkpoint: Any, tmp_
     data = small_llama3.described()
     data["model"]["ignore_merges"] = False
     (folder / "tokenizer.json").write_text(json.dumps(data))
-    assert plan(folder).vocab.pre == "smaug-bpe"  # llama.cpp's name for that regex without it
+    assert plan(folder).opened.vocab.pre == "smaug-bpe"  # llama.cpp's name for that regex without it
 
 
 def test_a_siglip_file_holds_no_class_token(make_bundle: Any) -> None:
