@@ -127,8 +127,8 @@ def goals(medians: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
 
 def facts(bundle: Bundle, a: argparse.Namespace, sides: list[str]) -> dict[str, Any]:
     """Machine, versions, files and command."""
-    types = bundle.manifest["types"]
-    about = {**machine(), "files": f"{bundle.manifest['source']['id']}, {types['model']} + {types['mmproj']}"}
+    types = bundle.manifest.types
+    about = {**machine(), "files": f"{bundle.manifest.source.id}, {types.model} + {types.mmproj}"}
     if THEIRS in sides:
         done = subprocess.run([os.environ[SERVER], "--version"], capture_output=True, text=True, check=False)
         told = (done.stdout + done.stderr).splitlines()

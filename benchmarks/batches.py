@@ -76,7 +76,7 @@ def main() -> None:
         str(bundle.model), n_ctx=256, n_batch=32, n_threads=cores(), n_threads_batch=cores(), n_gpu_layers=-1,
         use_mmap=False, verbose=False,
     )  # fmt: skip
-    n = int(bundle.manifest["image"]["n_patches"])
+    n = bundle.image_tokens
     features = np.random.default_rng(0).standard_normal((n, llama.n_embd()), dtype=np.float32)
     times = measured(llama, features, arguments.runs)
     llama.close()

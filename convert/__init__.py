@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint -> Bundle, without torch. `pipeline.plan` says what a conversion would do."""
+"""Hugging Face checkpoint -> Bundle, without torch. `pipeline.plan` plans a conversion without doing it."""
 
 from pocketllava.convert.pipeline import ConvertPlan, convert
 from pocketllava.convert.requantize import requantize

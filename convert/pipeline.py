@@ -1,18 +1,16 @@
 """Checkpoint -> Bundle: opens it, plans both files, and has them produced.
 
-Knows what a conversion consists of and what bundle.json says; how files come about is in produce.py and
-writer.py, where they lie meanwhile in staging.py.
+Knows the steps of a conversion and what bundle.json records; files are written by write/produce.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from pocketllava.convert.plan.file_plan import CHUNK_VALUES, FilePlan
 from pocketllava.convert.plan.importance import read_matrix
@@ -21,32 +19,42 @@ from pocketllava.convert.plan.quantize import MMPROJ_TYPES, TEXT_TYPES, known
 from pocketllava.convert.plan.text import plan_text
 from pocketllava.convert.read.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.read.config import LlavaConfig
-from pocketllava.convert.read.original import IMAGE_TOKEN, pads, space_prefix
+from pocketllava.convert.read.original import pads, space_prefix
 from pocketllava.convert.read.templates import chat_template, end_ids
 from pocketllava.convert.read.vocab import Vocab, read_vocab
-from pocketllava.convert.write.pages import FLUSH_BYTES
-from pocketllava.convert.write.produce import Job, produce
+from pocketllava.convert.write.durable import FLUSH_BYTES
+from pocketllava.convert.write.produce import Job, Run, produce
 from pocketllava.convert.write.staging import check_target
 from pocketllava.convert.write.writer import Progress
 from pocketllava.errors import ConvertError
+from pocketllava.llamacpp.children import printable
 from pocketllava.llamacpp.devices import cores
-from pocketllava.models.bundle import FORMAT, Bundle
+from pocketllava.models.bundle import Bundle
+from pocketllava.models.manifest import IMAGE_TOKEN, MAX_TOKEN_ID, Manifest, Source, Types
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
+from pocketllava.version import __version__
 
 PROCESS_BYTES, LOAD_TEST_BYTES = 96 << 20, 128 << 20  # measured at 7B
 MAX_MESSAGE = 1000  # characters
-MAX_TOKENS = 1 << 22  # sixteen times the largest vocabulary there is
 
 
 @dataclass(frozen=True)
-class ConvertPlan:
-    """Everything that a conversion will do, known before any tensor is read."""
+class Opened:
+    """Everything read from a checkpoint before types matter: read once, however many types are planned."""
 
     checkpoint: Checkpoint
     config: LlavaConfig
     preprocessing: Preprocessing
     vocab: Vocab
     template: str
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """Everything that a conversion will do, known before any tensor is read."""
+
+    opened: Opened
     text: FilePlan
     mmproj: FilePlan
     quant: str
@@ -54,19 +62,24 @@ class ConvertPlan:
     dropped: dict[str, str]
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """The source, shared by all types planned together."""
+        return self.opened.checkpoint
+
+    @property
     def disk_bytes(self) -> int:
         """Disk that the bundle takes, headers included (to within a few kilobytes)."""
-        vocabulary = sum(len(t.encode()) + 16 for t in self.vocab.tokens)
+        vocabulary = sum(len(t.encode()) + 16 for t in self.opened.vocab.tokens)
         return self.text.n_bytes + self.mmproj.n_bytes + vocabulary + (1 << 16)
 
     def memory_bytes(self, threads: int) -> int:
         """Memory that the conversion takes at most.
 
-        Pieces at work, as source, float32 and result, and waiting; what the disk does not hold yet; the process;
-        the load test's.
+        Chunks at work, as source, float32 and result, and waiting; what is not flushed yet; the process; the load
+        test's process.
         """
-        pieces = (threads * 20 + (2 * threads + 2) * 4) * CHUNK_VALUES
-        return pieces + 2 * FLUSH_BYTES + PROCESS_BYTES + LOAD_TEST_BYTES
+        chunks = (threads * 20 + (2 * threads + 2) * 4) * CHUNK_VALUES
+        return chunks + 2 * FLUSH_BYTES + PROCESS_BYTES + LOAD_TEST_BYTES
 
 
 def plan(
@@ -79,29 +92,59 @@ def plan(
     vision_tower: str | PathLike[str] | None = None,
 ) -> ConvertPlan:
     """Open a checkpoint and plan its conversion; nothing is written. Arguments and errors as convert's."""
-    quant, mmproj = known(quant, TEXT_TYPES, "--quant"), known(mmproj, MMPROJ_TYPES, "--mmproj")
-    matrix = read_matrix(imatrix, quant)
+    (planned,) = plan_types(
+        source, [quant], mmproj=mmproj, revision=revision, imatrix=imatrix, vision_tower=vision_tower
+    )
+    return planned
+
+
+def plan_types(
+    source: str | PathLike[str],
+    quants: Sequence[str],
+    *,
+    mmproj: str = "F16",
+    revision: str | None = None,
+    imatrix: str | PathLike[str] | None = None,
+    vision_tower: str | PathLike[str] | None = None,
+) -> list[ConvertPlan]:
+    """Open a checkpoint once and plan one conversion for each type of the text model."""
+    types = [known(quant, TEXT_TYPES, "--quant") for quant in quants]
+    mmproj = known(mmproj, MMPROJ_TYPES, "--mmproj")
+    matrix = read_matrix(imatrix, *types)
     folder, identity = fetch(os.fspath(source), revision)
     tower = os.fspath(vision_tower) if vision_tower is not None else None
     with _damage_named(folder):
-        checkpoint = open_checkpoint(folder, identity, tower)
-        config = LlavaConfig.from_json(checkpoint.config)
-        _check_counts(checkpoint, config)
-        prepared = preprocessing(checkpoint.files, config.vision.image_size)
-        vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
-        if checkpoint.original is not None:
-            prepared, vocab = as_original(checkpoint, config, prepared, vocab)
-        template = chat_template(checkpoint, vocab, config.image_token_id)
-        end_ids(checkpoint, config, vocab)  # refused before the work
+        opened = _open(folder, identity, tower)
+        checkpoint, config = opened.checkpoint, opened.config
         dropped = dict(checkpoint.dropped)
-        text = plan_text(checkpoint, config.text, vocab, template, quant, dropped, matrix)
-        vision = plan_mmproj(checkpoint, config, prepared, mmproj, dropped)
-    return ConvertPlan(checkpoint, config, prepared, vocab, template, text, vision, quant, mmproj, dropped)
+        texts = [
+            plan_text(checkpoint, config.text, opened.vocab, opened.template, quant, dropped, matrix)
+            for quant in types
+        ]
+        vision = plan_mmproj(checkpoint, config, opened.preprocessing, mmproj, dropped)
+    return [
+        ConvertPlan(opened, text, vision, quant, mmproj, dropped)
+        for quant, text in zip(types, texts, strict=True)
+    ]
+
+
+def _open(folder: Path, identity: dict[str, str | None], tower: str | None) -> Opened:
+    """Read all of the checkpoint's files but tensor data. Raises ConvertError and its kinds."""
+    checkpoint = open_checkpoint(folder, identity, tower)
+    config = LlavaConfig.from_json(checkpoint.config)
+    _check_counts(checkpoint, config)
+    prepared = preprocessing(checkpoint.files, config.vision.image_size)
+    vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
+    if checkpoint.original is not None:
+        prepared, vocab = as_original(checkpoint, config, prepared, vocab)
+    template = chat_template(checkpoint, vocab, config.image_token_id)
+    ends = tuple(end_ids(checkpoint, config, vocab))
+    return Opened(checkpoint, config, prepared, vocab, template, ends)
 
 
 @contextmanager
 def _damage_named(folder: Path) -> Iterator[None]:
-    """Whatever a damaged JSON file or tokenizer trips over is an error of one line, whatever it quotes of them."""
+    """Turn whatever a damaged JSON file or tokenizer raises into an error of one line."""
     try:
         yield
     except ConvertError as error:
@@ -118,10 +161,10 @@ def _damage_named(folder: Path) -> Iterator[None]:
 
 
 def _one_line(message: str) -> str:
-    """Without line ends and what a terminal might obey or cannot show, the middle left out of a long one."""
-    shown = "".join(c if c.isprintable() else " " for c in message)
+    """Without line ends and control characters, the middle of a long message left out."""
+    line = printable(message)
     half = MAX_MESSAGE // 2
-    return shown if len(shown) <= MAX_MESSAGE else f"{shown[:half]} ... {shown[-half:]}"
+    return line if len(line) <= MAX_MESSAGE else f"{line[:half]} ... {line[-half:]}"
 
 
 def _check_counts(checkpoint: Checkpoint, config: LlavaConfig) -> None:
@@ -132,8 +175,8 @@ def _check_counts(checkpoint: Checkpoint, config: LlavaConfig) -> None:
             f"config.json: num_hidden_layers {layers}, but the checkpoint holds {tensors} tensors; it is incomplete"
             " or its config.json describes another model"
         )
-    if config.text.n_vocab > MAX_TOKENS:
-        raise ConvertError(f"config.json: vocab_size {config.text.n_vocab}, expected at most {MAX_TOKENS}")
+    if config.text.n_vocab > MAX_TOKEN_ID:
+        raise ConvertError(f"config.json: vocab_size {config.text.n_vocab}, expected at most {MAX_TOKEN_ID}")
 
 
 def convert(
@@ -149,62 +192,80 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     resume: bool = False,
+    worker_command: Sequence[str] | None = None,
 ) -> Bundle:
-    """Convert a LLaVA-1.5 checkpoint (folder or hub id) into a bundle at `out`.
+    """Convert a LLaVA-1.5 checkpoint into a bundle.
 
-    quant: type of the text model; mmproj: type of the vision tower and projector; imatrix: a GGUF
-    importance matrix, which types IQ2 and IQ3 need; vision_tower: folder or hub id of the CLIP model, for a
-    checkpoint of the original format. progress is called with a stage ("convert": bytes of the source;
-    "verify": bytes written), bytes done, bytes in all and the tensor's or file's name. On any failure
-    nothing lies under the final name, and an earlier bundle there is kept. resume: go on from the last whole
-    tensor of a run that was killed. Raises ConvertError and its kinds.
+    On any failure nothing is left under `out`, and an earlier bundle there stays.
+
+    Args:
+        source: The checkpoint's folder, or its id on the Hugging Face hub.
+        out: The bundle's folder.
+        quant: Type of the text model, such as "Q4_K_M" or "F16".
+        mmproj: Type of the vision tower and projector: "F32", "F16", "BF16" or "Q8_0".
+        revision: Branch, tag or commit of a hub id.
+        imatrix: Importance matrix in GGUF, which types IQ2 and IQ3 need.
+        vision_tower: Folder or hub id of the CLIP model, for a checkpoint of the original format.
+        force: Replace the bundle at `out`, once the new one is verified.
+        threads: Threads that quantize; the physical cores by default.
+        progress: Called with a stage ("convert": bytes of the source; "verify": bytes written), bytes done, bytes
+            in all, and the tensor's or file's name.
+        resume: Continue after the last complete tensor of a run that was killed.
+        worker_command: In a frozen application, the command that starts a Python worker for the load test, such as
+            [python, "-I", "-m", "pocketllava.llamacpp.children"].
+
+    Returns:
+        The bundle, verified and load-tested.
+
+    Raises:
+        UnsupportedOption: For an unknown type, or one that needs an importance matrix.
+        ConvertError: The checkpoint is damaged or of another kind, or the files cannot be written.
+
+    Example:
+        >>> bundle = convert("llava-hf/llava-1.5-7b-hf", "llava-7b", quant="Q4_K_M")
     """
     target = Path(out).expanduser()
     if not resume:
         check_target(target, force)
-    return execute(
-        plan(
-            source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix, vision_tower=vision_tower
-        ),
-        target,
+    planned = plan(
+        source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix, vision_tower=vision_tower
+    )
+    (bundle,) = execute_all(
+        {target: planned},
         force=force,
-        threads=threads or cores(),
+        threads=threads,
         progress=progress,
         resume=resume,
+        worker_command=worker_command,
     )
-
-
-def execute(
-    planned: ConvertPlan,
-    target: Path,
-    *,
-    force: bool,
-    threads: int,
-    progress: Progress | None,
-    resume: bool = False,
-) -> Bundle:
-    """Write, verify and put in place what was planned."""
-    (bundle,) = execute_all({target: planned}, force=force, threads=threads, progress=progress, resume=resume)
     return bundle
 
 
 def execute_all(
     planned: Mapping[Path, ConvertPlan],
     *,
-    force: bool,
-    threads: int,
-    progress: Progress | None,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
     resume: bool = False,
+    worker_command: Sequence[str] | None = None,
 ) -> list[Bundle]:
-    """Make several bundles of one checkpoint, such as one a type, reading it once."""
+    """Make several bundles of one checkpoint, such as one for each type, reading it once."""
     jobs = [Job(target, p.text, p.mmproj, _manifest(p)) for target, p in planned.items()]
-    return produce(jobs, force=force, threads=threads, progress=progress, resume=resume)
+    run = Run(
+        force=force,
+        threads=threads or cores(),
+        progress=progress,
+        resume=resume,
+        worker_command=worker_command,
+    )
+    return produce(jobs, run)
 
 
 def as_original(
     checkpoint: Checkpoint, config: LlavaConfig, prepared: Preprocessing, vocab: Vocab
 ) -> tuple[Preprocessing, Vocab]:
-    """How the original code prepares images, and where it puts spaces."""
+    """The original code's preparation of images and its spaces before text."""
     tokenizer = checkpoint.files.get("tokenizer_config.json", {})
     described = "tokenizer.json" in checkpoint.files
     prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
@@ -212,44 +273,37 @@ def as_original(
     return replace(prepared, pad_to_square=padding), replace(vocab, space_prefix=prefix)
 
 
-def _manifest(planned: ConvertPlan) -> dict[str, Any]:
+def _manifest(planned: ConvertPlan) -> Manifest:
     """bundle.json's content; its `files` are known when they are written."""
-    from pocketllava.version import __version__
-
-    config, vocab, checkpoint = planned.config, planned.vocab, planned.checkpoint
-    return {
-        "format": FORMAT,
-        "pocketllava": __version__,
-        "source": {
-            **checkpoint.identity,
-            "weights": {
-                _name_in(f, checkpoint.folder): f.stat().st_size
-                for f in sorted({t.file for t in checkpoint.tensors.values()})
-            },
-        },
-        "types": {"model": planned.quant, "mmproj": planned.mmproj_quant},
-        "files": {},
-        "image": {
-            **_image_token(planned),
-            "n_patches": config.vision.n_patches,
-            "vision_width": config.vision.n_embd,
-            "projected_width": config.text.n_embd,
-        },
-        "tokenizer": {"space_prefix": vocab.space_prefix},
-        "eos_token_ids": end_ids(checkpoint, config, vocab),
-        "preprocessing": planned.preprocessing.to_json(),
-        "chat_template": planned.template,
-    }
+    opened, config, checkpoint = planned.opened, planned.opened.config, planned.checkpoint
+    token, token_id = _image_token(opened)
+    return Manifest(
+        version=__version__,
+        source=Source(checkpoint.identity["id"], checkpoint.identity["revision"], _weights(checkpoint)),
+        types=Types(planned.quant, planned.mmproj_quant),
+        image_token=token,
+        image_token_id=token_id,
+        image_tokens=config.vision.image_tokens,
+        vision_width=config.vision.n_embd,
+        projected_width=config.text.n_embd,
+        space_prefix=opened.vocab.space_prefix,
+        eos_token_ids=opened.eos_token_ids,
+        preprocessing=opened.preprocessing,
+        chat_template=opened.template,
+    )
 
 
-def _name_in(file: Path, folder: Path) -> str:
-    """A weight file's name; with its folder's where that is another, as a vision tower's is."""
-    return file.name if file.parent == folder else f"{file.parent.name}/{file.name}"
+def _weights(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of each weight file; with its folder's name where that is another, as a vision tower's is."""
+    folder = checkpoint.folder
+    files = sorted({t.file for t in checkpoint.tensors.values()})
+    names = [f.name if f.parent == folder else f"{f.parent.name}/{f.name}" for f in files]
+    return {name: file.stat().st_size for name, file in zip(names, files, strict=True)}
 
 
-def _image_token(planned: ConvertPlan) -> dict[str, Any]:
-    """Where the template puts an image; the original format's is no row of the vocabulary."""
-    if planned.checkpoint.original is not None:
-        return {"token": IMAGE_TOKEN, "token_id": None}
-    token_id = planned.config.image_token_id
-    return {"token": planned.vocab.tokens[token_id], "token_id": token_id}
+def _image_token(opened: Opened) -> tuple[str, int | None]:
+    """The text that stands for an image in the template, and its id; the original format's is no row."""
+    if opened.checkpoint.original is not None:
+        return IMAGE_TOKEN, None
+    token_id = opened.config.image_token_id
+    return opened.vocab.tokens[token_id], token_id

@@ -1,46 +1,41 @@
-"""A LLaVA-1.5 mmproj as the hub has it -> one that llama.cpp computes the right features from.
+"""A published LLaVA-1.5 mmproj -> one from which llama.cpp computes the right features.
 
-Files made by llama.cpp's first LLaVA scripts (18 or 19 keys, 23 of CLIP ViT-L's 24 blocks) lack what today's
-llama.cpp asks for, and it fills in wrong values or refuses them. Knows those files and the mmproj contract;
-no engine. Keys and names are written anew, tensor data is copied byte for byte.
+Files made by llama.cpp's first LLaVA scripts (18 or 19 keys, 23 of CLIP ViT-L's 24 blocks) lack keys that today's
+llama.cpp needs: it assumes wrong values or refuses the file. Knows those files and the mmproj contract; no engine.
+Keys and names are rewritten, tensor data is copied byte for byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from gguf import GGMLQuantizationType as T
-from gguf import GGUFReader, GGUFWriter
 from gguf import GGUFValueType as V
 
-from pocketllava.convert.plan.file_plan import Key
 from pocketllava.errors import BundleError, ConvertError
+from pocketllava.llamacpp.children import printable
 from pocketllava.models.bundle import MANIFEST
-from pocketllava.models.files import written_whole
+from pocketllava.models.files import atomic_write
 from pocketllava.models.gguf_header import Header, TensorInfo
-from pocketllava.models.mmproj_contract import check_mmproj
+from pocketllava.models.gguf_writer import ARCHITECTURE, Key, header_bytes, padding, stored_keys
+from pocketllava.models.mmproj_contract import PREFIX, check_mmproj
+from pocketllava.models.preprocessing import CLIP_MEAN, CLIP_STD
 
-PREFIX = "clip.vision."
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 CLIP_EPS = 1e-5
 CLIP_L_BLOCKS = 24
-ALIGNMENT, COPY_BYTES = 32, 1 << 22
+COPY_BYTES = 1 << 22
 NUMBERS = (
     "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "projection_dim",
     "image_size", "patch_size",
 )  # fmt: skip
-DERIVED = ("GGUF.", "general.architecture", "general.alignment")  # what the writer itself puts there
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What is wrong with a file, and what replaces it: keys (in the file's order) and tensors' new names."""
+    """A file's faults and their repair: all keys in the file's order, and tensors' new names by old name."""
 
     path: Path
     header: Header
@@ -50,29 +45,31 @@ class Repair:
 
 
 def find_mmproj(path: Path) -> Path:
-    """The mmproj that a file's or folder's path means. Raises ConvertError."""
+    """The file itself, or the one mmproj in a folder. Raises ConvertError."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise ConvertError(f"{path}: found nothing, expected an mmproj file or a folder that holds one")
-    found = [p for p in sorted(path.glob("*.gguf")) if _is_clip(p) and not p.stem.endswith("-repaired")]
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
+    files = [p for p in sorted(path.glob("*.gguf")) if _is_clip(p) and not p.stem.endswith("-repaired")]
+    if len(files) != 1:
+        names = ", ".join(p.name for p in files) or "none"
         raise ConvertError(
             f"{path}: found {names}, expected one mmproj among its .gguf files; name the file itself"
         )
-    return found[0]
+    return files[0]
 
 
 def examine(path: Path) -> Repair:
-    """Say what has to change. Raises ConvertError for a file that is no LLaVA-1.5 mmproj, or damaged."""
+    """Find a file's faults. Raises ConvertError for one that is no LLaVA-1.5 mmproj, or damaged."""
     try:
         header = Header.read(path)
     except BundleError as error:
         raise ConvertError(str(error)) from error
-    if (found := header.keys.get("general.architecture")) != "clip":
-        raise ConvertError(f"{path}: a GGUF file of architecture {found!r}, expected 'clip', an mmproj")
-    keys = {key.name: key for key in _stored_keys(path)}
+    if (architecture := header.keys.get(ARCHITECTURE)) != "clip":
+        raise ConvertError(
+            f"{path}: a GGUF file of architecture {architecture!r}, expected 'clip', an mmproj"
+        )
+    keys = {key.name: key for key in _checked_keys(header)}
     faults: list[str] = []
     names = dict(_renamed(header, faults))
     tensors = {names.get(name, name): info for name, info in header.tensors.items()}
@@ -83,24 +80,25 @@ def examine(path: Path) -> Repair:
 
 
 def repair(
-    found: Repair, out: Path, *, force: bool = False, look: Callable[[Path], object] | None = None
+    plan: Repair, out: Path, *, force: bool = False, look: Callable[[Path], object] | None = None
 ) -> Path:
-    """Write the repaired file beside its final place, check it, then give it its name at once.
+    """Write the repaired file beside its final path, check it, then rename it.
 
-    look: called with the checked file while what lay under `out` still does.
-    Raises ConvertError; then nothing lies under `out` that did not before.
+    look: called with the checked file while an older file under `out` is still there.
+    Raises ConvertError; then `out` is as it was.
     """
     if out.exists() and not force:
         raise ConvertError(f"{out}: is there already; use --force to replace it, or another --out")
     if out.is_dir() or (out.parent / MANIFEST).exists():
         raise ConvertError(f"{out}: a folder, or a bundle's file; --out names the file to make")
     try:
-        with written_whole(out) as part:
-            written = _write(found, part)
-            _check(found, part, written)
+        mode = plan.path.stat().st_mode
+        with atomic_write(out) as part:
+            digests = _write(plan, part)
+            _check(plan, part, digests)
             if look is not None:
                 look(part)
-        out.chmod(found.path.stat().st_mode)
+        out.chmod(mode)
     except OSError as error:
         raise ConvertError(f"{out}: cannot be written ({error.strerror or error})") from error
     return out
@@ -108,27 +106,32 @@ def repair(
 
 def _is_clip(path: Path) -> bool:
     try:
-        return Header.read(path).keys.get("general.architecture") == "clip"
+        return Header.read(path).keys.get(ARCHITECTURE) == "clip"
     except BundleError:
         return False
 
 
-def _stored_keys(path: Path) -> Iterator[Key]:
-    """Every key with its exact types; the header was checked before, but gguf is stricter about texts."""
-    try:
-        for field in GGUFReader(path).fields.values():
-            if not field.name.startswith(DERIVED):
-                item = field.types[-1] if field.types[0] is V.ARRAY else None
-                yield Key(field.name, field.contents(), field.types[0], item)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise ConvertError(f"{path}: its keys cannot be read ({error}); download it again") from error
+def _checked_keys(header: Header) -> list[Key]:
+    """Every key with its exact types. Raises ConvertError for what cannot be written again unchanged."""
+    keys = stored_keys(header)
+    for key in keys:
+        values = key.value if isinstance(key.value, list) else [key.value]
+        texts = [key.name, *(value for value in values if isinstance(value, str))]
+        if key.value == [] or any(
+            "\ufffd" in text for text in texts
+        ):  # what the reader puts for invalid UTF-8
+            raise ConvertError(
+                f"{header.path}: key {printable(key.name)[:80]} holds an empty list or no UTF-8 text;"
+                " download it again"
+            )
+    return keys
 
 
 def _renamed(header: Header, faults: list[str]) -> Iterator[tuple[str, str]]:
-    """Old names: fc1 and fc2 swapped, as the first scripts wrote them, and a projector counted mm.1, mm.2."""
+    """(old, new) names: the first scripts swapped fc1 and fc2, and others number the projector mm.1, mm.2."""
     up, width = header.tensors.get("v.blk.0.ffn_up.weight"), header.keys.get(PREFIX + "embedding_length")
     if up is not None and len(up.shape) == 2 and up.shape[0] == width != up.shape[1]:
-        faults.append("ffn_up and ffn_down are each other's names: swapped")
+        faults.append("ffn_up and ffn_down have each other's names: swapped")
         for name in header.tensors:
             if ".ffn_up." in name:
                 yield name, name.replace(".ffn_up.", ".ffn_down.")
@@ -156,15 +159,15 @@ def _wrong_keys(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[tupl
         )
     yield from missing("clip.projector_type", "mlp", V.STRING, None, "so llama.cpp refuses the file")
     effect = "so llama.cpp refuses the file"
-    yield from missing(PREFIX + "image_mean", CLIP_MEAN, V.ARRAY, V.FLOAT32, effect)
-    yield from missing(PREFIX + "image_std", CLIP_STD, V.ARRAY, V.FLOAT32, effect)
+    yield from missing(PREFIX + "image_mean", list(CLIP_MEAN), V.ARRAY, V.FLOAT32, effect)
+    yield from missing(PREFIX + "image_std", list(CLIP_STD), V.ARRAY, V.FLOAT32, effect)
     yield from missing(PREFIX + "attention.layer_norm_epsilon", CLIP_EPS, V.FLOAT32, None, effect)
     yield from _wrong_numbers(header, tensors)
     yield from _missing_depth(header)
 
 
 def _wrong_numbers(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[tuple[Key, str]]:
-    """projection_dim was CLIP's own, 768; and numbers of another integer type end llama.cpp's process."""
+    """CLIP's own projection_dim, 768, and numbers of another integer type, on which llama.cpp aborts."""
     for short in NUMBERS:
         name = PREFIX + short
         value, kind = header.keys.get(name), header.key_types.get(name)
@@ -172,45 +175,33 @@ def _wrong_numbers(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[t
         if not isinstance(right, int) or isinstance(right, bool) or not 0 < right < 1 << 31:
             continue  # check_mmproj says what is wrong with it
         if value != right or kind != V.UINT32:
-            said = f"is {value!r}" if value != right else f"is of type {V(kind).name}, not UINT32"
-            yield Key(name, right, V.UINT32), f"{name} {said}: now {right}"
+            fault = f"is {value!r}" if value != right else f"is of type {V(kind).name}, not UINT32"
+            yield Key(name, right, V.UINT32), f"{name} {fault}: now {right}"
 
 
 def _missing_depth(header: Header) -> Iterator[tuple[Key, str]]:
-    """Without feature_layer all stored blocks but the last run; files cut to the blocks needed have no such one.
+    """Without feature_layer llama.cpp skips the last block, which a file cut to the needed blocks must not lose.
 
-    A tower stored whole, with 24 blocks or its last norm, is read rightly without the key.
+    A complete tower, with 24 blocks or its last norm, is right without the key.
     """
     n, name = header.keys.get(PREFIX + "block_count"), PREFIX + "feature_layer"
-    whole = n == CLIP_L_BLOCKS or any(t.startswith("v.post_ln.") for t in header.tensors)
-    if name not in header.keys and isinstance(n, int) and not whole:
+    complete = n == CLIP_L_BLOCKS or any(t.startswith("v.post_ln.") for t in header.tensors)
+    if name not in header.keys and isinstance(n, int) and not complete:
         fault = f"{name} is missing, so llama.cpp runs {n - 1} of the {n} blocks: now [{n}]"
         yield Key(name, [n], V.ARRAY, V.INT32), fault
 
 
-def _write(found: Repair, path: Path) -> dict[str, str]:
-    """Header anew, then every tensor's bytes in the source's order; SHA-256 of what was read, by new name."""
-    infos = sorted(found.header.tensors.values(), key=lambda t: t.offset)
-    writer = GGUFWriter(path, "clip")
-    for key in found.keys:
-        writer.add_key_value(key.name, key.value, key.kind, sub_type=key.item)
-    for info in infos:  # the numpy type is ignored where raw_dtype names the type
-        name, kind = found.names.get(info.name, info.name), T(info.type)
-        writer.add_tensor_info(name, info.shape, np.dtype(np.float32), info.n_bytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    file: Any = writer.fout[0]
+def _write(plan: Repair, path: Path) -> dict[str, str]:
+    """A new header, then every tensor's bytes in the source's order; SHA-256 of each as read, by new name."""
+    infos = sorted(plan.header.tensors.values(), key=lambda info: info.offset)
+    infos = [replace(info, name=plan.names.get(info.name, info.name)) for info in infos]
     digests: dict[str, str] = {}
-    try:
-        with found.path.open("rb") as source:
-            for info in infos:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                source.seek(found.header.data_start + info.offset)
-                digests[found.names.get(info.name, info.name)] = _copy(source, info.n_bytes, file)
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-    finally:
-        file.close()
+    with path.open("wb") as file, plan.path.open("rb") as source:
+        file.write(header_bytes("clip", plan.keys, infos))
+        for info in infos:
+            source.seek(plan.header.data_start + info.offset)
+            digests[info.name] = _copy(source, info.n_bytes, file)
+            file.write(padding(info.n_bytes))
     return digests
 
 
@@ -227,16 +218,16 @@ def _copy(source: BinaryIO, n_bytes: int, target: BinaryIO | None = None) -> str
     return digest.hexdigest()
 
 
-def _check(found: Repair, work: Path, written: dict[str, str]) -> None:
-    """Read the new file back: the whole contract, and every tensor's hash."""
+def _check(plan: Repair, path: Path, digests: dict[str, str]) -> None:
+    """Read the new file back: the mmproj contract, and every tensor's hash."""
     try:
-        header = Header.read(work)
+        header = Header.read(path)
         check_mmproj(header)
     except BundleError as error:
-        said = str(error).replace(str(work), str(found.path))
-        raise ConvertError(f"{said} (a repair does not help)") from error
-    with work.open("rb") as file:
+        fault = str(error).replace(str(path), str(plan.path))
+        raise ConvertError(f"{fault} (a repair does not help)") from error
+    with path.open("rb") as file:
         for info in header.tensors.values():
             file.seek(header.data_start + info.offset)
-            if _copy(file, info.n_bytes) != written[info.name]:
-                raise ConvertError(f"{work}: tensor {info.name} did not reach the disk unchanged; try again")
+            if _copy(file, info.n_bytes) != digests[info.name]:
+                raise ConvertError(f"{path}: tensor {info.name} did not reach the disk unchanged; try again")

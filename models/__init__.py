@@ -1,4 +1,4 @@
-"""Which models there are, where they lie, and whether they are whole. Knows no engine."""
+"""What a model on disk is: bundles, GGUF headers, memory. Knows no engine and loads nothing."""
 
 from pocketllava.models.bundle import Bundle
 

@@ -1,7 +1,7 @@
-"""A folder of cached blobs: hashed, bounded in bytes, written whole or not at all, safe for several processes.
+"""A folder of cached blobs: hashed, bounded in bytes, written atomically, safe for several processes.
 
-Knows files only. It never raises for what goes wrong with the folder: a cache that fails is a warning,
-and then a cache that holds nothing.
+Knows files only. It never raises because of the folder: a cache that cannot be used logs one warning and then
+holds nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"pocketllava cache 1\n"
 SUFFIX, PART = ".cached", ".part"
-STALE_S = 3600.0  # a part file this old was left by a process that died
+STALE_S = 3600.0  # a part file this old belongs to a process that died
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class Store:
+class BlobCache:
     """Name -> bytes. The file's modification time says when it was last used."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -36,19 +36,19 @@ class Store:
                 self._warn("holds other files too; they are left alone")
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name; get() says whether it is whole."""
+        """Whether there is a file of that name; only get() checks its content."""
         return self._path(name).is_file()
 
     def get(self, name: str) -> memoryview | None:
-        """What was put under a name. A damaged file is removed and counts as absent."""
+        """The bytes put under a name. A damaged file is removed and counts as absent."""
         path = self._path(name)
         try:
             data = path.read_bytes()
         except OSError:  # absent, or removed by another process meanwhile
             return None
-        at = len(MAGIC) + DIGEST_BYTES
-        payload = memoryview(data)[at:]
-        if data[:at] != MAGIC + _digest(name, payload):
+        start = len(MAGIC) + DIGEST_BYTES
+        payload = memoryview(data)[start:]
+        if data[:start] != MAGIC + _digest(name, payload):
             logger.warning("%s: damaged; it is made again", path)
             self.discard(name)
             return None
@@ -82,7 +82,7 @@ class Store:
         return self.folder / (name + SUFFIX)
 
     def _prune(self) -> None:
-        files = sorted(self._files(), key=lambda found: found[1], reverse=True)
+        files = sorted(self._files(), key=lambda entry: entry[1], reverse=True)
         total = 0
         for path, used, n_bytes in files:
             total += n_bytes
@@ -94,20 +94,20 @@ class Store:
         for path in self.folder.iterdir():
             if path.suffix in (SUFFIX, PART):
                 with contextlib.suppress(OSError):
-                    found = path.stat()
-                    yield path, found.st_mtime, found.st_size
+                    status = path.stat()
+                    yield path, status.st_mtime, status.st_size
 
     @contextlib.contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _guarded(self, failure: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._warn(f"{what} ({error.strerror or error}); images are not remembered there")
+            self._warn(f"{failure} ({error.strerror or error}); images are not cached there")
 
-    def _warn(self, what: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            logger.warning("%s: %s", self.folder, what)
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("%s: %s", self.folder, message)
 
 
 def _digest(name: str, payload: Any) -> bytes:

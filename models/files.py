@@ -1,6 +1,6 @@
-"""A file that gets its name when it is whole: written beside its place, on the disk, then renamed.
+"""Atomic writes: a file is written beside its final path, flushed to the disk, then renamed.
 
-Knows one path; nothing of what is written. (Bundles are folders: convert/place.py.)
+Knows one path; nothing of the content. (Bundles are folders: convert/write/staging.py.)
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from platformdirs import user_cache_path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path` to write to; it takes the place of `path` unless an exception comes.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path` to write to; it replaces `path` when the block ends without an exception.
 
-    What was under `path` stays until then. Nobody else is given the same hidden path. Raises OSError.
+    An older file under `path` stays until then. Each call has a hidden path of its own. Raises OSError.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -33,7 +33,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Where this user's caches lie on this platform."""
+    """This user's cache folder on this platform."""
     return Path(user_cache_path("pocketllava", appauthor=False, ensure_exists=True))
 
 

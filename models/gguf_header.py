@@ -1,7 +1,7 @@
-"""What a GGUF file says of itself: keys and tensors, read without touching tensor data.
+"""The one reader of GGUF headers: keys and tensors of a file, without its tensor data.
 
-Everything is checked before it is believed, because llama.cpp aborts the process on much of what can
-be wrong. Knows the container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), no model.
+Everything is checked first, because llama.cpp aborts the process on much of what can be wrong. Knows the container
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and ggml's numbers for types; no model.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pocketllava.errors import BundleError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+ALIGNMENT = 32  # of tensor data, unless general.alignment says otherwise
+F32, F16, BF16 = 0, 1, 30  # enum ggml_type
 MAX_ITEMS = 1 << 24  # keys, tensors or array elements: far above any model, far below memory
 MAX_STRING_BYTES = 1 << 26
-STRING, ARRAY = 8, 9
+U32, I32, FLOAT, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # enum gguf_type
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -56,14 +58,14 @@ class Header:
 
 
 class _Reader:
-    """A cursor over the file that refuses to run past its end."""
+    """A cursor over the file that refuses to read past its end."""
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self.path, self.file, self.file_bytes = path, file, file_bytes
         self.item_type = 0  # of the array read last
 
-    def fail(self, what: str) -> BundleError:
-        return BundleError(f"{self.path}: not a whole GGUF file: {what}; convert or download it again")
+    def fail(self, fault: str) -> BundleError:
+        return BundleError(f"{self.path}: not a whole GGUF file: {fault}; convert or download it again")
 
     def take(self, n: int) -> bytes:
         if n > self.file_bytes - self.file.tell():
@@ -73,10 +75,10 @@ class _Reader:
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
-    def count(self, what: str) -> int:
+    def count(self, items: str) -> int:
         n = int(self.scalar("Q"))
         if n > MAX_ITEMS:
-            raise self.fail(f"{n} {what}")
+            raise self.fail(f"{n} {items}")
         return n
 
     def string(self) -> str:
@@ -121,7 +123,7 @@ class _Reader:
             if kind == ARRAY:
                 item_types[name] = self.item_type
         infos = [self.tensor() for _ in range(n_tensors)]
-        alignment = keys.get("general.alignment", 32)
+        alignment = keys.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise self.fail(f"general.alignment {alignment!r}")
         start = -(-self.file.tell() // alignment) * alignment

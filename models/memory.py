@@ -1,4 +1,4 @@
-"""How much memory a bundle takes with a given context, and how its weights are best held.
+"""The memory planner: what loading a bundle takes with a given context, and whether to map or read its weights.
 
 Knows GGUF headers, what llama.cpp allocates, and how much memory is free; loads nothing.
 """
@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 
 from pocketllava.errors import UnsupportedOption
-from pocketllava.models import Bundle
+from pocketllava.models.bundle import Bundle
 from pocketllava.models.gguf_header import Header
 
 DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens; less if trained on less
 CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must agree
-MIN_BATCH = 512  # llama.cpp's default; an image's patches go in one batch if there are more
+MIN_BATCH = 512  # llama.cpp's default; an image's tokens go in one batch if there are more
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # a value; ggml's block_q8_0 is 32 values in 34 bytes
 F32_BYTES = 4
 # enum ggml_type: Q4_0, Q8_0, Q2_K, Q4_K, Q5_K, Q6_K, IQ4_NL, which ggml-cpu/repack.cpp rearranges on some CPUs
@@ -25,7 +25,7 @@ REPACKED = (2, 8, 10, 12, 13, 14, 20)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a loaded bundle takes; `prefix` for each evaluated image that is kept to go back to."""
+    """Bytes that a loaded bundle takes; `prefix` for each evaluated image that the prefix cache keeps."""
 
     n_ctx: int
     kv_type: str
@@ -37,7 +37,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All but kept prefixes."""
+        """All but cached prefixes."""
         return self.text + self.vision + self.kv_cache + self.buffers
 
 
@@ -54,12 +54,12 @@ def context_size(n_ctx: int | None, trained: int) -> int:
 
 def batch_size(bundle: Bundle) -> int:
     """Positions that are evaluated at once: at least an image's."""
-    return max(MIN_BATCH, int(bundle.manifest["image"]["n_patches"]))
+    return max(MIN_BATCH, bundle.image_tokens)
 
 
 def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Memory:
-    """What loading would take. Raises UnsupportedOption for a context that the model cannot have."""
-    text = Header.read(bundle.model)
+    """The memory that loading would take. Raises UnsupportedOption for a context the model was not trained on."""
+    text = bundle.model_header
     keys = {name.removeprefix("llama."): value for name, value in text.keys.items()}
     context = context_size(n_ctx, int(keys.get("context_length", DEFAULT_CONTEXT)))
     batch = min(batch_size(bundle), context)
@@ -68,10 +68,10 @@ def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Me
         n_ctx=context,
         kv_type=kv_type,
         text=_tensor_bytes(text),
-        vision=_tensor_bytes(Header.read(bundle.mmproj)),
+        vision=_tensor_bytes(bundle.mmproj_header),
         kv_cache=round(position * context),
         buffers=_buffer_bytes(keys, context, batch, flash=kv_type != "f16"),
-        prefix=round(position * bundle.manifest["image"]["n_patches"]),
+        prefix=round(position * bundle.image_tokens),
     )
 
 
@@ -84,10 +84,10 @@ def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
     """Whether to read the text model's weights rather than map their file.
 
     Many CPUs compute with a rearranged copy of quantized weights, beside which the mapped file stays
-    resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. Where memory is short the map is better all
-    the same, because its pages can be dropped; where weights are used as they lie (F16, GPUs), too.
+    resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. The map is better where memory is short, because
+    its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs).
     """
-    repacked = sum(t.n_bytes for t in Header.read(bundle.model).tensors.values() if t.type in REPACKED)
+    repacked = sum(t.n_bytes for t in bundle.model_header.tensors.values() if t.type in REPACKED)
     return not on_gpu and 2 * repacked > needed.text and needed.total <= available_bytes()
 
 
@@ -98,7 +98,7 @@ def _kv_bytes_per_position(keys: dict[str, Any], kv_type: str) -> float:
 
 
 def _buffer_bytes(keys: dict[str, Any], context: int, batch: int, *, flash: bool) -> int:
-    """About what one batch's intermediate results take: attention scores, the widest activations, logits."""
+    """Estimated bytes of one batch's intermediate results: attention scores, widest activations, logits."""
     scores = 0 if flash else keys["attention.head_count"] * context
     activations = 2 * keys["feed_forward_length"] + 4 * keys["embedding_length"]
     return int(batch * F32_BYTES * (max(scores, keys["vocab_size"]) + activations))

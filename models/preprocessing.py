@@ -1,12 +1,14 @@
-"""How a checkpoint's own processor prepares images: what preprocessor_config.json says, refused if unknown.
+"""How a checkpoint's own processor prepares images, and how the tower cuts them into patches.
 
-Knows the files of CLIPImageProcessor, LlavaImageProcessor and SiglipImageProcessor; touches no pixels.
+Knows preprocessor_config.json of CLIPImageProcessor, LlavaImageProcessor and SiglipImageProcessor, and refuses
+steps that they do not have; touches no pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
@@ -17,8 +19,31 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
+class PatchGrid:
+    """image_size and patch_size in pixels, of a square picture."""
+
+    image_size: int
+    patch_size: int
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side: 336 // 14 = 24."""
+        return self.image_size // self.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        """Patches of one picture: 24 * 24 = 576."""
+        return self.grid**2
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions of one picture in a prompt: LLaVA-1.5 takes every patch."""
+        return self.n_patches
+
+
+@dataclass(frozen=True)
 class Preprocessing:
-    """How pixels are prepared: [pad to a square,] resize, center crop, then normalize by mean and std.
+    """The steps from a picture to pixels: [pad to a square,] resize, center crop, normalize by mean and std.
 
     shortest_edge: resize so that the shorter side has that many pixels; None resizes to
     (crop_size, crop_size) without keeping the aspect ratio. resample: Pillow's code, 3 is bicubic.
@@ -31,19 +56,9 @@ class Preprocessing:
     std: tuple[float, float, float] = CLIP_STD
     pad_to_square: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """As stored in bundle.json."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """From bundle.json."""
-        fields = dict(data)
-        return cls(**{**fields, "mean": _three(fields["mean"]), "std": _three(fields["std"])})
-
 
 def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Preprocessing:
-    """What preprocessor_config.json, or processor_config.json's image_processor, says.
+    """Read preprocessor_config.json, or processor_config.json's image_processor.
 
     files: JSON content by file name. Raises UnsupportedCheckpoint for steps that CLIP's and LLaVA's
     image processors don't have.
@@ -69,12 +84,16 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
     if edge is None:
         sides = _sides(size, "size")
         _expect(sides == crop, "size", sides, f"{crop}")
+    else:
+        _expect(type(edge) is int and 0 < edge < 1 << 16, "shortest_edge", edge, "a positive whole number")
+    resample = p.get("resample", 3)
+    _expect(type(resample) is int and 0 <= resample <= 5, "resample", resample, "0 to 5")
     return Preprocessing(
         shortest_edge=edge,
         crop_size=image_size,
-        resample=int(p.get("resample", 3)),
+        resample=resample,
         mean=_three(p.get("image_mean", CLIP_MEAN)),
-        std=_three(p.get("image_std", CLIP_STD)),
+        std=_three(p.get("image_std", CLIP_STD), positive=True),
         pad_to_square=kind.startswith("Llava") and bool(p.get("do_pad")),
     )
 
@@ -88,14 +107,17 @@ def _sides(size: Any, name: str) -> tuple[int, int]:
         raise UnsupportedCheckpoint(f"preprocessor: {name} {size!r}, expected height and width") from None
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _three(values: Any, *, positive: bool = False) -> tuple[float, float, float]:
     try:
         r, g, b = (float(v) for v in values)
     except (TypeError, ValueError):
-        raise ConvertError(f"preprocessor: {values!r}, expected three numbers") from None
+        r = g = b = math.nan
+    if not all(math.isfinite(v) and (v > 0 or not positive) for v in (r, g, b)):
+        kind = "positive numbers" if positive else "numbers"
+        raise ConvertError(f"preprocessor: {values!r}, expected three {kind}")
     return r, g, b
 
 
-def _expect(ok: bool, name: str, found: Any, expected: str) -> None:
+def _expect(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
-        raise UnsupportedCheckpoint(f"preprocessor: {name} is {found!r}, expected {expected}")
+        raise UnsupportedCheckpoint(f"preprocessor: {name} is {value!r}, expected {expected}")

@@ -1,4 +1,4 @@
-"""SigLIP towers in a LLaVA checkpoint: defaults of SiglipVisionConfig and SiglipImageProcessor, and their limits.
+"""SigLIP towers in a LLaVA checkpoint: defaults of SiglipVisionConfig and SiglipImageProcessor, and what is refused.
 
 Knows JSON content only. Such a tower has no class token and no norm before its blocks, a bias on its patches
 and the tanh GELU; its features are all patches (`vision_feature_select_strategy` "full").
@@ -52,5 +52,5 @@ def image_processor(given: Mapping[str, Any], image_size: int) -> dict[str, Any]
     """SiglipImageProcessor's settings in the terms of CLIPImageProcessor: a resize to a square, no crop."""
     side = {"height": image_size, "width": image_size}
     defaults = {"size": side, "resample": 3, "image_mean": MEAN, "image_std": STD}
-    said = {name: value for name, value in given.items() if value is not None}
-    return {**defaults, **said, "do_center_crop": True, "crop_size": side}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return {**defaults, **settings, "do_center_crop": True, "crop_size": side}

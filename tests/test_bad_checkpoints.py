@@ -18,7 +18,7 @@ from small_checkpoint import dump, to_bytes, write_safetensors
 from pocketllava import ConvertError, TensorMismatch, UnsupportedCheckpoint
 from pocketllava.convert import convert
 from pocketllava.convert.pipeline import plan
-from pocketllava.convert.read.checkpoint import read_safetensors
+from pocketllava.convert.read.safetensors import read_safetensors
 
 Spoil = Callable[[Path], None]
 Tensor = tuple[str, str, tuple[int, ...], bytes]
@@ -203,7 +203,7 @@ def test_weights_too_large_for_f16(make_checkpoint: Any, tmp_path: Path) -> None
     write_safetensors(folder / "model.safetensors", tensors)
     with pytest.raises(ConvertError, match="F16 ends at 65504; use BF16 or F32"):
         convert(folder, tmp_path / "f16", quant="F16")
-    assert convert(folder, tmp_path / "bf16", quant="BF16").manifest["types"]["model"] == "BF16"
+    assert convert(folder, tmp_path / "bf16", quant="BF16").manifest.types.model == "BF16"
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pocketllava import Bundle, ContextOverflow, ImageError, Llava, Message, Options
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
-from pocketllava.models.blob_cache import Store
+from pocketllava.models.blob_cache import BlobCache as Store
 from pocketllava.prompt.items import ImageSpan, PromptItem, image_ends, n_positions, position_ids, shared
 from pocketllava.vision.feature_cache import FeatureCache
 from pocketllava.vision.image_processor import key_of

@@ -131,7 +131,7 @@ def test_convert_says_what_it_made(make_checkpoint: Any, tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (0, b"")
     assert done.stderr.decode().count("\n") == 1  # no bar without a terminal
     assert "model.gguf" in done.stderr.decode()
-    assert Bundle.open(out).manifest["types"]["model"] == "Q4_0"
+    assert Bundle.open(out).manifest.types.model == "Q4_0"
     quiet = run("convert", str(make_checkpoint()), "--out", str(out), "--force", "--quiet")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, b"", b"")
 
@@ -155,7 +155,7 @@ def test_a_dry_run_writes_nothing(make_checkpoint: Any, tmp_path: Path) -> None:
 def test_the_dry_runs_size_is_the_real_one(make_checkpoint: Any, make_bundle: Any) -> None:
     from pocketllava.convert.pipeline import plan
 
-    real = sum(entry["bytes"] for entry in make_bundle("Q8_0").manifest["files"].values())
+    real = sum(record.bytes for record in make_bundle("Q8_0").manifest.files.values())
     assert real <= plan(make_checkpoint(), quant="Q8_0").disk_bytes <= real + (1 << 17)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pocketllava import UnsupportedCheckpoint
+from pocketllava import ConvertError, UnsupportedCheckpoint
 from pocketllava.convert.read.config import LlavaConfig
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 
@@ -103,7 +103,15 @@ def test_preprocessing_lies_in_either_file() -> None:
     assert preprocessing({}, 336) == Preprocessing()
     squeezed = preprocessing({"preprocessor_config.json": {**p, "size": {"height": 336, "width": 336}}}, 336)
     assert squeezed.shortest_edge is None
-    assert Preprocessing.from_json(squeezed.to_json()) == squeezed
-    for wrong in ({"do_resize": False}, {"rescale_factor": 1.0}, {"size": {"height": 1, "width": 2}}):
+    for wrong in (
+        {"do_resize": False},
+        {"rescale_factor": 1.0},
+        {"size": {"height": 1, "width": 2}},
+        {"size": {"shortest_edge": "336"}},
+        {"resample": 9},
+    ):
         with pytest.raises(UnsupportedCheckpoint, match=r"^preprocessor: "):
             preprocessing({"preprocessor_config.json": {**p, **wrong}}, 336)
+    for std in ([0.3, 0.0, 0.3], [0.3, 0.3], [0.3, float("nan"), 0.3]):
+        with pytest.raises(ConvertError, match="expected three positive numbers"):
+            preprocessing({"preprocessor_config.json": {**p, "image_std": std}}, 336)

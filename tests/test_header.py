@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGUFReader
+from gguf import GGUFValueType as V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketllava import Bundle, BundleError
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.gguf_writer import Key, header_bytes, stored_keys, write_floats
 from pocketllava.models.mmproj_contract import check_mmproj
 
 
@@ -27,8 +30,16 @@ def test_it_reads_what_ggufs_reader_reads(bundle: Bundle) -> None:
             assert theirs.fields[name].contents() == value
 
 
+def test_a_header_is_written_again_as_it_was(bundle: Bundle) -> None:
+    for header in (bundle.model_header, bundle.mmproj_header):
+        keys, architecture = stored_keys(header), header.keys["general.architecture"]
+        again = header_bytes(architecture, keys, header.tensors.values())
+        assert again == header.path.read_bytes()[: header.data_start]
+
+
 def test_the_converters_mmproj_passes_the_check(bundle: Bundle) -> None:
     info = check_mmproj(Header.read(bundle.mmproj))
+    assert info.image_tokens == bundle.image_tokens == 576
     assert (info.n_patches, info.n_blocks, info.vision_width, info.projected_width) == (576, 2, 64, 256)
 
 
@@ -108,3 +119,41 @@ def test_a_published_file_that_runs_one_block_short(bundle: Bundle, tmp_path: Pa
     keys = {"clip.vision.feature_layer": None, "clip.vision.block_count": 23}
     with pytest.raises(BundleError, match="would run 22 of its 23 blocks"):
         check_mmproj(edited(bundle, tmp_path / "published.gguf", keys=keys))
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+VALUES: list[tuple[V, Any]] = [
+    (V.UINT32, st.integers(0, 2**32 - 1)),
+    (V.INT64, st.integers(-(2**63), 2**63 - 1)),
+    (V.FLOAT32, st.floats(width=32, allow_nan=False)),
+    (V.BOOL, st.booleans()),
+    (V.STRING, TEXTS),
+]
+SCALAR_KEYS = [st.tuples(st.just(kind), st.none(), values) for kind, values in VALUES]
+ARRAY_KEYS = [
+    st.tuples(st.just(V.ARRAY), st.just(kind), st.lists(values, min_size=1, max_size=5))
+    for kind, values in VALUES
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keys=st.dictionaries(
+        TEXTS.filter(lambda name: not name.startswith("general.")), st.one_of(*SCALAR_KEYS, *ARRAY_KEYS)
+    ),
+    shapes=st.dictionaries(TEXTS, st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), max_size=4),
+)
+def test_what_is_written_is_read_back(tmp_path: Path, keys: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    listed = [Key(name, value, kind, item) for name, (kind, item, value) in keys.items()]
+    arrays = {name: np.full(shape, n, np.float32) for n, (name, shape) in enumerate(shapes.items())}
+    path = write_floats(tmp_path / "x.gguf", "llama", listed, arrays)
+    header, data = Header.read(path), path.read_bytes()
+    assert header.keys.pop("general.architecture") == "llama"
+    assert stored_keys(header) == listed
+    assert list(header.tensors) == list(arrays)
+    for name, array in arrays.items():
+        info = header.tensors[name]
+        start = header.data_start + info.offset
+        assert info.shape == array.shape
+        assert data[start : start + info.n_bytes] == array.tobytes()
+    assert header_bytes("llama", stored_keys(header), header.tensors.values()) == data[: header.data_start]

@@ -16,9 +16,9 @@ from test_quantize import tensor_bytes
 
 from pocketllava import BackendError, Bundle, ConvertError, InputError, Llava, UnsupportedOption
 from pocketllava.convert.pipeline import convert, plan
-from pocketllava.convert.plan.file_plan import SourceReader
 from pocketllava.convert.plan.importance import read_matrix
 from pocketllava.convert.plan.quantize import NEED_MATRIX, TEXT_TYPES, quantize
+from pocketllava.convert.read.source_reader import SourceReader
 from pocketllava.convert.write.writer import write
 from pocketllava.llamacpp import tensors
 from pocketllava.llamacpp.tensors import mul_mat_op
@@ -222,7 +222,7 @@ def test_a_matrix_from_pictures_counts_image_positions(
     keys = Header.read(out).keys
     assert (keys["general.type"], keys["imatrix.chunk_count"]) == ("imatrix", 2)
     made = convert(make_checkpoint(), tmp_path / "bundle", quant="IQ2_XXS", imatrix=out)
-    assert made.manifest["types"]["model"] == "IQ2_XXS"
+    assert made.manifest.types.model == "IQ2_XXS"
 
 
 def test_sums_equal_llama_cpps_tool(llava: Llava, bundle: Bundle, tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def test_the_kv_cache_is_as_large_as_llama_cpp_says(
 
 
 def test_weights_are_counted_from_the_files(bundle: Bundle) -> None:
-    needed, files = memory(bundle), bundle.manifest["files"]
+    needed, files = memory(bundle), bundle.manifest.files
     for name, counted in (("model.gguf", needed.text), ("mmproj.gguf", needed.vision)):
-        assert 0.9 * files[name]["bytes"] < counted < files[name]["bytes"]
+        assert 0.9 * files[name].bytes < counted < files[name].bytes
     assert needed.total == needed.text + needed.vision + needed.kv_cache + needed.buffers
     with pytest.raises(UnsupportedOption, match="n_ctx: found 5000, expected 1 to 4096"):
         memory(bundle, 5000)

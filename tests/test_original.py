@@ -149,18 +149,18 @@ def test_the_manifest(make_bundle: Any) -> None:
     bundle: Bundle = make_bundle("F16", "F16", naming="original")
     assert bundle.preprocessing.pad_to_square
     assert bundle.space_prefix == "chunk"
-    assert bundle.manifest["image"]["token"] == "<image>"
+    assert bundle.manifest.image_token == "<image>"
     assert len(Header.read(bundle.model).keys["tokenizer.ggml.tokens"]) == len(small_tokenizer.vocabulary())
 
 
 def test_the_manifest_names_the_towers_file_too(make_bundle: Any) -> None:
     bundle = make_bundle("F16", "F16", **LAYOUTS["Llama, .bin, a CLIP folder"])
     shards = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
-    assert sorted(bundle.manifest["source"]["weights"]) == [f"{CLIP}/pytorch_model.bin", *shards]
+    assert sorted(bundle.manifest.source.weights) == [f"{CLIP}/pytorch_model.bin", *shards]
 
 
 def test_square_images_are_not_padded(make_checkpoint: Any) -> None:
-    assert not plan(make_checkpoint(naming="original", aspect="square")).preprocessing.pad_to_square
+    assert not plan(make_checkpoint(naming="original", aspect="square")).opened.preprocessing.pad_to_square
 
 
 def test_llava_1_5s_own_tower_needs_no_network(make_checkpoint: Any, tmp_path: Path) -> None:

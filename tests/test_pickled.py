@@ -130,6 +130,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "constructor": (b"\x80\x02ctorch\nFloatStorage\n)R.", "found torch.FloatStorage with unknown arguments"),
     "OrderedDict of pairs": (b"\x80\x02" + DICT + b"]\x85R.", "OrderedDict with unknown arguments"),
     "instance": (b"\x80\x02(ios\nsystem\n.", "the pickle opcode INST"),
+    "odd escape": (b"S'\\z'\n.", "found the pickle opcode STRING"),  # decoding it is a DeprecationWarning
     "new object": (b"\x80\x02" + DICT + b")\x81.", "the pickle opcode NEWOBJ"),
     "extension": (b"\x80\x02\x82\x01.", "the pickle opcode EXT1"),
     "persistent text": (b"\x80\x02Pstorage\n.", "the pickle opcode PERSID"),

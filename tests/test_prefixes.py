@@ -25,7 +25,8 @@ from pocketllava import (
     StateError,
     Timings,
 )
-from pocketllava.models.blob_cache import SUFFIX, Store
+from pocketllava.models.blob_cache import SUFFIX
+from pocketllava.models.blob_cache import BlobCache as Store
 
 SHORT = Options(max_tokens=3)
 ONE = Options(max_tokens=1)

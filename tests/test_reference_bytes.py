@@ -18,7 +18,7 @@ import small_checkpoint
 import variants
 
 from pocketllava.convert.pipeline import plan
-from pocketllava.convert.plan.file_plan import SourceReader
+from pocketllava.convert.read.source_reader import SourceReader
 from pocketllava.convert.write.writer import write
 from pocketllava.models.gguf_header import Header
 

@@ -87,7 +87,7 @@ def test_features_prompts_and_answers(
             text = processor.apply_chat_template(for_transformers(turns), add_generation_prompt=True)
             bos = layout.get("llama3", False)
             wanted = processor.tokenizer(text, add_special_tokens=not bos).input_ids
-            place = llava.bundle.manifest["image"]["token_id"]
+            place = llava.bundle.manifest.image_token_id
             with llava.session() as session:
                 ids_found = session.count(messages(turns))
             assert [i if isinstance(i, int) else place for i in ids_found] == wanted

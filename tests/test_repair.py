@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,25 @@ def test_in_place_only_when_forced(bundle: Bundle, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     check_mmproj(Header.read(hub))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hub-repaired.gguf", "hub.gguf"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such mode bits")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_repaired_file_keeps_the_mode(bundle: Bundle, tmp_path: Path, mode: int) -> None:
+    hub = hub_file(bundle.mmproj, tmp_path / "hub.gguf")
+    hub.chmod(mode)
+    for out in (tmp_path / "beside.gguf", hub):
+        repair(examine(hub), out, force=True)
+        assert stat.S_IMODE(out.stat().st_mode) == mode
+
+
+def test_texts_that_cannot_be_written_again_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    hub = hub_file(bundle.mmproj, tmp_path / "hub.gguf")
+    hub.write_bytes(hub.read_bytes().replace(b"image encoder for LLaVA", b"image enc\xe9der for LLaVA"))
+    with pytest.raises(
+        ConvertError, match=r"key general\.description holds .* no UTF-8 text; download it again"
+    ):
+        examine(hub)
 
 
 def test_a_bundles_file_is_not_touched(bundle: Bundle) -> None:

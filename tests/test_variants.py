@@ -61,7 +61,7 @@ def test_keys_of_a_llama3_file(make_bundle: Any) -> None:
     assert keys["tokenizer.ggml.eos_token_id"] == small_llama3.id_of("<|eot_id|>")
     assert keys["llama.rope.freq_base"] == 500000.0
     ends = {small_llama3.id_of("<|end_of_text|>"), small_llama3.id_of("<|eot_id|>")}
-    assert set(bundle.manifest["eos_token_ids"]) == ends
+    assert set(bundle.manifest.eos_token_ids) == ends
 
 
 def test_rope_factors_of_llama_3_1(make_checkpoint: Any) -> None:
@@ -123,7 +123,7 @@ def test_without_ignore_merges_whole_words_are_merged(make_checkpoint: Any, tmp_
     data = small_llama3.described()
     data["model"]["ignore_merges"] = False
     (folder / "tokenizer.json").write_text(json.dumps(data))
-    assert plan(folder).vocab.pre == "smaug-bpe"  # llama.cpp's name for that regex without it
+    assert plan(folder).opened.vocab.pre == "smaug-bpe"  # llama.cpp's name for that regex without it
 
 
 def test_a_siglip_file_holds_no_class_token(make_bundle: Any) -> None:

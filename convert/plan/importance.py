@@ -16,10 +16,10 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 
-from pocketllava.convert.plan.file_plan import Key
 from pocketllava.convert.plan.quantize import NEED_MATRIX, UNQUANTIZED
 from pocketllava.errors import BundleError, ConvertError, UnsupportedOption
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.gguf_writer import Key
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = (f"imatrix.{n}" for n in ("datasets", "chunk_count", "chunk_size"))
@@ -29,7 +29,7 @@ LARGEST = 1e30  # beyond it products in the quantizers' float32 overflow
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """What a file holds: (n_per_row,) float32 by tensor name, and where it came from."""
+    """A matrix file's content: (n_per_row,) float32 by tensor name, and the data it was computed from."""
 
     path: Path
     values: dict[str, npt.NDArray[np.float32]] = field(repr=False)
@@ -37,22 +37,22 @@ class ImportanceMatrix:
     chunks: int
 
     def of(self, name: str, shape: tuple[int, ...], kind: T) -> npt.NDArray[np.float32] | None:
-        """A tensor's weights, None where none are wanted. Raises ConvertError for another model's matrix."""
+        """(n_per_row,) float32 for a tensor, None where none are wanted. Raises ConvertError for another model's."""
         if kind in UNQUANTIZED:
             return None
-        found = self.values.get(name)
-        if found is None and name.startswith("blk."):
+        weights = self.values.get(name)
+        if weights is None and name.startswith("blk."):
             raise ConvertError(
                 f"{self.path}: no entry for {name}, expected one for every matrix; it was made for another model"
             )
-        if found is not None and found.size != shape[-1]:
+        if weights is not None and weights.size != shape[-1]:
             raise ConvertError(
-                f"{self.path}: {found.size} columns for {name}, expected {shape[-1]}; it was made for another model"
+                f"{self.path}: {weights.size} columns for {name}, expected {shape[-1]}; it was made for another model"
             )
-        return found
+        return weights
 
     def keys(self) -> list[Key]:
-        """What llama-quantize records of the matrix it used; of its path only the name."""
+        """The keys by which llama-quantize records its matrix; of the path only the file's name."""
         keys = [Key("quantize.imatrix.file", _cut(self.path.name), V.STRING)]
         if self.datasets:
             keys.append(Key("quantize.imatrix.dataset", _cut(self.datasets[0]), V.STRING))
@@ -62,13 +62,13 @@ class ImportanceMatrix:
         return keys
 
 
-def read_matrix(path: str | PathLike[str] | None, quant: str) -> ImportanceMatrix | None:
-    """The matrix, checked. Raises UnsupportedOption if a type needs one and there is none, ConvertError."""
+def read_matrix(path: str | PathLike[str] | None, *quants: str) -> ImportanceMatrix | None:
+    """The matrix, checked. Raises UnsupportedOption if one of the types needs one and there is none, ConvertError."""
     if path is None:
-        if quant in NEED_MATRIX:
+        if needing := [quant for quant in quants if quant in NEED_MATRIX]:
             raise UnsupportedOption(
-                f"--quant {quant}: found no importance matrix, which this type needs; make one from pictures with"
-                " `pocketllava imatrix` and give it as --imatrix"
+                f"--quant {needing[0]}: found no importance matrix, which this type needs; make one from pictures"
+                " with `pocketllava imatrix` and give it as --imatrix"
             )
         return None
     file = Path(fspath(path)).expanduser()
@@ -100,7 +100,7 @@ def _checked(header: Header) -> ImportanceMatrix:
 
 
 def _values(header: Header, name: str) -> npt.NDArray[np.float32]:
-    """sums / counts in float32, 1 where nothing was counted: what llama-quantize hands to ggml."""
+    """(n_per_row,) float32: sums / counts, 1 where nothing was counted, as llama-quantize gives ggml."""
     sums, counts = _floats(header, name + SUMS), _floats(header, name + COUNTS)
     if counts.size != 1:
         raise ConvertError(
@@ -115,6 +115,7 @@ def _values(header: Header, name: str) -> npt.NDArray[np.float32]:
 
 
 def _floats(header: Header, name: str) -> npt.NDArray[np.float32]:
+    """(n_values,) float32 of a tensor."""
     info = header.tensors.get(name)
     if info is None or info.type != int(T.F32):
         raise ConvertError(f"{header.path}: no float32 tensor {name}; the importance matrix is damaged")

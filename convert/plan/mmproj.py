@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFValueType as V
 
-from pocketllava.convert.plan.file_plan import FilePlan, Key, PlannedTensor, TensorTaker
+from pocketllava.convert.plan.file_plan import FilePlan, PlannedTensor, TensorTaker
 from pocketllava.convert.plan.quantize import MMPROJ_TYPES, fitting
-from pocketllava.convert.read.checkpoint import Checkpoint, SourceTensor
+from pocketllava.convert.read.checkpoint import Checkpoint
 from pocketllava.convert.read.config import LlavaConfig, VisionConfig
+from pocketllava.convert.read.sources import SourceTensor
+from pocketllava.models.gguf_writer import Key
 from pocketllava.models.preprocessing import Preprocessing
 
 ARCHITECTURE = "clip"
@@ -83,9 +85,9 @@ def _vision(taker: TensorTaker, v: VisionConfig) -> Iterator[tuple[str, SourceTe
         "ln2": (v.n_embd,),
     }
     for n in range(v.n_used):
-        for theirs, ours in BLOCK:
-            shape = shapes.get(ours, (v.n_embd, v.n_embd))
-            yield from _pair(taker, f"vision.encoder.layers.{n}.{theirs}", f"v.blk.{n}.{ours}", shape)
+        for hf_name, gguf_name in BLOCK:
+            shape = shapes.get(gguf_name, (v.n_embd, v.n_embd))
+            yield from _pair(taker, f"vision.encoder.layers.{n}.{hf_name}", f"v.blk.{n}.{gguf_name}", shape)
 
 
 def _projector(taker: TensorTaker, c: LlavaConfig) -> Iterator[tuple[str, SourceTensor]]:
@@ -95,10 +97,10 @@ def _projector(taker: TensorTaker, c: LlavaConfig) -> Iterator[tuple[str, Source
 
 
 def _pair(
-    taker: TensorTaker, theirs: str, ours: str, shape: tuple[int, ...]
+    taker: TensorTaker, hf_name: str, gguf_name: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, SourceTensor]]:
-    yield f"{ours}.weight", taker.take(f"{theirs}.weight", shape)
-    yield f"{ours}.bias", taker.take(f"{theirs}.bias", shape[:1])
+    yield f"{gguf_name}.weight", taker.take(f"{hf_name}.weight", shape)
+    yield f"{gguf_name}.bias", taker.take(f"{hf_name}.bias", shape[:1])
 
 
 def type_of(name: str, shape: tuple[int, ...], quant: str) -> T:

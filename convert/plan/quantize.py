@@ -1,4 +1,4 @@
-"""Which tensor gets which type, and rows -> quantized bytes with ggml's own code.
+"""The type of each tensor, and rows -> that type's bytes with ggml's own code.
 
 The mixes follow llama.cpp's llama_tensor_get_type_impl and tensor_type_fallback (src/llama-quant.cpp),
 with and without an importance matrix; tests hold every one of them to llama_model_quantize's bytes. Knows GGUF
@@ -7,9 +7,7 @@ tensor names and ggml types; nothing of files or checkpoints.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +15,8 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType as F
 
-from pocketllava.convert.plan.q8_0 import q8_0
 from pocketllava.errors import ConvertError, UnsupportedOption
-from pocketllava.llamacpp.library import ggml, to_float
+from pocketllava.llamacpp.quantization import dequantize_rows, is_finite, quantize_rows
 
 Floats = npt.NDArray[np.float32]
 
@@ -203,14 +200,14 @@ def _layer(name: str) -> int:
 
 
 def fitting(chosen: T, n_per_row: int) -> T:
-    """The type itself, its stand-in for rows that its block does not divide, or F16."""
+    """The type itself, its fallback for rows that its block does not divide, or F16."""
     if n_per_row % GGML_QUANT_SIZES[chosen][0]:
         chosen = FALLBACK.get(chosen, chosen)
     return T.F16 if n_per_row % GGML_QUANT_SIZES[chosen][0] else chosen
 
 
 def known(name: str, types: dict[str, tuple[T, F]], option: str) -> str:
-    """The type's name in upper case. Raises UnsupportedOption naming those that there are."""
+    """The type's name in upper case. Raises UnsupportedOption, which lists the known ones."""
     if name.upper() not in types:
         raise UnsupportedOption(f"{option}: found {name!r}, expected one of {', '.join(types)}")
     return name.upper()
@@ -229,53 +226,35 @@ def quantize(rows: Floats, kind: T, name: str, importance: Floats | None = None)
     Raises ConvertError for values that the type cannot hold (NaN, infinity, beyond F16's range).
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    if kind is T.Q8_0 and (made := q8_0(rows)) is not None:
-        return made.tobytes()
     largest = float(np.maximum(-rows.min(initial=0.0), rows.max(initial=0.0)))  # NaN survives all three
     if not np.isfinite(largest):
-        raise ConvertError(
-            f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged"
-        )
+        raise ConvertError(_not_finite(name))
     if kind is T.F16 and largest > MAX_F16:
         raise ConvertError(f"tensor {name}: holds {largest:g}, F16 ends at {MAX_F16:g}; use BF16 or F32")
     if kind is T.F32:
         return rows.tobytes()
-    out = _by_ggml(rows, kind, importance)
-    if not ggml().ggml_validate_row_data(int(kind), _at(out), out.nbytes):
+    blocks = quantize_rows(rows, int(kind), n_bytes(kind, rows.shape), importance)
+    if blocks is None:
+        raise ConvertError(f"tensor {name}: ggml wrote another size than {kind.name} has; report this")
+    if not is_finite(blocks, int(kind)):
         raise ConvertError(
             f"tensor {name}: its values up to {largest:g} do not fit {kind.name}; use BF16 or F32"
         )
-    return out.tobytes()
-
-
-def _by_ggml(rows: Floats, kind: T, importance: Floats | None) -> npt.NDArray[np.uint8]:
-    n_rows, n_per_row = rows.size // rows.shape[-1], rows.shape[-1]
-    out = np.empty(n_bytes(kind, rows.shape), np.uint8)
-    weights = None if importance is None else _at(importance)
-    written = ggml().ggml_quantize_chunk(int(kind), _at(rows), _at(out), 0, n_rows, n_per_row, weights)
-    if written != out.nbytes:
-        raise ConvertError(f"ggml made {written} bytes of {kind.name}, expected {out.nbytes}; report this")
-    return out
+    return blocks.tobytes()
 
 
 def checked_copy(data: bytes, kind: T, name: str) -> bytes:
     """Bytes that are of that type already. Raises ConvertError if ggml finds NaN or infinity in them."""
-    if not ggml().ggml_validate_row_data(int(kind), data, len(data)):
-        raise ConvertError(
-            f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged"
-        )
+    if not is_finite(data, int(kind)):
+        raise ConvertError(_not_finite(name))
     return data
 
 
 def dequantize(data: bytes, kind: T, n_values: int) -> Floats:
-    """That type's bytes -> (n_values,) float32, by ggml's own to_float."""
+    """That type's bytes -> (n_values,) float32, by ggml's own conversion."""
     raw = np.frombuffer(data, np.uint8)
-    if kind is T.F32:
-        return raw.view(np.float32)
-    out = np.empty(n_values, np.float32)
-    to_float(int(kind))(_at(raw), _at(out), n_values)
-    return out
+    return raw.view(np.float32) if kind is T.F32 else dequantize_rows(raw, int(kind), n_values)
 
 
-def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+def _not_finite(name: str) -> str:
+    return f"tensor {name}: holds NaN or infinite values; the checkpoint is damaged or diverged"

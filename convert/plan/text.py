@@ -15,12 +15,14 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf import GGUFValueType as V
 
-from pocketllava.convert.plan.file_plan import FilePlan, Key, PlannedTensor, TensorTaker
+from pocketllava.convert.plan.file_plan import FilePlan, PlannedTensor, TensorTaker
 from pocketllava.convert.plan.importance import ImportanceMatrix
 from pocketllava.convert.plan.quantize import TEXT_TYPES, Mix
-from pocketllava.convert.read.checkpoint import Checkpoint, SourceTensor
+from pocketllava.convert.read.checkpoint import Checkpoint
 from pocketllava.convert.read.config import TextConfig
+from pocketllava.convert.read.sources import SourceTensor
 from pocketllava.convert.read.vocab import Vocab
+from pocketllava.models.gguf_writer import Key
 
 ARCHITECTURE = "llama"
 GGML_QNT_VERSION = 2  # ggml.h
@@ -86,9 +88,9 @@ def _tensors(taker: TensorTaker, c: TextConfig) -> Iterator[tuple[str, SourceTen
     }
     heads = {"attn_q": c.n_head, "attn_k": c.n_head_kv}
     for n in range(c.n_layer):
-        for theirs, ours in BLOCK:
-            source = taker.take(f"text.layers.{n}.{theirs}.weight", shapes[ours])
-            yield f"blk.{n}.{ours}.weight", source, heads.get(ours, 0)
+        for hf_name, gguf_name in BLOCK:
+            source = taker.take(f"text.layers.{n}.{hf_name}.weight", shapes[gguf_name])
+            yield f"blk.{n}.{gguf_name}.weight", source, heads.get(gguf_name, 0)
     yield "output_norm.weight", taker.take("text.norm.weight", (c.n_embd,)), 0
     if not c.tied:
         yield "output.weight", taker.take("text.lm_head.weight", (c.n_vocab, c.n_embd)), 0

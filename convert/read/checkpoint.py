@@ -1,7 +1,7 @@
 """A folder or hub id -> JSON files and a table of tensors under canonical names.
 
-Knows which files a checkpoint has and the ways a LLaVA-1.5 checkpoint names its tensors; weight files are
-shards.py's. Reads no tensor data and knows no GGUF. Canonical names are `text.*`, `vision.*` and `projector.*`:
+Knows a checkpoint's files and the ways in which LLaVA-1.5 checkpoints name their tensors; shards.py reads weight
+files. Reads no tensor data and knows no GGUF. Canonical names are `text.*`, `vision.*` and `projector.*`:
 text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, projector.linear_1.weight.
 """
 
@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketllava.convert.read import original
-from pocketllava.convert.read.safetensors import read_safetensors
 from pocketllava.convert.read.shards import INDEXES, SAFETENSORS, has_weights, read_tensors
-from pocketllava.convert.read.sources import LFS, SourceTensor, read_json
+from pocketllava.convert.read.sources import SourceTensor, read_json
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
-
-__all__ = ["LFS", "Checkpoint", "SourceTensor", "canonical", "fetch", "open_checkpoint", "read_safetensors"]
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 PICKLED_PATTERNS = ["pytorch_model*.bin"]
@@ -30,7 +27,7 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 class Checkpoint:
     """An opened checkpoint: `files` is JSON content by file name, `tensors` by canonical name.
 
-    original: config.json as it is, where it is the original authors' format.
+    original: the unchanged config.json of a checkpoint in the original authors' format.
     """
 
     folder: Path
@@ -43,12 +40,12 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json, in the hub's words."""
+        """config.json with the hub's keys."""
         return dict(self.files["config.json"])
 
 
 def fetch(source: str, revision: str | None = None, weights: bool = True) -> tuple[Path, dict[str, Any]]:
-    """The folder that holds SOURCE, downloaded from the hub if need be, and what identifies it.
+    """(SOURCE's folder, downloaded from the hub if need be; its id and commit).
 
     Downloads resume, land in huggingface_hub's cache, and honor HF_HUB_OFFLINE. Raises ConvertError.
     """
@@ -56,9 +53,9 @@ def fetch(source: str, revision: str | None = None, weights: bool = True) -> tup
     if folder.is_dir():
         return folder, {"id": folder.resolve().name, "revision": None}
     if folder.exists() or not HUB_ID.match(source):
-        found = "a file" if folder.exists() else "nothing"
+        state = "a file" if folder.exists() else "nothing"
         raise ConvertError(
-            f"{source}: found {found}, expected a checkpoint's folder or a hub id like owner/name"
+            f"{source}: found {state}, expected a checkpoint's folder or a hub id like owner/name"
         )
     return _download(source, revision, weights)
 
@@ -105,7 +102,7 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
         tensors, dropped = _named(read_tensors(folder), canonical, folder)
         return Checkpoint(folder, identity, files, template, tensors, dropped)
     config = files["config.json"]
-    original.hub_config(config, None)  # what cannot be converted is refused before a tower is fetched
+    original.hub_config(config, None)  # refuses what cannot be converted, before a tower is fetched
     tensors, dropped = _named(read_tensors(folder), original.canonical, folder)
     vision = _original_tower(config, vision_tower, tensors, dropped, files)
     files["config.json"] = original.hub_config(config, vision)
@@ -120,7 +117,7 @@ def _original_tower(
     dropped: dict[str, str],
     files: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """The vision tower's config; its tensors and preprocessing are put in place where the checkpoint has none."""
+    """The vision tower's config; adds its tensors and preprocessing to those of a checkpoint that has none."""
     inside = [name for name in tensors if name.startswith("vision.")]
     name = original.tower_name(config, given)
     if inside and given is None and name.endswith("/" + original.KNOWN_TOWER) and not Path(name).is_dir():
@@ -134,20 +131,20 @@ def _original_tower(
         files.setdefault(path.name, read_json(path))
     if given is not None or not inside:
         dropped |= {tensors.pop(n).name: "replaced by --vision-tower" for n in inside}
-        found, left_out = original.tower_tensors(folder)
-        tensors |= found
-        dropped |= left_out
+        tower, unused = original.tower_tensors(folder)
+        tensors |= tower
+        dropped |= unused
     return vision
 
 
 def _named(
-    found: Iterable[SourceTensor], name_of: Callable[[str], str | None], folder: Path
+    sources: Iterable[SourceTensor], name_of: Callable[[str], str | None], folder: Path
 ) -> tuple[dict[str, SourceTensor], dict[str, str]]:
-    """(tensors by canonical name, what was left out and why). Raises TensorMismatch."""
+    """(tensors by canonical name, reasons by the name of a tensor left out). Raises TensorMismatch."""
     tensors: dict[str, SourceTensor] = {}
     dropped: dict[str, str] = {}
     unknown: list[str] = []
-    for tensor in found:
+    for tensor in sources:
         name = name_of(tensor.name)
         if name is None:
             unknown.append(tensor.name)
@@ -171,8 +168,8 @@ def _named(
 def canonical(name: str) -> str | None:
     """The canonical name of a checkpoint's tensor, or None for one that belongs to no part.
 
-    Accepts the hub's names, those of transformers >= 4.52 and >= 5.6, and saves that repeat
-    `language_model.` (transformers 5.4): what follows the last one counts.
+    Accepts the hub's names, those of transformers >= 4.52 and >= 5.6, and files that repeat `language_model.`
+    (transformers 5.4): the rest after the last one counts.
     """
     name = name.removeprefix("model.")
     if (at := name.rfind("multi_modal_projector.")) >= 0:

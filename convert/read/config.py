@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says, with transformers' defaults filled in, refused by name if unknown.
+"""config.json -> typed dimensions of both models, with transformers' defaults; unknown settings are refused by name.
 
 Knows config.json of LlavaForConditionalGeneration; no tensor data, no GGUF.
 Defaults are those of transformers' LlamaConfig, MistralConfig, CLIPVisionConfig and LlavaConfig.
@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pocketllava.convert.read.layers import feature_layers
 from pocketllava.convert.read.rope import llama3_factors
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
-from pocketllava.models.patches import PatchGrid
+from pocketllava.models.preprocessing import PatchGrid
 from pocketllava.models.siglip import ACTIVATIONS as SIGLIP_ACTIVATIONS
 from pocketllava.models.siglip import DEFAULTS as SIGLIP_DEFAULTS
 from pocketllava.models.siglip import MODEL_TYPE as SIGLIP
@@ -84,8 +83,8 @@ class TextConfig:
 class VisionConfig(PatchGrid):
     """A CLIP or SigLIP tower of which the first n_used blocks run (hidden_states[n_used] are features).
 
-    layers: the indices into hidden_states whose features stand side by side, in the checkpoint's order;
-    n_used is the largest. class_token: CLIP; without it a SigLIP tower (patch bias, no norm before blocks).
+    layers: the indices into hidden_states whose features are concatenated, in the checkpoint's order; n_used is the
+    largest. class_token: CLIP; without it a SigLIP tower (patch bias, no norm before blocks).
     """
 
     n_embd: int
@@ -106,7 +105,7 @@ class VisionConfig(PatchGrid):
 
     @property
     def layer_order(self) -> tuple[int, ...]:
-        """For each of feature_layers its place in the checkpoint's order."""
+        """For each of feature_layers its index in the checkpoint's order."""
         return tuple(self.layers.index(n) for n in self.feature_layers) if self.layers else (0,)
 
     @property
@@ -125,7 +124,7 @@ class LlavaConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> LlavaConfig:
-        """Read config.json's content. Raises UnsupportedCheckpoint or ConvertError, naming what was found."""
+        """Read config.json's content. Raises UnsupportedCheckpoint or ConvertError, naming the value."""
         _refuse_other_architectures(config)
         text = _text(config)
         return cls(text, _vision(config), _whole(config, ("image_token_index", "image_token_id"), 32000))
@@ -237,7 +236,7 @@ def _vision(config: Mapping[str, Any]) -> VisionConfig:
         image_size % patch_size == 0 or (not is_clip and image_size > patch_size),  # SigLIP: 384 = 27 * 14 + 6
         "patch_size", patch_size, f"a divisor of image_size {image_size}",
     )  # fmt: skip
-    layers = feature_layers(config.get("vision_feature_layer", -2), n_layer)
+    layers = _feature_layers(config.get("vision_feature_layer", -2), n_layer)
     return VisionConfig(
         n_embd=n_embd,
         n_ff=_whole(v, ("intermediate_size",)),
@@ -254,6 +253,29 @@ def _vision(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
+def _feature_layers(given: Any, n_layer: int) -> tuple[int, ...]:
+    """vision_feature_layer -> indices into hidden_states, in the same order: [-2, -5] of 24 layers is (23, 20).
+
+    transformers counts n_layer + 1 hidden states, negative from the end. Raises UnsupportedCheckpoint.
+    """
+    listed = given if isinstance(given, list) else [given]
+    if not listed or any(not isinstance(n, int) or isinstance(n, bool) for n in listed):
+        raise UnsupportedCheckpoint(
+            f"config.json: vision_feature_layer {given!r}, expected a whole number or a list of them"
+        )
+    layers = tuple(n if n >= 0 else n_layer + 1 + n for n in listed)
+    if min(layers) < 0 or not 1 <= max(layers) <= n_layer:
+        raise UnsupportedCheckpoint(
+            f"config.json: vision_feature_layer is {given!r}, expected one of {n_layer} blocks"
+        )
+    if len(set(layers)) != len(layers):
+        raise UnsupportedCheckpoint(
+            f"config.json: vision_feature_layer {given!r} names a layer twice, expected each once"
+            " (llama.cpp stacks each once)"
+        )
+    return layers
+
+
 def _whole(data: Mapping[str, Any], names: tuple[str, ...], default: int | None = None) -> int:
     value = next((data[n] for n in names if data.get(n) is not None), default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
@@ -268,6 +290,6 @@ def _number(data: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _expect(ok: bool, name: str, found: Any, expected: str) -> None:
+def _expect(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
-        raise UnsupportedCheckpoint(f"config.json: {name} is {found!r}, expected {expected}")
+        raise UnsupportedCheckpoint(f"config.json: {name} is {value!r}, expected {expected}")

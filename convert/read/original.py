@@ -1,8 +1,8 @@
-"""The original authors' checkpoints (LlavaLlamaForCausalLM, LlavaMistralForCausalLM), said in the hub's words.
+"""The original authors' checkpoints (LlavaLlamaForCausalLM, LlavaMistralForCausalLM), translated into the hub format.
 
 Knows the original config.json, tensor names, conversation templates and image preparation
-(github.com/haotian-liu/LLaVA: llava/model/builder.py, conversation.py, mm_utils.py) and where the vision
-tower comes from; what follows from a config is the same for every layout and stands elsewhere.
+(github.com/haotian-liu/LLaVA: llava/model/builder.py, conversation.py, mm_utils.py) and the source of the vision
+tower; the rest of a conversion is the same for every format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ KINDS = {  # architecture or model_type -> text model
     "llava_llama": "llama",
     "llava_mistral": "mistral",
 }
-IMAGE_TOKEN = "<image>"  # where the prompt is cut; no row of the vocabulary (IMAGE_TOKEN_INDEX is -200)
 KNOWN_TOWER = "clip-vit-large-patch14-336"  # LLaVA-1.5's: LlavaConfig's own default, no need to ask the hub
 HUB_OWNER = "openai/"
 NOT_VISION = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -53,9 +52,9 @@ TEMPLATES = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
 def text_kind(config: Mapping[str, Any]) -> str | None:
     """ "llama" or "mistral" for a config.json of the original format, else None."""
     names = (*(config.get("architectures") or []), config.get("model_type"))
-    found = next((KINDS[str(n)] for n in names if str(n) in KINDS), None)
+    kind = next((KINDS[str(n)] for n in names if str(n) in KINDS), None)
     flat = config.get("model_type") == "llava" and "mm_vision_tower" in config and "text_config" not in config
-    return found or ("llama" if flat and not config.get("architectures") else None)
+    return kind or ("llama" if flat and not config.get("architectures") else None)
 
 
 def canonical(name: str) -> str | None:
@@ -89,12 +88,13 @@ def hub_config(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> d
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "image_token_index": 1,  # any row: the prompt never holds it
     }
-    kept = {k: config[k] for k in ("quantization_config",) if k in config}
-    return hub | kept
+    if "quantization_config" in config:  # refused there, as every quantized checkpoint
+        hub["quantization_config"] = config["quantization_config"]
+    return hub
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedCheckpoint for what the original code has and this project does not."""
+    """Raise UnsupportedCheckpoint for settings of the original code that are not supported."""
     expected: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         "mm_projector_type": ("linear", ("mlp2x_gelu",), "LLaVA-1.0's single linear layer is another model"),
         "mm_use_im_start_end": (False, (False, None), "LLaVA-1.5 has no image start and end tokens"),
@@ -104,10 +104,10 @@ def _refuse(config: Mapping[str, Any]) -> None:
         "s2": (False, (False, None), "several scales of one image are not supported"),
     }
     for name, (default, accepted, reason) in expected.items():
-        found = config.get(name, default)
-        if found not in accepted:
+        value = config.get(name, default)
+        if value not in accepted:
             raise UnsupportedCheckpoint(
-                f"config.json: {name} is {found!r}, expected {accepted[0]!r}; {reason}"
+                f"config.json: {name} is {value!r}, expected {accepted[0]!r}; {reason}"
             )
 
 
@@ -116,17 +116,17 @@ def pads(config: Mapping[str, Any]) -> bool:
     return config.get("image_aspect_ratio") == "pad"
 
 
-def space_prefix(found: str, tokenizer_config: Mapping[str, Any], described: bool, kind: str) -> str:
-    """Which text gets a leading space: the original tokenizes every text between images by itself.
+def space_prefix(hub_prefix: str, tokenizer_config: Mapping[str, Any], described: bool, kind: str) -> str:
+    """Which text gets a leading space (manifest.py): the original tokenizes each text between images by itself.
 
     Its Llama tokenizer is the slow one, whatever tokenizer.json says: with legacy=false only the start of such
-    a text gets the space, otherwise every piece between special tokens too.
+    a text gets the space, otherwise every run between special tokens too.
     """
-    if found == "none":
-        return found
+    if hub_prefix == "none":
+        return hub_prefix
     if kind == "llama" or not described:
         return "chunk" if tokenizer_config.get("legacy") is False else "every"
-    return "chunk" if found == "first" else found
+    return "chunk" if hub_prefix == "first" else hub_prefix
 
 
 def tower_name(config: Mapping[str, Any], given: str | None) -> str:
@@ -147,8 +147,8 @@ def tower_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ConvertError(f"{folder}: no config.json, expected a CLIP model's folder for --vision-tower")
     config = read_json(folder / "config.json")
-    found = config.get("vision_config") if config.get("model_type") == "clip" else config
-    vision = {"model_type": "clip_vision_model", **found} if isinstance(found, dict) else {}
+    part = config.get("vision_config") if config.get("model_type") == "clip" else config
+    vision = {"model_type": "clip_vision_model", **part} if isinstance(part, dict) else {}
     if (
         config.get("model_type") not in ("clip", "clip_vision_model")
         or vision.get("model_type") != "clip_vision_model"
@@ -161,7 +161,7 @@ def tower_config(folder: Path) -> dict[str, Any]:
 
 
 def tower_tensors(folder: Path) -> tuple[dict[str, SourceTensor], dict[str, str]]:
-    """(the vision tower's tensors by canonical name, what was left out and why) of a CLIP folder."""
+    """(the vision tower's tensors by canonical name, reasons by the name of a tensor left out) of a CLIP folder."""
     tensors: dict[str, SourceTensor] = {}
     dropped: dict[str, str] = {}
     for tensor in read_tensors(folder):

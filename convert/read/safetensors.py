@@ -1,4 +1,4 @@
-"""One safetensors file -> where its tensors lie, every offset checked. Reads the header, no tensor data."""
+"""One safetensors file -> the offsets of its tensors, each checked. Reads the header, no tensor data."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def read_safetensors(path: Path) -> list[SourceTensor]:
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> SourceTensor:
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = isinstance(dtype, str) and all(is_count(n) for n in (*shape, first, last))
+        valid = isinstance(dtype, str) and all(is_count(n) for n in (*shape, first, last))
     except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise ConvertError(f"{path}: tensor {name!r} has a damaged header entry; download the file again")
     if dtype in WIDTHS and last - first != (n_bytes := size_bytes(dtype, shape)):
         raise ConvertError(

@@ -1,6 +1,6 @@
-"""A folder -> the tensors of its weight files, in whichever format they are: safetensors first, then .bin.
+"""A folder -> the tensors of its weight files: safetensors where there are any, otherwise .bin.
 
-Knows which files hold weights and their index files; the formats are in safetensors.py and torch_zip.py.
+Knows the names of weight files and their indexes; the formats are in safetensors.py and torch_zip.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pocketllava.errors import ConvertError, TensorMismatch
 
 @dataclass(frozen=True)
 class Format:
-    """One file, or shards that an index names; and how a file is read."""
+    """Names of the one file and of the index of several shards, and the function that reads a file."""
 
-    whole: str
+    single: str
     index: str
     read: Callable[[Path], list[SourceTensor]]
 
@@ -31,43 +31,43 @@ INDEXES = tuple(f.index for f in FORMATS)
 
 
 def has_weights(folder: Path, formats: tuple[Format, ...] = FORMATS) -> bool:
-    """Whether the folder holds whole weights or an index in one of the formats."""
-    return any((folder / name).is_file() for f in formats for name in (f.index, f.whole))
+    """Whether the folder has weights or an index in one of the formats."""
+    return any((folder / name).is_file() for f in formats for name in (f.index, f.single))
 
 
 def read_tensors(folder: Path) -> Iterator[SourceTensor]:
     """Every tensor of the folder's weights, shard by shard. Raises ConvertError and its kinds."""
-    for found in FORMATS:
-        if (folder / found.index).is_file():
-            yield from _shards(folder, found)
+    for layout in FORMATS:
+        if (folder / layout.index).is_file():
+            yield from _shards(folder, layout)
             return
-        if (folder / found.whole).is_file():
-            yield from found.read(folder / found.whole)
+        if (folder / layout.single).is_file():
+            yield from layout.read(folder / layout.single)
             return
     others = sorted(
         p.name for pattern in ("*.bin", "*.safetensors", "*.pt", "*.pth") for p in folder.glob(pattern)
     )
     raise ConvertError(
-        f"{folder}: no {SAFETENSORS.whole}, no {PICKLED.whole} and no index of either"
+        f"{folder}: no {SAFETENSORS.single}, no {PICKLED.single} and no index of either"
         + (f" (found {others[0]})" if others else "")
         + "; download the checkpoint's weights"
     )
 
 
-def _shards(folder: Path, found: Format) -> Iterator[SourceTensor]:
-    weight_map = read_json(folder / found.index).get("weight_map")
+def _shards(folder: Path, layout: Format) -> Iterator[SourceTensor]:
+    weight_map = read_json(folder / layout.index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConvertError(f"{folder / found.index}: no weight_map, expected the shard of every tensor")
+        raise ConvertError(f"{folder / layout.index}: no weight_map, expected the shard of every tensor")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ConvertError(
-                f"{folder}: shard {name!r} is missing, though {found.index} names it; download it"
+                f"{folder}: shard {name!r} is missing, though {layout.index} names it; download it"
             )
-    held = [tensor for name in names for tensor in found.read(folder / name)]
+    held = [tensor for name in names for tensor in layout.read(folder / name)]
     if absent := sorted(set(weight_map) - {t.name for t in held}):
         raise TensorMismatch(
-            f"{folder}: {found.index} names {absent[0]!r}, which no shard holds ({len(absent)} such tensors)",
+            f"{folder}: {layout.index} names {absent[0]!r}, which no shard holds ({len(absent)} such tensors)",
             missing=tuple(absent),
         )
     yield from held

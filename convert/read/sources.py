@@ -1,4 +1,4 @@
-"""Where a tensor's bytes lie, and how the files around it are read: what every weight format shares.
+"""The record of a source tensor, and the reading of JSON files: shared by every weight format.
 
 Knows JSON files and git-lfs pointers; no weight format and no model.
 """
@@ -21,9 +21,9 @@ LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where one tensor's bytes lie. `shape` is rows first; `dtype` is safetensors' code.
+    """The file and offset of one tensor's bytes. `shape` is rows first; `dtype` is safetensors' code.
 
-    computed: the bytes themselves, for a tensor that follows from config.json and lies in no file.
+    computed: the bytes themselves, for a tensor that is computed from config.json and is in no file.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which chat template and which end-of-sequence ids a bundle gets, from all the files that may say so.
+"""A bundle's chat template and end-of-sequence ids, from all the files that may define them.
 
 Knows JSON content and the vocabulary; renders nothing.
 """
@@ -12,8 +12,8 @@ from pocketllava.convert.read.config import LlavaConfig
 from pocketllava.convert.read.vocab import Vocab
 from pocketllava.errors import ConvertError
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
+from pocketllava.models.manifest import IMAGE_TOKEN
 
-IMAGE = "<image>"
 LLAMA3_HEADER = "<|start_header_id|>"
 # Meta's Llama-3 template with llava-llama-3-8b's place for images; for checkpoints whose own knows no images.
 LLAMA3_TEMPLATE = (
@@ -29,10 +29,8 @@ LLAMA3_TEMPLATE = (
 def chat_template(checkpoint: Checkpoint, vocab: Vocab, image_token_id: int) -> str:
     """The checkpoint's chat template if it knows images, otherwise the one of its family."""
     own = checkpoint.chat_template
-    if (
-        own and "image" in own and checkpoint.original is not None
-    ):  # its image token is no row of the vocabulary
-        return own
+    if own and "image" in own and checkpoint.original is not None:
+        return own  # its image token is no row of the vocabulary
     if image_token_id >= len(vocab.tokens):
         raise ConvertError(
             f"config.json: image_token_index {image_token_id}, expected an id below {len(vocab.tokens)}"
@@ -40,18 +38,18 @@ def chat_template(checkpoint: Checkpoint, vocab: Vocab, image_token_id: int) -> 
     if own and "image" in own:
         return own
     family = LLAMA3_TEMPLATE if LLAMA3_HEADER in vocab.tokens else DEFAULT_TEMPLATE
-    return family.replace(IMAGE, vocab.tokens[image_token_id])
+    return family.replace(IMAGE_TOKEN, vocab.tokens[image_token_id])
 
 
 def end_ids(checkpoint: Checkpoint, config: LlavaConfig, vocab: Vocab) -> list[int]:
     """Every end-of-sequence id: config.json's, the tokenizer's, generation_config.json's.
 
-    A byte-level vocabulary has no </s> at LlamaConfig's default of 2: there only ids that are written count.
+    A byte-level vocabulary has no </s> at LlamaConfig's default of 2: there only ids in the files count.
     """
     text = checkpoint.config.get("text_config") or {}
-    said = text.get("eos_token_id") if vocab.merges else list(config.text.eos_ids)
+    configured = text.get("eos_token_id") if vocab.merges else list(config.text.eos_ids)
     generation = checkpoint.files.get("generation_config.json", {}).get("eos_token_id")
-    ids = [*_listed(said), vocab.eos_id, *_listed(generation)]
+    ids = [*_listed(configured), vocab.eos_id, *_listed(generation)]
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < config.text.n_vocab:
             raise ConvertError(f"eos_token_id: {i!r}, expected an id below {config.text.n_vocab}")

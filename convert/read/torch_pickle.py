@@ -1,8 +1,8 @@
-"""The pickle of a torch state dict, read as data: a small machine that builds tables and calls nothing.
+"""The pickle of a torch state dict, read as data: a small stack machine that builds tables and calls nothing.
 
-Knows the pickle opcodes that torch.save writes for a dict of tensors, and six kinds of names. No Python
-object is made from a name: any other global or opcode is refused, so nothing in a file can run. Every
-value costs no more than the bytes that spell it, and nothing here walks nested values.
+Knows the pickle opcodes that torch.save writes for a dict of tensors, and six kinds of names. No name is looked up:
+any other global or opcode is refused, so nothing in a file can run. A value takes no more memory than its bytes in
+the file, and no code here recurses into nested values.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class View:
 
 
 class _Refused(Exception):
-    """What cannot be read, and why."""
+    """The reason why a pickle is not read."""
 
 
 def read_state_dict(data: bytes, where: str) -> dict[str, View]:
@@ -106,9 +106,7 @@ class _Machine:
     def run(self, data: bytes) -> Any:
         """The value at STOP."""
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # pickletools decodes a text's odd escapes before step() refuses it
+            warnings.simplefilter("ignore")  # pickletools decodes invalid escapes before step() refuses them
             for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
                 if opcode.name == "STOP":
                     return self.pop()
@@ -142,8 +140,8 @@ class _Machine:
             self.stack.append(EMPTY[name]())
         elif name in TUPLES:
             self.stack.append(tuple([self.pop() for _ in range(TUPLES[name])][::-1]))
-        elif (act := getattr(self, "on_" + name.lower(), None)) is not None:
-            act(argument)
+        elif (handler := getattr(self, "on_" + name.lower(), None)) is not None:
+            handler(argument)
         elif name not in ("PROTO", "FRAME"):
             raise _Refused(
                 f"found the pickle opcode {name}, which no state dict needs; nothing of it was run"

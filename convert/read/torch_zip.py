@@ -1,7 +1,7 @@
-"""One .bin file of torch.save -> where its tensors lie. Reads the zip directory and the pickle, no tensor data.
+"""One .bin file of torch.save -> the offsets of its tensors. Reads the zip directory and the pickle, no tensor data.
 
-Knows torch's zip format (since 1.6): stored entries ARCHIVE/data.pkl and ARCHIVE/data/KEY, one a storage. What
-the pickle may say is torch_pickle.py's; nothing in it runs.
+Knows torch's zip format (since 1.6): uncompressed entries ARCHIVE/data.pkl and ARCHIVE/data/KEY, one for each
+storage. torch_pickle.py reads the pickle; nothing in it runs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TRUST = "from torch import load, save; save(load(FILE, weights_only=True), FILE)
 
 
 def read_pickled(path: Path) -> list[SourceTensor]:
-    """The tensors of one .bin file, in place: every entry stored, inside the file, of the right size.
+    """The tensors of one .bin file: every entry uncompressed, inside the file, of the right size.
 
     Raises ConvertError for everything else: another format, another pickle, compressed or overlapping
-    entries, tensors whose rows do not lie one after the other.
+    entries, tensors whose rows are not contiguous.
     """
     with path.open("rb") as file:
         _check_format(file, path)
@@ -42,19 +42,19 @@ def read_pickled(path: Path) -> list[SourceTensor]:
             raise ConvertError(
                 f"{path}: not a whole zip archive ({error}); the file is truncated or damaged: download it again"
             ) from error
-        places = _Places(file, path, entries)
-        views = read_state_dict(places.read(PICKLE, MAX_PICKLE_BYTES), str(path))
-        if BYTE_ORDER in entries and (order := places.read(BYTE_ORDER, 16)) != b"little":
+        located = _Entries(file, path, entries)
+        views = read_state_dict(located.read(PICKLE, MAX_PICKLE_BYTES), str(path))
+        if BYTE_ORDER in entries and (order := located.read(BYTE_ORDER, 16)) != b"little":
             raise ConvertError(
                 f"{path}: byte order {order!r}, expected b'little'; save it on another machine"
             )
-        tensors = [_tensor(name, view, places) for name, view in views.items()]
-        places.check_overlaps()
+        tensors = [_tensor(name, view, located) for name, view in views.items()]
+        located.check_overlaps()
         return tensors
 
 
 class _Bounded(io.FileIO):
-    """A file that gives no more at once than a directory may take: zipfile reads it whole before it looks."""
+    """A file that returns no more at once than a directory may take: zipfile reads all of it before checking."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -69,18 +69,18 @@ def _check_format(file: BinaryIO, path: Path) -> None:
     if head == LFS:
         raise lfs_pointer(path)
     if not head.startswith(ZIP):
-        found = (
+        state = (
             "torch's format from before 1.6, or another pickle" if head[:1] == b"\x80" else "no zip archive"
         )
         raise ConvertError(
-            f"{path}: {found}, expected the zip format of torch.save; nothing of it was run: get safetensors, or"
+            f"{path}: {state}, expected the zip format of torch.save; nothing of it was run: get safetensors, or"
             f" if you trust the file, save it again with torch ({TRUST})"
         )
 
 
-def _entries(found: Iterable[zipfile.ZipInfo], path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Entries by name, without the archive's folder, which data.pkl tells."""
-    entries = list(found)
+def _entries(infos: Iterable[zipfile.ZipInfo], path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Entries by name, without the archive's folder, which data.pkl's name begins with."""
+    entries = list(infos)
     pickles = [
         e.filename for e in entries if e.filename.count("/") == 1 and e.filename.endswith("/" + PICKLE)
     ]
@@ -96,23 +96,23 @@ def _entries(found: Iterable[zipfile.ZipInfo], path: Path) -> dict[str, zipfile.
     return named
 
 
-class _Places:
-    """Where entries' bytes lie in the file: local headers are read and checked once."""
+class _Entries:
+    """Offsets of entries' bytes in the file: local headers are read and checked once."""
 
     def __init__(self, file: BinaryIO, path: Path, entries: dict[str, zipfile.ZipInfo]) -> None:
         self._file, self.path, self._entries = file, path, entries
         self._size = path.stat().st_size
-        self._found: dict[str, tuple[int, int]] = {}
+        self._located: dict[str, tuple[int, int]] = {}
 
     def find(self, name: str) -> tuple[int, int]:
         """(offset, bytes) of an entry. Raises ConvertError."""
-        if name not in self._found:
+        if name not in self._located:
             if name not in self._entries:
                 raise ConvertError(
                     f"{self.path}: no entry {name[:80]!r}, which its pickle names; download it again"
                 )
-            self._found[name] = self._locate(name, self._entries[name])
-        return self._found[name]
+            self._located[name] = self._locate(name, self._entries[name])
+        return self._located[name]
 
     def _locate(self, name: str, entry: zipfile.ZipInfo) -> tuple[int, int]:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
@@ -147,7 +147,7 @@ class _Places:
     def check_overlaps(self) -> None:
         """Raise ConvertError if two entries share bytes."""
         end = 0
-        for name, (offset, n_bytes) in sorted(self._found.items(), key=lambda item: item[1]):
+        for name, (offset, n_bytes) in sorted(self._located.items(), key=lambda item: item[1]):
             if offset < end:
                 raise ConvertError(
                     f"{self.path}: entry {name!r} overlaps the one before it; download it again"
@@ -155,25 +155,25 @@ class _Places:
             end = offset + n_bytes
 
 
-def _tensor(name: str, view: View, places: _Places) -> SourceTensor:
-    """A view as a run of bytes; tensors that share a storage (tied weights) share its bytes."""
+def _tensor(name: str, view: View, located: _Entries) -> SourceTensor:
+    """A view as a range of bytes; tensors that share a storage (tied weights) share its bytes."""
     storage = view.storage
-    offset, held = places.find(f"data/{storage.key}")
+    offset, n_stored = located.find(f"data/{storage.key}")
     width = WIDTHS[storage.dtype]
-    if held != storage.n * width:
+    if n_stored != storage.n * width:
         raise ConvertError(
-            f"{places.path}: the storage of tensor {name!r} takes {held} bytes, expected {storage.n * width} for"
+            f"{located.path}: the storage of tensor {name!r} takes {n_stored} bytes, expected {storage.n * width} for"
             f" {storage.n} values of {storage.dtype}; download it again"
         )
-    _check_rows_follow(name, view, places.path)
+    _check_contiguous(name, view, located.path)
     n_bytes = size_bytes(storage.dtype, view.shape)
-    if view.offset * width + n_bytes > held:
-        raise ConvertError(f"{places.path}: tensor {name!r} goes beyond its storage; download it again")
-    return SourceTensor(name, places.path, offset + view.offset * width, n_bytes, storage.dtype, view.shape)
+    if view.offset * width + n_bytes > n_stored:
+        raise ConvertError(f"{located.path}: tensor {name!r} goes beyond its storage; download it again")
+    return SourceTensor(name, located.path, offset + view.offset * width, n_bytes, storage.dtype, view.shape)
 
 
-def _check_rows_follow(name: str, view: View, path: Path) -> None:
-    """Raise ConvertError unless the values lie one after the other (torch calls it contiguous)."""
+def _check_contiguous(name: str, view: View, path: Path) -> None:
+    """Raise ConvertError unless the tensor is contiguous."""
     expected = 1
     for n, stride in reversed(list(zip(view.shape, view.strides, strict=True))):
         if n != 1 and stride != expected and 0 not in view.shape:

@@ -1,7 +1,7 @@
 """tokenizer.model / tokenizer.json -> the token arrays of a GGUF file (SentencePiece-style BPE).
 
-Knows the two files and GGUF's token types; no tensors. Llama 3's kind is in vocab_bpe.py. A
-checkpoint's vocabulary is padded to the embedding's rows, because llama.cpp wants one token a row.
+Knows the two files and GGUF's token types; no tensors. Llama 3's kind is in vocab_bpe.py. A checkpoint's vocabulary
+is padded to the embedding's rows, because llama.cpp expects one token for each row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pocketllava.convert.read.checkpoint import LFS, Checkpoint
+from pocketllava.convert.read.checkpoint import Checkpoint
+from pocketllava.convert.read.sources import LFS
 from pocketllava.convert.read.vocab_bpe import is_byte_level, read_byte_level
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 
@@ -26,8 +27,7 @@ ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter write
 class Vocab:
     """Token arrays of equal length, special ids, and which text pieces get a leading space.
 
-    space_prefix: "every" piece between special tokens (the hub's llava-1.5), the "first" one, or "none";
-    "chunk": the first one and those after an image (original.py).
+    space_prefix: see models/manifest.py; "every" for the hub's llava-1.5, "chunk" for the original format.
     merges: of a byte-level BPE (Llama 3), which has no scores; pre is llama.cpp's name of its pre-tokenizer.
     """
 
@@ -73,13 +73,12 @@ def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) ->
 def _from_byte_level(
     checkpoint: Checkpoint, described: dict[str, Any], n_rows: int, bos_id: int, eos_id: int
 ) -> Vocab:
-    """Llama 3's kind: the tokenizer's files name bos and eos, config.json's ids count where they don't."""
+    """Llama 3's kind: bos and eos are those of the tokenizer's files, or else config.json's."""
     config, added = checkpoint.files.get("tokenizer_config.json", {}), _added_tokens(checkpoint)
     b = read_byte_level(described, config, added, n_rows)
     pad = {text: i for i, (text, _) in added.items()}.get(str(_text(config.get("pad_token"))))
-    bos, eos = (
-        found if found is not None else said for found, said in ((b.bos_id, bos_id), (b.eos_id, eos_id))
-    )
+    bos = bos_id if b.bos_id is None else b.bos_id
+    eos = eos_id if b.eos_id is None else b.eos_id
     return Vocab(b.tokens, [], b.types, bos, eos, -1, pad, b.add_bos, "none", b.merges, b.pre)
 
 
@@ -140,7 +139,7 @@ def _score_of(token_id: int, text: str) -> float:
 
 
 def _space_prefix(described: dict[str, Any] | None, config: dict[str, Any]) -> str:
-    """Read tokenizer.json's way of putting "▁" before text: a Prepend normalizer or a Metaspace."""
+    """Whether tokenizer.json puts "▁" before text: by a Prepend normalizer or a Metaspace pre-tokenizer."""
     if described is None:
         return "none" if config.get("add_prefix_space") is False else "every"
     for step in _steps(described.get("normalizer")):

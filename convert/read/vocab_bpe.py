@@ -1,7 +1,7 @@
 """tokenizer.json of a Llama-3 model -> the token arrays of a GGUF file (byte-level BPE).
 
-Knows tokenizer.json's parts and which of llama.cpp's pre-tokenizers splits text as they say: the regex
-decides, not a list of hashes. Whatever llama.cpp has no equal for is refused by name.
+Knows tokenizer.json's parts and llama.cpp's pre-tokenizers, matched by their regex rather than by hashes. A
+tokenizer for which llama.cpp has no equivalent is refused by name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_byte_level(
 ) -> ByteLevel:
     """Build it for an embedding of n_rows rows. config: tokenizer_config.json.
 
-    Raises UnsupportedCheckpoint for what llama.cpp would tokenize otherwise, ConvertError for damage.
+    Raises UnsupportedCheckpoint for what llama.cpp would tokenize differently, ConvertError for damage.
     """
     model = described["model"]
     pre = _pre_tokenizer(described, bool(model.get("ignore_merges")))
@@ -106,18 +106,18 @@ def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> list[str]:
-    """ "left right" lines, from either way tokenizer.json writes a pair."""
-    found: list[str] = []
-    given = model.get("merges")
-    for pair in given if isinstance(given, list) else []:
+    """ "left right" lines, from either form in which tokenizer.json writes a pair."""
+    lines: list[str] = []
+    merges = model.get("merges")
+    for pair in merges if isinstance(merges, list) else []:
         parts = pair.split(" ") if isinstance(pair, str) else pair
-        whole = isinstance(parts, list) and len(parts) == 2 and all(isinstance(p, str) for p in parts)
-        if not whole or any(text not in ids for text in (*parts, "".join(parts))):
+        valid = isinstance(parts, list) and len(parts) == 2 and all(isinstance(p, str) for p in parts)
+        if not valid or any(text not in ids for text in (*parts, "".join(parts))):
             raise ConvertError(f"tokenizer.json: merge {pair!r} is not of its vocabulary; download it again")
-        found.append(" ".join(parts))
-    if not found:
+        lines.append(" ".join(parts))
+    if not lines:
         raise ConvertError("tokenizer.json: no merges, expected those of a byte-level BPE; download it again")
-    return found
+    return lines
 
 
 def _expect_fits(ids: Mapping[str, int], added: Added, n_rows: int) -> None:

@@ -1,8 +1,8 @@
-"""What of an unfinished conversion is whole, on disk: so that a killed one goes on from its last whole tensor.
+"""Records which tensors of an interrupted conversion are complete on disk, so `--resume` can continue after the last.
 
-A journal's first line names the conversion; each further line a file, its whole tensors, where they end and
-the SHA-256 of everything up to there. Nothing in it is believed: what lies on the disk is hashed again, and
-the last place up to which both agree is where the work goes on. Knows plans and files; no models.
+A journal's first line identifies the conversion; each further line names a file, its complete tensors, the byte at
+which they end, and the SHA-256 up to there. None of it is trusted: the file on disk is hashed again, and work
+continues from the last line that agrees. Knows plans and files; no models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,15 @@ from typing import Any
 import numpy as np
 
 from pocketllava.convert.plan.file_plan import FilePlan
-from pocketllava.convert.write.pages import blocks, forget_all
+from pocketllava.convert.read.source_reader import forget
 
 JOURNAL = "journal"
+BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Whole:
-    """So many tensors of a file are whole; they end there; `digest` is a hash object of all up to there."""
+class Completed:
+    """The first n_tensors of a file are complete and end at byte `end`; `digest` is the hash object up to there."""
 
     n_tensors: int
     end: int
@@ -34,53 +36,60 @@ class Whole:
 
 
 class Journal:
-    """Lines appended as tensors become whole."""
+    """Lines appended as tensors are completed."""
 
     def __init__(self, folder: Path, identity: str) -> None:
         """The folder's journal if it is of this conversion, or an empty one; nothing is written yet."""
         self.path, self._identity = folder / JOURNAL, identity
         self._lines = _read(self.path, identity)
 
-    def add(self, file: str, whole: Whole) -> None:
-        """Record a whole tensor, whose bytes the system already has."""
+    def add(self, file: str, completed: Completed) -> None:
+        """Record a complete tensor, whose bytes the system already has."""
         with self.path.open("a", encoding="utf-8") as out:
-            out.write(_line(file, whole) + "\n")
+            out.write(_line(file, completed) + "\n")
 
-    def begin(self, kept: dict[str, list[Whole]]) -> None:
-        """Write the journal anew with what is kept of each file."""
+    def begin(self, files: dict[str, list[Completed]]) -> None:
+        """Write the journal anew with the lines from which the conversion continues."""
         lines = [json.dumps(self._identity)]
-        lines += [_line(file, whole) for file, wholes in kept.items() for whole in wholes]
+        lines += [_line(file, completed) for file, steps in files.items() for completed in steps]
         new = self.path.with_suffix(".new")
         new.write_text("\n".join(lines) + "\n", "utf-8")
         new.replace(self.path)
 
-    def whole(self, path: Path) -> list[Whole]:
-        """Each place up to which a file is, on the disk, as the journal says, in order (reads that much of it)."""
+    def confirmed(self, path: Path) -> list[Completed]:
+        """The recorded steps of a file that agree with what the disk holds, in order (reads that much of it)."""
         recorded = [line for line in self._lines[1:] if isinstance(line, list) and line[:1] == [path.name]]
         if not recorded or not path.is_file():
             return []
-        found: list[Whole] = []
-        digest, at = hashlib.sha256(), 0
-        forget_all(path)
-        with path.open("rb") as file:
+        steps: list[Completed] = []
+        digest, end = hashlib.sha256(), 0
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+            forget(file)  # what is hashed comes from the disk
             for line in recorded:
-                if not _plausible(line, len(found), at):
+                if not _is_plausible(line, len(steps), end):
                     break
-                for block in blocks(file, line[2] - at):
-                    digest.update(block)
-                at = line[2]
+                _hash(file, line[2] - end, digest)
+                end = line[2]
                 if digest.hexdigest() != line[3]:
                     break
-                found.append(Whole(line[1], at, digest.copy()))
-        return found
+                steps.append(Completed(line[1], end, digest.copy()))
+        return steps
 
 
-def _line(file: str, whole: Whole) -> str:
-    return json.dumps([file, whole.n_tensors, whole.end, whole.digest.hexdigest()])
+def _hash(file: Any, n_bytes: int, digest: Any) -> None:
+    """Feed the next n_bytes of a file to a hash; fewer if it ends."""
+    while n_bytes and (block := file.read(min(n_bytes, BLOCK_BYTES))):
+        digest.update(block)
+        n_bytes -= len(block)
 
 
-def _plausible(line: list[Any], n_tensors: int, at: int) -> bool:
-    return len(line) == 4 and line[1] == n_tensors and isinstance(line[2], int) and line[2] > at
+def _line(file: str, completed: Completed) -> str:
+    return json.dumps([file, completed.n_tensors, completed.end, completed.digest.hexdigest()])
+
+
+def _is_plausible(line: list[Any], n_tensors: int, end: int) -> bool:
+    return len(line) == 4 and line[1] == n_tensors and isinstance(line[2], int) and line[2] > end
 
 
 def _read(path: Path, identity: str) -> list[Any]:
@@ -95,9 +104,9 @@ def _read(path: Path, identity: str) -> list[Any]:
 
 
 def identity(plans: Iterable[FilePlan]) -> str:
-    """What must be equal for a conversion to go on: versions, both plans, the source files as they are.
+    """A hash of all that must be equal to continue: versions, both plans, sizes and times of the source files.
 
-    Plans hold every tensor's file, place, type and shape, which the sources' headers say.
+    Plans hold every tensor's file, offset, type and shape, which the sources' headers give.
     """
     digest = hashlib.sha256()
     for package in ("pocketllava", "llama-cpp-python", "gguf"):
@@ -107,8 +116,8 @@ def identity(plans: Iterable[FilePlan]) -> str:
         _feed(digest, plan)
         sources |= {tensor.source.file for tensor in plan.tensors}
     for path in sorted(path for path in sources if path.is_file()):
-        found = path.stat()
-        digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

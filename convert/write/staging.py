@@ -1,6 +1,6 @@
-"""Where a bundle is made and how it gets its name: in a hidden folder beside the final one, at once.
+"""The staging folder: a bundle is made in a hidden folder beside the final one, then renamed into place.
 
-Knows folders, locks and renames; nothing of what the files hold.
+Knows folders, locks and renames; nothing of the files' content.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ LOCK = "lock"
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Refuse a place that is a file, holds something else, or a bundle that `force` does not give up."""
+    """Refuse a file, a folder with other files in it, and, without `force`, an existing bundle."""
     if not target.exists():
         return
     if not target.is_dir():
         raise ConvertError(f"{target}: a file; --out names the folder to make")
-    held = {path.name for path in target.iterdir()}
-    if foreign := sorted(held - {MODEL, MMPROJ, MANIFEST}):
+    names = {path.name for path in target.iterdir()}
+    if foreign := sorted(names - {MODEL, MMPROJ, MANIFEST}):
         raise ConvertError(
             f"{target}: holds {foreign[0]!r}; --out must be a new or empty folder, or a bundle"
         )
-    if held and not force:
+    if names and not force:
         raise ConvertError(f"{target}: holds a bundle already; use --force to replace it, or another --out")
 
 
 @contextmanager
 def working_folder(target: Path, resume: bool) -> Iterator[Path]:
-    """A folder beside the target, for one conversion at a time; gone afterwards, whatever happens.
+    """A folder beside the target, for one conversion at a time; removed when the block ends.
 
-    A killed run leaves it behind under a hidden name; the next one to the same target clears it, unless it is
-    to resume there, and keeps it when it is itself interrupted or the disk fails.
+    A killed run leaves it behind; the next run to the same target empties it, unless `resume`. A resumable run also
+    keeps it when it is interrupted or the disk fails.
     """
     work = target.parent / f".{target.name}.partial"
     try:
@@ -75,12 +75,12 @@ def working_folder(target: Path, resume: bool) -> Iterator[Path]:
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """Where a finished bundle and the one it replaces lie for the moment between two renames."""
+    """Paths of a finished bundle and of the one it replaces, between the two renames of `publish`."""
     return target.parent / f".{target.name}.finished", target.parent / f".{target.name}.old"
 
 
 def _recover(target: Path) -> None:
-    """Finish what a run that was killed between its last two renames left; lose no bundle."""
+    """Complete the renames of a run that was killed between them; lose no bundle."""
     finished, old = _beside(target)
     if not target.exists() and old.is_dir():
         (finished if (finished / MANIFEST).is_file() else old).replace(target)
@@ -88,8 +88,8 @@ def _recover(target: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def put_in_place(work: Path, target: Path) -> None:
-    """Give the finished files their final place: one rename of a folder, the old bundle kept until then."""
+def publish(work: Path, target: Path) -> None:
+    """Rename the finished files' folder to the target; the old bundle stays until then."""
     finished, old = _beside(target)
     finished.mkdir()
     for name in (MODEL, MMPROJ, MANIFEST):

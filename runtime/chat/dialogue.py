@@ -18,7 +18,7 @@ from typing import Any
 
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
-from pocketllava.models.files import written_whole
+from pocketllava.models.files import atomic_write
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.types import Message, Timings
 from pocketllava.vision.image import FORMATS, MAX_PIXELS, load, resize_and_crop
@@ -160,7 +160,7 @@ class Dialogue:
                     f"{path}: a file that is no saved conversation, left as it is; take another name"
                 )
             text = json.dumps(self._to_json(path.parent), ensure_ascii=False, indent=1)
-            with written_whole(path) as part:
+            with atomic_write(path) as part:
                 part.write_bytes(text.encode("utf-8", "surrogateescape"))
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
@@ -226,8 +226,8 @@ class Dialogue:
 def bundle_id(bundle: Bundle) -> str:
     """A bundle's source, types and the beginning of its text model's SHA-256."""
     m = bundle.manifest
-    types = f"{m['types']['model']}+{m['types']['mmproj']}"
-    return f"{m['source']['id']} {types} {m['files']['model.gguf']['sha256'][:12]}"
+    types = f"{m.types.model}+{m.types.mmproj}"
+    return f"{m.source.id} {types} {m.files['model.gguf'].sha256[:12]}"
 
 
 def _asked(turn: Turn) -> Message:

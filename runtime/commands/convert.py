@@ -74,7 +74,7 @@ def convert(
     TYPE for --quant: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K
     Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.
     """
-    from pocketllava.convert.pipeline import execute_all, plan
+    from pocketllava.convert.pipeline import execute_all, plan_types
     from pocketllava.llamacpp.devices import cores
 
     if broken is not None:
@@ -90,12 +90,16 @@ def convert(
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    planned = {
-        target: plan(
-            source, quant=quant, mmproj=mmproj, revision=revision, imatrix=imatrix, vision_tower=vision_tower
-        )
-        for target, quant in targets(out, quants).items()
-    }
+    types = targets(out, quants)
+    plans = plan_types(
+        source,
+        list(types.values()),
+        mmproj=mmproj,
+        revision=revision,
+        imatrix=imatrix,
+        vision_tower=vision_tower,
+    )
+    planned = dict(zip(types, plans, strict=True))
     if dry_run:
         for target, each in planned.items():
             click.echo("\n".join(plan_lines(each, str(target), threads or cores())))

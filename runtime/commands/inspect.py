@@ -49,7 +49,7 @@ def inspect(
         return
     needed = memory(bundle, ctx, kv_type)
     if as_json:
-        click.echo(json.dumps({**bundle.manifest, "memory": asdict(needed)}, ensure_ascii=False))
+        click.echo(json.dumps({**bundle.manifest.to_json(), "memory": asdict(needed)}, ensure_ascii=False))
         return
     click.echo("\n".join(tree(bundle)))
     click.echo(memory_line(needed, available_bytes()))

@@ -60,5 +60,5 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
 def show_bundles(bundles: Sequence[Bundle]) -> None:
     """The files that were made, a line a bundle, on stderr."""
     for bundle in bundles:
-        sizes = {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()}
+        sizes = {name: record.bytes for name, record in bundle.manifest.files.items()}
         click.echo(", ".join(f"{bundle.folder / n} {size(b)}" for n, b in sizes.items()), err=True)

@@ -44,14 +44,12 @@ def timing_line(t: Timings) -> str:
 
 def tree(bundle: Bundle) -> list[str]:
     """A bundle as a tree of its three parts, one block standing for all."""
-    from pocketllava.models.gguf_header import Header
-
-    types = bundle.manifest["types"]
-    text, vision = Header.read(bundle.model), Header.read(bundle.mmproj)
+    types = bundle.manifest.types
+    text, vision = bundle.model_header, bundle.mmproj_header
     towers = [t for t in vision.tensors.values() if t.name.startswith("v.")]
     projector = [t for t in vision.tensors.values() if t.name.startswith("mm.")]
     return [
-        f"{bundle.folder}  ({bundle.manifest['source']['id']}, {types['model']} + {types['mmproj']})",
+        f"{bundle.folder}  ({bundle.manifest.source.id}, {types.model} + {types.mmproj})",
         f"├── vision tower  {_summary(towers)}",
         *_below("│   ", [*_vision_facts(vision), *_first_block(towers, "v.blk.")]),
         f"├── projector  {_summary(projector)}",

@@ -17,7 +17,6 @@ from pocketllava.errors import BackendError, UnsupportedOption
 from pocketllava.llamacpp.devices import cores, gpus
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
-from pocketllava.models.gguf_header import Header
 from pocketllava.models.memory import (
     DEFAULT_CONTEXT,
     available_bytes,
@@ -80,7 +79,7 @@ def or_on_cpu(load: Callable[[int], T], layers: int, bundle: Bundle, devices: li
 def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextModel, str]:
     """The text model, and where it is. Raises UnsupportedOption, BackendError."""
     threads = options.n_threads if options.n_threads is not None else cores()
-    trained = int(Header.read(bundle.model).keys.get("llama.context_length", DEFAULT_CONTEXT))
+    trained = int(bundle.model_header.keys.get("llama.context_length", DEFAULT_CONTEXT))
     in_memory = _in_memory(bundle, layers != 0, options)
     settings: dict[str, Any] = {
         "n_ctx": context_size(options.n_ctx, trained),
@@ -89,14 +88,12 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
         "n_threads": threads,
         "n_threads_batch": threads,
         "use_mmap": not in_memory,
-        "flash_attn": bundle.manifest["types"]["model"] not in EXACT,
+        "flash_attn": bundle.manifest.types.model not in EXACT,
     }
     if options.kv_type == "q8_0":  # llama.cpp quantizes values only with flash attention
         settings |= {"type_k": Q8_0, "type_v": Q8_0, "flash_attn": True}
     # config.json may name several ends; a GGUF file holds one
-    text, lines = TextModel.load(
-        bundle.model, bundle.manifest["eos_token_ids"], n_gpu_layers=layers, **settings
-    )
+    text, lines = TextModel.load(bundle.model, bundle.manifest.eos_token_ids, n_gpu_layers=layers, **settings)
     return text, f"{device_of(lines, gpus(), threads)}, weights {'in memory' if in_memory else 'mapped'}"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocketllava.llamacpp.text_model import State, TextModel
-from pocketllava.models.blob_cache import Store
+from pocketllava.models.blob_cache import BlobCache as Store
 from pocketllava.prompt.items import PromptItem, image_ends, n_positions
 
 MAX_COUNT = 2  # 0.3 GB each for an image on a 7B model

@@ -19,7 +19,7 @@ from pocketllava.llamacpp.guard import Interrupted, ShouldStop, translated
 from pocketllava.llamacpp.private import library_version
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
-from pocketllava.models.blob_cache import Store
+from pocketllava.models.blob_cache import BlobCache as Store
 from pocketllava.models.bundle import DEFAULT_TEMPLATE, file_identity
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
@@ -212,7 +212,7 @@ class Session:
         """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""
         bundle = self.bundle
         if bundle and path in (bundle.model, bundle.mmproj):
-            return str(bundle.manifest["files"][path.name]["sha256"])
+            return bundle.manifest.files[path.name].sha256
         return file_identity(path)
 
 
@@ -226,7 +226,7 @@ def _template(text: TextModel, bundle: Bundle | None) -> Template:
     return Template(
         source=bundle.template if bundle else own if "image" in own else DEFAULT_TEMPLATE,
         special=special,
-        image_token=bundle.manifest["image"]["token"] if bundle else IMAGE_TOKEN,
+        image_token=bundle.manifest.image_token if bundle else IMAGE_TOKEN,
         bos=texts.get(vocabulary.bos, ""),
         eos=texts.get(vocabulary.eos, ""),
         add_bos=vocabulary.adds_bos,

@@ -66,7 +66,7 @@ def items(questions: str, limit: int | None) -> Iterator[Item]:
 
 def what(bundle: Bundle, questions: str) -> dict[str, Any]:
     """What a results file is about: both files' hashes and the set of questions."""
-    files = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items()}
+    files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     return {"model": files, "set": questions if questions == SCENES else sha256(Path(questions))}
 
 

@@ -1,17 +1,13 @@
 """How far a repair moves the image features: both files encode one drawn picture, in a child process.
 
-    python -m pocketllava.measure.feature_drift BEFORE AFTER
-
-The child prints ||before - after|| / ||after||, or `refused` where llama.cpp does not load BEFORE. libmtmd
-wants a text model of the same width, so one of a few kilobytes, never evaluated, is made on the fly. A
-child, because BEFORE is known to be wrong, and libmtmd ends its process for some of what can be wrong.
+libmtmd needs a text model of the same width, so one of a few kilobytes, never evaluated, is written to a temporary
+folder. A child, because the file before its repair is known to be wrong, and libmtmd aborts on some faults.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +15,41 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketllava.errors import BackendError, PocketLlavaError
+from pocketllava.llamacpp.children import run_child
 
 SCENE = 10_000_003  # the demo's picture
 REFUSED = "refused"
-TIMEOUT_S = 600
 
 
 def features_move(before: Path, after: Path) -> float | None:
-    """Relative difference of the features, or None where llama.cpp cannot use BEFORE. Raises BackendError."""
-    command = [sys.executable, "-m", "pocketllava.measure.feature_drift", str(before), str(after)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendError(f"{after}: its features could not be measured ({error})") from error
-    words = done.stdout.split()
-    if words and (done.returncode == 0 or words == [REFUSED]):
-        return None if words[-1] == REFUSED else float(words[-1])
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    raise BackendError(f"{after}: its features could not be measured ({said[-1] if said else 'a crash'})")
+    """||before - after|| / ||after||, None where llama.cpp cannot use BEFORE. Raises BackendError."""
+    result = run_child(f"{__name__}:measure", before, after)
+    if result.answer is None:
+        raise BackendError(f"{after}: its features could not be measured ({result.reason})")
+    return None if result.answer == REFUSED else float(result.answer)
 
 
 def tiny_text_model(path: Path, width: int) -> Path:
-    """A Llama of one block and three tokens, n_embd = width, all weights zero: enough to be loaded."""
-    from gguf import GGUFWriter, TokenType
+    """A Llama of one block and four tokens, n_embd = width, all weights zero: enough to be loaded."""
+    from gguf import GGUFValueType as V
+    from gguf import TokenType
 
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(2)
-    writer.add_value_length(2)
-    writer.add_rope_dimension_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "<0x0A>"])
-    writer.add_token_scores([0.0] * 4)
-    writer.add_token_types([TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE])
+    from pocketllava.models.gguf_writer import Key, write_floats
+
+    numbers = {
+        "block_count": 1, "context_length": 64, "embedding_length": width, "feed_forward_length": 32,
+        "attention.head_count": 1, "attention.head_count_kv": 1, "attention.key_length": 2,
+        "attention.value_length": 2, "rope.dimension_count": 2,
+    }  # fmt: skip
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
+    keys = [
+        *(Key(f"llama.{name}", value, V.UINT32) for name, value in numbers.items()),
+        Key("llama.attention.layer_norm_rms_epsilon", 1e-5, V.FLOAT32),
+        Key("tokenizer.ggml.model", "llama", V.STRING),
+        Key("tokenizer.ggml.tokens", ["<unk>", "<s>", "</s>", "<0x0A>"], V.ARRAY, V.STRING),
+        Key("tokenizer.ggml.scores", [0.0] * 4, V.ARRAY, V.FLOAT32),
+        Key("tokenizer.ggml.token_type", list(map(int, kinds)), V.ARRAY, V.INT32),
+    ]
     shapes = {
         "token_embd": (4, width),
         "output_norm": (width,),
@@ -69,34 +59,28 @@ def tiny_text_model(path: Path, width: int) -> Path:
         **{f"blk.0.{name}": (32, width) for name in ("ffn_gate", "ffn_up")},
         "blk.0.ffn_down": (width, 32),
     }
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    arrays = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    return write_floats(path, "llama", keys, arrays)
 
 
-def _main(before: Path, after: Path) -> str:
+def measure(before: str, after: str) -> Iterator[str | float]:
+    """In the child. The first answer counts if libmtmd ends the process over BEFORE."""
     from pocketllava.llamacpp.log import capture_log
     from pocketllava.llamacpp.text_model import load_model
     from pocketllava.models.gguf_header import Header
     from pocketllava.models.mmproj_contract import check_mmproj
 
     capture_log()
-    info = check_mmproj(Header.read(after))
+    info = check_mmproj(Header.read(Path(after)))
     with tempfile.TemporaryDirectory() as folder:
-        path = tiny_text_model(Path(folder) / "tiny.gguf", info.projected_width)
-        model = load_model(path)
-    right = _features(after, model, info)
-    sys.stdout.write(f"{REFUSED}\n")  # the last word counts: this one, if the next line ends the process
-    sys.stdout.flush()
+        model = load_model(tiny_text_model(Path(folder) / "tiny.gguf", info.projected_width))
+    right = _features(Path(after), model, info)
+    yield REFUSED
     try:
-        wrong = _features(before, model, info)
+        wrong = _features(Path(before), model, info)
     except PocketLlavaError:
-        return REFUSED
-    return str(float(np.linalg.norm(wrong - right) / np.linalg.norm(right)))
+        return
+    yield float(np.linalg.norm(wrong - right) / np.linalg.norm(right))
 
 
 def _features(path: Path, model: Any, info: Any) -> npt.NDArray[np.float32]:
@@ -115,7 +99,3 @@ def _features(path: Path, model: Any, info: Any) -> npt.NDArray[np.float32]:
         return encoder.encode(pixels)
     finally:
         encoder.close()
-
-
-if __name__ == "__main__":
-    sys.stdout.write(_main(Path(sys.argv[1]), Path(sys.argv[2])) + "\n")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pocketllava.errors import BundleError, ImageError, InputError
 from pocketllava.llamacpp.guard import translated
 from pocketllava.measure.activations import Activations
-from pocketllava.models.files import written_whole
+from pocketllava.models.files import atomic_write
 from pocketllava.models.gguf_header import Header
 from pocketllava.types import Message
 
@@ -98,22 +98,23 @@ def write_matrix(
     size: int,
 ) -> Path:
     """Write sums and counts in the GGUF imatrix format; the file gets its name when it is whole."""
-    from gguf import GGUFWriter
+    from gguf import GGUFValueType as V
 
+    from pocketllava.models.gguf_writer import Key, write_floats
+
+    keys = [
+        Key("general.type", "imatrix", V.STRING),
+        Key("imatrix.datasets", list(datasets), V.ARRAY, V.STRING),
+        Key("imatrix.chunk_count", chunks, V.UINT32),
+        Key("imatrix.chunk_size", size, V.UINT32),
+    ]
+    arrays: dict[str, npt.NDArray[np.float32]] = {}
+    for name, (squares, count) in sorted(sums.items()):
+        arrays[f"{name}.in_sum2"] = np.asarray(squares, np.float32).reshape(1, -1)
+        arrays[f"{name}.counts"] = np.full((1, 1), count, np.float32)
     try:
-        with written_whole(path) as part:
-            writer = GGUFWriter(part, "llama")
-            writer.add_type("imatrix")
-            writer.add_array("imatrix.datasets", list(datasets))
-            writer.add_uint32("imatrix.chunk_count", chunks)
-            writer.add_uint32("imatrix.chunk_size", size)
-            for name, (squares, count) in sorted(sums.items()):
-                writer.add_tensor(f"{name}.in_sum2", np.asarray(squares, np.float32).reshape(1, -1))
-                writer.add_tensor(f"{name}.counts", np.full((1, 1), count, np.float32))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+        with atomic_write(path) as part:
+            write_floats(part, "llama", keys, arrays)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     return path

@@ -192,8 +192,8 @@ def loaded(llava: Llava) -> dict[str, Any]:
     manifest = llava.bundle.manifest
     text, vision = llava.devices
     return {
-        "model": manifest["source"]["id"],
-        "types": f"{manifest['types']['model']} + {manifest['types']['mmproj']}",
+        "model": manifest.source.id,
+        "types": f"{manifest.types.model} + {manifest.types.mmproj}",
         "n_ctx": llava.n_ctx,
         "text": text,
         "vision": vision,

@@ -19,8 +19,8 @@ from pocketllava.errors import BackendError, BundleError, InputError, StateError
 from pocketllava.llamacpp.guard import EvalCallback, ShouldStop, translated
 from pocketllava.llamacpp.library import Node
 from pocketllava.llamacpp.mtmd import MtmdContext
-from pocketllava.models.gguf_header import Header
-from pocketllava.models.mmproj_contract import CLASS_EMBEDDING, F32, MmprojInfo, check_mmproj
+from pocketllava.models.gguf_header import F32, Header
+from pocketllava.models.mmproj_contract import CLASS_EMBEDDING, MmprojInfo, check_mmproj
 from pocketllava.vision.feature_cache import Features
 
 ENCODER_VERSION = 1  # counts changes to what encode() gives for the same pixels and file

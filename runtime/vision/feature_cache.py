@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from pocketllava.models.blob_cache import Store
+from pocketllava.models.blob_cache import BlobCache as Store
 
 Features = npt.NDArray[np.float32]
 MAX_BYTES = 64 << 20  # six images of a 7B model

@@ -13,25 +13,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocketllava.models.blob_cache import PART, STALE_S, SUFFIX, Store
+from pocketllava.models.blob_cache import PART, STALE_S, SUFFIX, BlobCache
 
 ROOMY = 1 << 20
 
 
 @given(data=st.binary(max_size=1000), name=st.text("abc0", min_size=1, max_size=8))
 def test_what_was_put_comes_back(tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str) -> None:
-    store = Store(tmp_path_factory.mktemp("store"), ROOMY)
+    store = BlobCache(tmp_path_factory.mktemp("store"), ROOMY)
     assert store.get(name) is None
     store.put(name, data)
     assert store.has(name)
-    assert Store(store.folder, ROOMY).get(name) == data
+    assert BlobCache(store.folder, ROOMY).get(name) == data
 
 
 @given(data=st.binary(min_size=1, max_size=200), at=st.integers(0, 10_000), cut=st.booleans())
 def test_a_damaged_file_is_thrown_away(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, at: int, cut: bool
 ) -> None:
-    store = Store(tmp_path_factory.mktemp("store"), ROOMY)
+    store = BlobCache(tmp_path_factory.mktemp("store"), ROOMY)
     store.put("a", data)
     path = store.folder / f"a{SUFFIX}"
     whole = bytearray(path.read_bytes())
@@ -42,14 +42,14 @@ def test_a_damaged_file_is_thrown_away(
 
 
 def test_a_renamed_file_is_a_damaged_one(tmp_path: Path) -> None:
-    store = Store(tmp_path, ROOMY)
+    store = BlobCache(tmp_path, ROOMY)
     store.put("a", b"picture of a")
     (tmp_path / f"a{SUFFIX}").rename(tmp_path / f"b{SUFFIX}")
     assert store.get("b") is None
 
 
 def test_the_oldest_go_first(tmp_path: Path) -> None:
-    store = Store(tmp_path, 3 * 200)
+    store = BlobCache(tmp_path, 3 * 200)
     for n, name in enumerate("abc"):
         store.put(name, bytes(100))
         os.utime(tmp_path / f"{name}{SUFFIX}", (n, n))
@@ -65,13 +65,13 @@ def test_part_files_of_dead_processes_go(tmp_path: Path) -> None:
         (tmp_path / f"{name}{PART}").write_bytes(b"half")
         then = time.time() - age_s
         os.utime(tmp_path / f"{name}{PART}", (then, then))
-    Store(tmp_path, ROOMY).put("a", b"a")
+    BlobCache(tmp_path, ROOMY).put("a", b"a")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"a{SUFFIX}", f"new{PART}"])
 
 
 def test_other_peoples_files_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "thesis.txt").write_bytes(bytes(5000))
-    store = Store(tmp_path, 1000)
+    store = BlobCache(tmp_path, 1000)
     for name in "abcdefgh":
         store.put(name, bytes(300))
     assert (tmp_path / "thesis.txt").stat().st_size == 5000
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_used_is_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
-    store = Store(tmp_path / "file", ROOMY)
+    store = BlobCache(tmp_path / "file", ROOMY)
     for _ in range(3):
         store.put("a", b"a")
         assert store.get("a") is None
@@ -94,9 +94,9 @@ def test_a_folder_that_cannot_be_used_is_one_warning(
 FULL = """
 import resource, sys
 from pathlib import Path
-from pocketllava.models.blob_cache import Store
+from pocketllava.models.blob_cache import BlobCache
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as a full disk: writing ends in the middle
-store = Store(Path(sys.argv[1]), 1 << 20)
+store = BlobCache(Path(sys.argv[1]), 1 << 20)
 store.put("big", bytes(5000))
 store.put("small", b"fits")
 assert store.get("big") is None
@@ -113,8 +113,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
 CHURN = """
 import sys
 from pathlib import Path
-from pocketllava.models.blob_cache import Store
-store, seed = Store(Path(sys.argv[1]), 30_000), int(sys.argv[2])
+from pocketllava.models.blob_cache import BlobCache
+store, seed = BlobCache(Path(sys.argv[1]), 30_000), int(sys.argv[2])
 for n in range(60):
     name = str((n * seed) % 7)
     expected = name.encode() * 5000
@@ -130,6 +130,6 @@ def test_several_processes_share_a_folder(tmp_path: Path) -> None:
         for seed in (1, 2, 3)
     ]
     assert [(process.communicate()[1], process.returncode) for process in processes] == [(b"", 0)] * 3
-    Store(tmp_path, 30_000).put("0", b"0" * 5000)
+    BlobCache(tmp_path, 30_000).put("0", b"0" * 5000)
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 30_000
     assert not list(tmp_path.glob(f"*{PART}"))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pocketllava.models.files import written_whole
+from pocketllava.models.files import atomic_write
 
 
 def test_takes_the_place_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -25,7 +25,7 @@ def test_what_was_there_stays_when_writing_fails(tmp_path: Path, reason: BaseExc
     path.write_text("old")
 
     def write() -> None:
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text("ne")
             raise reason
 
@@ -37,7 +37,7 @@ def test_what_was_there_stays_when_writing_fails(tmp_path: Path, reason: BaseExc
 
 def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with written_whole(path) as one, written_whole(path) as two:
+    with atomic_write(path) as one, atomic_write(path) as two:
         one.write_text("one")
         two.write_text("two")
     assert path.read_text() == "one"
