@@ -17,7 +17,7 @@ def stock_features(llava: Llava, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[n
     with llava.session() as session:
         text = session.text
         encoder = VisionEncoder(
-            llava.bundle.mmproj, text.model, n_threads=2, n_embd=text.n_embd, use_gpu=False
+            llava.bundle.mmproj_header, text.model, n_threads=2, n_embd=text.n_embd, use_gpu=False
         )
         encoder.correction.enabled = False
         try:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pocketllava import Bundle, ContextOverflow, ImageError, Llava, Message, Options
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
-from pocketllava.models.blob_cache import BlobCache as Store
+from pocketllava.models.blob_cache import BlobCache
 from pocketllava.prompt.items import ImageSpan, PromptItem, image_ends, n_positions, position_ids, shared
 from pocketllava.vision.feature_cache import FeatureCache
 from pocketllava.vision.image_processor import key_of
@@ -75,16 +75,16 @@ def test_features_are_kept_within_their_bytes() -> None:
 
 def test_features_come_back_from_disk_as_they_were_given_out(tmp_path: Path) -> None:
     features = np.random.default_rng(0).normal(0, 30, (5, 7)).astype(np.float32)
-    first = FeatureCache(store=Store(tmp_path, 1 << 20)).put("a", features)
+    first = FeatureCache(store=BlobCache(tmp_path, 1 << 20)).put("a", features)
     assert np.abs(first - features).max() <= 2**-11 * np.abs(features).max()
-    again = FeatureCache(store=Store(tmp_path, 1 << 20)).get("a", (5, 7))
+    again = FeatureCache(store=BlobCache(tmp_path, 1 << 20)).get("a", (5, 7))
     assert again is not None
     assert np.array_equal(again, first)
-    assert FeatureCache(store=Store(tmp_path, 1 << 20)).get("a", (7, 7)) is None
+    assert FeatureCache(store=BlobCache(tmp_path, 1 << 20)).get("a", (7, 7)) is None
     beyond = np.full((5, 7), 1e6, np.float32)  # F16 has no such number
-    cache = FeatureCache(store=Store(tmp_path, 1 << 20))
+    cache = FeatureCache(store=BlobCache(tmp_path, 1 << 20))
     assert np.array_equal(cache.put("b", beyond), beyond)
-    assert not Store(tmp_path, 1 << 20).has("b.features")
+    assert not BlobCache(tmp_path, 1 << 20).has("b.features")
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,7 @@ from pocketllava import (
     StateError,
     Timings,
 )
-from pocketllava.models.blob_cache import SUFFIX
-from pocketllava.models.blob_cache import BlobCache as Store
+from pocketllava.models.blob_cache import SUFFIX, BlobCache
 
 SHORT = Options(max_tokens=3)
 ONE = Options(max_tokens=1)
@@ -142,7 +141,7 @@ def test_a_state_that_llama_cpp_refuses_is_evaluated(
     """A file with a right hash and wrong content: made by hand, or by a library that calls itself the same."""
     with on_disk(bundle, tmp_path, keep_prefixes=True) as model:
         evaluated(model, A)
-        store = Store(tmp_path, 1 << 30)
+        store = BlobCache(tmp_path, 1 << 30)
         for name in [p.name.removesuffix(SUFFIX) for p in tmp_path.glob(f"*.prefix{SUFFIX}")]:
             state = store.get(name)
             assert state is not None

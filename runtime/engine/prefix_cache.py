@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocketllava.llamacpp.text_model import State, TextModel
-from pocketllava.models.blob_cache import BlobCache as Store
+from pocketllava.models.blob_cache import BlobCache
 from pocketllava.prompt.items import PromptItem, image_ends, n_positions
 
 MAX_COUNT = 2  # 0.3 GB each for an image on a 7B model
@@ -31,7 +31,9 @@ class Prefix:
 class PrefixCache:
     """States of one TextModel. `settings` names everything that a state on disk depends on."""
 
-    def __init__(self, max_count: int = MAX_COUNT, store: Store | None = None, settings: str = "") -> None:
+    def __init__(
+        self, max_count: int = MAX_COUNT, store: BlobCache | None = None, settings: str = ""
+    ) -> None:
         self.max_count = max_count
         self._prefixes: list[Prefix] = []  # the one used last stands last
         self._store, self._settings = store, settings

@@ -19,8 +19,9 @@ from pocketllava.llamacpp.guard import Interrupted, ShouldStop, translated
 from pocketllava.llamacpp.private import library_version
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
-from pocketllava.models.blob_cache import BlobCache as Store
+from pocketllava.models.blob_cache import BlobCache
 from pocketllava.models.bundle import DEFAULT_TEMPLATE, file_identity
+from pocketllava.models.gguf_header import Header
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
 from pocketllava.prompt.template import Template
@@ -72,18 +73,21 @@ class Session:
         """
         options = options or LoadOptions()
         self.text, self.bundle = text, bundle
+        header = bundle.mmproj_header if bundle else Header.read(mmproj)
         self.vision = VisionEncoder(
-            mmproj, text.model, n_threads=text.n_threads, n_embd=text.n_embd, use_gpu=use_gpu
+            header, text.model, n_threads=text.n_threads, n_embd=text.n_embd, use_gpu=use_gpu
         )
         side = self.vision.info.image_size
-        encoder = f"{self._identity(mmproj)} {ENCODER_VERSION} {library_version()}"
+        encoder = f"{self._identity(mmproj, header)} {ENCODER_VERSION} {library_version()}"
         self.images = ImageProcessor(
             bundle.preprocessing if bundle else Preprocessing(shortest_edge=side, crop_size=side),
             max_pixels=options.max_pixels or MAX_PIXELS,
             encoder=encoder,
         )
         self.template = _template(text, bundle)
-        store = Store(Path(options.cache_dir), options.cache_bytes) if options.cache_dir is not None else None
+        store = (
+            BlobCache(Path(options.cache_dir), options.cache_bytes) if options.cache_dir is not None else None
+        )
         self._features = FeatureCache(store=store)
         settings = repr((self._identity(text.path), encoder, *text.settings))
         self._prefixes = PrefixCache(store=store if options.keep_prefixes else None, settings=settings)
@@ -208,12 +212,12 @@ class Session:
             features = self._features.put(image.key, self.vision.encode(image.pixels, should_stop))
         return features
 
-    def _identity(self, path: Path) -> str:
+    def _identity(self, path: Path, header: Header | None = None) -> str:
         """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""
         bundle = self.bundle
         if bundle and path in (bundle.model, bundle.mmproj):
             return bundle.manifest.files[path.name].sha256
-        return file_identity(path)
+        return file_identity(path, header)
 
 
 def _template(text: TextModel, bundle: Bundle | None) -> Template:

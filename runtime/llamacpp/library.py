@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.private import private
-
-F32, F16 = 0, 1  # enum ggml_type
+from pocketllava.models.gguf_header import F16
 
 
 class TypeTraits(ctypes.Structure):

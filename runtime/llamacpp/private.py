@@ -20,7 +20,7 @@ MODULE_NAMES = {
     "llama_cpp.llama_chat_format": ("_convert_completion_to_chat", "Jinja2ChatFormatter"),
 }
 # Attributes of a Llama: its record of evaluated tokens, and whether the last logits can be sampled from.
-LLAMA_ATTRIBUTES = ("input_ids", "n_tokens", "_requires_eval")
+LLAMA_ATTRIBUTES = ("input_ids", "n_tokens", "scores", "_requires_eval")
 
 
 def private(module: str, name: str) -> Any:

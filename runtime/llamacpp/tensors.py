@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import BackendError
-from pocketllava.llamacpp.library import F16, F32, Node, ggml
+from pocketllava.llamacpp.library import Node, ggml
+from pocketllava.models.gguf_header import F16, F32
 
 MAX_DIMS, MAX_OP_PARAMS_BYTES, MAX_SRC, MAX_NAME = 4, 64, 10, 64  # ggml.h
 OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts in

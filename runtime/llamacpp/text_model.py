@@ -49,6 +49,12 @@ class TextModel:
 
         check_llama(llama)
         self._llama = llama
+        if len(llama.scores) == len(
+            llama.input_ids
+        ):  # logits_all: image positions never get a row of their own
+            llama.scores.fill(
+                0
+            )  # llama_cpp leaves it uninitialized, and takes log probabilities of all of it
         self.vocabulary = Vocabulary(llama_cpp.llama_model_get_vocab(llama.model), end_ids)
         self.n_ctx = min(
             int(llama.n_ctx()), len(llama.input_ids)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from pocketllava.errors import BackendError, PocketLlavaError
 from pocketllava.llamacpp.children import run_child
+from pocketllava.models.gguf_header import Header
+from pocketllava.models.mmproj_contract import MmprojInfo, check_mmproj
 
 SCENE = 10_000_003  # the demo's picture
 REFUSED = "refused"
@@ -67,8 +69,6 @@ def measure(before: str, after: str) -> Iterator[str | float]:
     """In the child. The first answer counts if libmtmd ends the process over BEFORE."""
     from pocketllava.llamacpp.log import capture_log
     from pocketllava.llamacpp.text_model import load_model
-    from pocketllava.models.gguf_header import Header
-    from pocketllava.models.mmproj_contract import check_mmproj
 
     capture_log()
     info = check_mmproj(Header.read(Path(after)))
@@ -83,7 +83,7 @@ def measure(before: str, after: str) -> Iterator[str | float]:
     yield float(np.linalg.norm(wrong - right) / np.linalg.norm(right))
 
 
-def _features(path: Path, model: Any, info: Any) -> npt.NDArray[np.float32]:
+def _features(path: Path, model: Any, info: MmprojInfo) -> npt.NDArray[np.float32]:
     from pocketllava.llamacpp.devices import cores
     from pocketllava.models.demo import scenes
     from pocketllava.models.preprocessing import Preprocessing
@@ -93,7 +93,7 @@ def _features(path: Path, model: Any, info: Any) -> npt.NDArray[np.float32]:
     picture = scenes.scene(SCENE).draw()
     pixels = preprocess(picture, Preprocessing(shortest_edge=info.image_size, crop_size=info.image_size))
     encoder = VisionEncoder(
-        path, model, n_threads=cores(), n_embd=info.projected_width, use_gpu=False, info=info
+        Header.read(path), model, n_threads=cores(), n_embd=info.projected_width, use_gpu=False, info=info
     )
     try:
         return encoder.encode(pixels)

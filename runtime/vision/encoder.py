@@ -9,7 +9,6 @@ files; no text model, no prompt.
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ class VisionEncoder:
 
     def __init__(
         self,
-        mmproj: Path,
+        header: Header,
         text_model: Any,
         *,
         n_threads: int,
@@ -82,8 +81,7 @@ class VisionEncoder:
         Raises BundleError for a wrong file or one of another width than the model, BackendError if libmtmd
         refuses it. info: load it unchecked, with this shape.
         """
-        header = Header.read(mmproj)
-        self.path = mmproj
+        self.path = mmproj = header.path
         self.info: MmprojInfo = info or check_mmproj(header)
         if n_embd != self.info.projected_width:
             raise BundleError(

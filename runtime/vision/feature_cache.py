@@ -1,4 +1,4 @@
-"""Image features that were computed already: in memory, least recently used first out, and in a Store.
+"""Image features that were computed already: in memory, least recently used first out, and in a BlobCache.
 
 Knows arrays and their keys; no engine.
 """
@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from pocketllava.models.blob_cache import BlobCache as Store
+from pocketllava.models.blob_cache import BlobCache
 
 Features = npt.NDArray[np.float32]
 MAX_BYTES = 64 << 20  # six images of a 7B model
@@ -19,7 +19,7 @@ MAX_BYTES = 64 << 20  # six images of a 7B model
 class FeatureCache:
     """Key -> (n_patches, n_embd) float32. With a store, rounded to F16, so that it never matters who encoded."""
 
-    def __init__(self, max_bytes: int = MAX_BYTES, store: Store | None = None) -> None:
+    def __init__(self, max_bytes: int = MAX_BYTES, store: BlobCache | None = None) -> None:
         self.max_bytes, self.n_bytes = max_bytes, 0
         self._kept: OrderedDict[str, Features] = OrderedDict()
         self._store = store
