@@ -14,14 +14,27 @@ PocketLlavaError
 │   └── DiskFull                .needed_bytes, .available_bytes
 └── BackendError             llama.cpp could not load or evaluate
 
-Every message is one line: the thing, what was found, what was expected, what to do.
+A message is one line: the thing, what was found, what was expected, what to do. Whatever it quotes, it has at
+most MAX_CHARACTERS printable characters. Every error pickles, fields included.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+MAX_CHARACTERS = 1000
+ELLIPSIS = " ... "
+
 
 class PocketLlavaError(Exception):
     """Base of every error this package raises on purpose."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exception's own would call the class with the message alone, which ContextOverflow does not take."""
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class InputError(PocketLlavaError):
@@ -96,3 +109,30 @@ class DiskFull(ConvertError):
 
 class BackendError(PocketLlavaError):
     """llama.cpp could not load a file or evaluate a batch."""
+
+
+def one_line(text: str) -> str:
+    """At most MAX_CHARACTERS printable characters: spaces for line breaks, escapes for what does not print.
+
+    A long text loses its middle: the beginning names the thing and the end says what to do.
+    """
+    return _shortened("".join(map(_printable, _shortened(text.strip()))))
+
+
+def _shortened(text: str) -> str:
+    half = (MAX_CHARACTERS - len(ELLIPSIS)) // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]}{ELLIPSIS}{text[-half:]}"
+
+
+def _printable(character: str) -> str:
+    if character in "\r\n\t":
+        return " "
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+def _restored(
+    kind: type[PocketLlavaError], args: tuple[str, ...], fields: dict[str, Any]
+) -> PocketLlavaError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pocketllava.engine.session import Prefilled, Session
     from pocketllava.vision.feature_cache import Features
 
-ROOM = 4  # the part of the context that Options.shift makes free for an answer
+ROOM = 4  # the part of the context that Options.truncate makes free for an answer
 
 
 class Llava:
@@ -229,7 +229,7 @@ class Llava:
         self._make_way(messages)
         lease = self._lock.acquire()
         try:
-            room = min(options.max_tokens, self.n_ctx // ROOM) if options.shift else None
+            room = min(options.max_tokens, self.n_ctx // ROOM) if options.truncate else None
             prefilled = self._session.prefill(messages, should_stop=should_stop, truncate_for=room)
             yield from self._answer(lease, prefilled, options, start, should_stop)
         except Interrupted:
