@@ -168,7 +168,8 @@ class LoadOptions:
         low=1, optional=True, default_text="50 million",
     )  # fmt: skip
     kv_type: str = option(
-        KV_TYPES[0], "choice", "--kv-type", "Type of the KV cache; q8_0 takes half the memory of f16.", choices=KV_TYPES
+        KV_TYPES[0], "choice", "--kv-type", "Type of the KV cache; q8_0 takes half the memory of f16.",
+        choices=KV_TYPES,
     )  # fmt: skip
     weights: str = option(
         WEIGHTS[0], "choice", "--weights",

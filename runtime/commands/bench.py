@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import image_argument, load_options
+from pocketllava.commands.common import image_argument, load_options, quiet_option
 from pocketllava.commands.show import figure_lines
 
 
@@ -22,7 +22,7 @@ from pocketllava.commands.show import figure_lines
 )
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option("No progress bar.")
 def bench(
     model: str, image: str | None, runs: int, tokens: int, load: dict[str, Any], as_json: bool, quiet: bool
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import load_options
+from pocketllava.commands.common import load_options, quiet_option
 from pocketllava.commands.show import summary_lines
 
 
@@ -31,7 +31,7 @@ from pocketllava.commands.show import summary_lines
 )
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option("No progress bar.")
 def evaluate(
     model: str,
     questions: str,

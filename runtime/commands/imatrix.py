@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import load_options
+from pocketllava.commands.common import load_options, quiet_option, refuse
 
 
 @click.command()
@@ -23,9 +23,11 @@ from pocketllava.commands.common import load_options
     show_default=True,
     help="So much of the model's own answer to each question counts too.",
 )
-@click.option("--out", required=True, metavar="FILE", help="The matrix, in llama-quantize's GGUF format.")
+@click.option(
+    "-o", "--out", required=True, metavar="FILE", help="The matrix, in llama-quantize's GGUF format."
+)
 @load_options
-@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+@quiet_option("No progress bar, no summary.")
 def imatrix(
     model: str,
     images: str | None,
@@ -48,6 +50,8 @@ def imatrix(
 
     if (images is None) == (text is None):
         raise click.UsageError("give either --images FOLDER or --text FILE")
+    if text is not None:
+        refuse("with --text", "questions", "answer_tokens")
     source = Path(str(images if text is None else text)).expanduser()
     asked = QUESTIONS if questions is None else _lines(Path(questions).expanduser())
     _check_source(source, images is not None)

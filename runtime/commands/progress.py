@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from pocketllava.models import Bundle
 
 PLACE = "{quant}"
+
+
+def text_types() -> Iterable[str]:
+    """Types of a text model, by name."""
+    from pocketllava.convert.plan.quantize import TEXT_TYPES
+
+    return TEXT_TYPES
+
+
+def mmproj_types() -> Iterable[str]:
+    """Types of a vision tower, by name."""
+    from pocketllava.convert.plan.quantize import MMPROJ_TYPES
+
+    return MMPROJ_TYPES
 
 
 def targets(out: str, quants: Sequence[str]) -> dict[Path, str]:

@@ -73,9 +73,7 @@ def _text(value: object) -> str:
 def _data_uri(value: object) -> str:
     url = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str) or url[:5].lower() != "data:":
-        raise ImageError(
-            f"image_url: found {_quoted(url)}, expected a data URI (data:image/...;base64,...)"
-        )
+        raise ImageError(f"image_url: found {_quoted(url)}, expected a data URI (data:image/...;base64,...)")
     return url
 
 
