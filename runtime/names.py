@@ -33,9 +33,10 @@ def open_bundle(name: str | PathLike[str]) -> Bundle:
     if not isinstance(name, str | PathLike) or not os.fspath(name):
         raise InputError(f"model: found {name!r}, expected a bundle's folder or {DEMO!r}")
     folder = _folder(name)
-    if folder.is_dir() or name != DEMO:
-        return Bundle.open(folder) if _exists(folder) else _missing(str(name), folder)
-    return demo_bundle()
+    exists = _exists(folder)
+    if name == DEMO and not (exists and folder.is_dir()):
+        return demo_bundle()
+    return Bundle.open(folder) if exists else _missing(str(name), folder)
 
 
 def _folder(name: str | PathLike[str]) -> Path:

@@ -17,6 +17,7 @@ from pocketllava.commands.common import (
     sampling_options,
     stdin_bytes,
     stream,
+    text_argument,
 )
 from pocketllava.errors import InputError
 
@@ -60,7 +61,8 @@ def ask(
     options = Options(**sampling)
     sources, asked = arguments(words, more_images, question)
     images = [image_argument(source) for source in sources]
-    text = _text(stdin_bytes("question")) if asked == STDIN else asked
+    text = _text(stdin_bytes("question")) if asked == STDIN else text_argument(asked)
+    system = text_argument(system or "")
     with Llava.load(model, **load) as llava:
         if as_json:
             answer = llava.ask(images, text, options=options, system=system)

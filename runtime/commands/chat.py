@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import INERT, load_options, quiet_option, sampling_options
+from pocketllava.commands.common import INERT, load_options, quiet_option, sampling_options, text_argument
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import ContextOverflow, PocketLlavaError
 from pocketllava.types import MAX_SEED, ImageSource
@@ -66,7 +66,7 @@ def chat(
     bundle = open_bundle(model)
     dialogue = Dialogue(Gallery(examination(bundle, load["max_pixels"])), bundle_id(bundle))
     lines = list(load_conversation(dialogue, Path(saved).expanduser()).lines) if saved else []
-    dialogue.system = dialogue.system if system is None else system
+    dialogue.system = dialogue.system if system is None else text_argument(system)
     lines += attach(dialogue, [dialogue.gallery.open(image) for image in images]).lines
     welcome = on_terminal and not quiet
     if welcome:

@@ -155,6 +155,11 @@ def stream(
     return text
 
 
+def text_argument(value: str) -> str:
+    """A text of the command line, as UTF-8 whatever the locale says."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def image_argument(value: str) -> str | bytes:
     """`-` is stdin; everything else is for image.load."""
     return stdin_bytes("image") if value == STDIN else value
