@@ -28,7 +28,7 @@ record: .venv/reference
 # A new file in a room needs a new link tree (pyproject.toml, editable_wheel), so a stamp follows the rooms.
 .venv/core: pyproject.toml $(ROOMS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet -e ".[cli]"
 	touch $@
 
 .venv/dev: .venv/core

@@ -6,7 +6,6 @@ line's options follow from that. Knows values and texts; no model, no command li
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 import operator
@@ -110,6 +109,8 @@ def changed(options: T, changes: Mapping[str, Any], error: type[InputError] = In
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The name that is meant by a mistyped one, as the end of a message: ", did you mean 'seed'?"; or nothing."""
+    import difflib
+
     by_lower = {other.lower(): other for other in names}
     alike = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return f", did you mean {by_lower[alike[0]]!r}?" if alike else ""

@@ -98,8 +98,8 @@ def convert(
     if source is None or out is None:
         raise click.UsageError("Missing argument 'SOURCE'." if source is None else "Missing option '--out'.")
     if Path(source).expanduser().is_dir():
-        refuse("with a folder; it names what a hub id's files are taken from", "revision")
-    if quiet:
+        refuse("with a folder; it is a hub id's branch, tag or commit", "revision")
+    elif quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
