@@ -1,4 +1,4 @@
-"""`python -m pocketllava` and the script: the command line, or what to install for it."""
+"""`python -m pocketllava` and the script: the command line, or the name of the missing extra."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The error tree. Knows nothing else; imports nothing.
 
 PocketLlavaError
-├── InputError               what the caller passed in
+├── InputError               an argument that cannot be used
 │   ├── ImageError           not an image, too large, or not a source we open
 │   ├── ContextOverflow      the prompt does not fit: .needed and .available tokens
 │   └── UnsupportedOption    a setting this build or model cannot honor
-├── StateError               used after close(), or a stream that a newer call ended
-├── ModelNotFound            no bundle there; names what was looked for
+├── StateError               a model used after close() or fork(), a stream that a newer call ended
+├── ModelNotFound            no bundle of that name; names the nearest, and the command that makes one
 ├── BundleError              a bundle's file is missing, damaged or foreign
 ├── ConvertError             a checkpoint cannot be converted
 │   ├── UnsupportedCheckpoint   another architecture, named
@@ -38,7 +38,7 @@ class PocketLlavaError(Exception):
 
 
 class InputError(PocketLlavaError):
-    """What the caller passed in cannot be used."""
+    """An argument cannot be used."""
 
 
 class ImageError(InputError):
@@ -62,7 +62,7 @@ class UnsupportedOption(InputError):
 
 
 class StateError(PocketLlavaError):
-    """A model or stream cannot do this any more: closed, or ended by a newer call."""
+    """A model was closed or belongs to the parent process, or a newer call ended a stream."""
 
 
 class ModelNotFound(PocketLlavaError):
@@ -112,7 +112,7 @@ class BackendError(PocketLlavaError):
 
 
 def one_line(text: str) -> str:
-    """At most MAX_CHARACTERS printable characters: spaces for line breaks, escapes for what does not print.
+    """At most MAX_CHARACTERS printable characters: spaces for line breaks, escapes for the unprintable.
 
     A long text loses its middle: the beginning names the thing and the end says what to do.
     """

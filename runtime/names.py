@@ -1,6 +1,6 @@
 """A name or a path -> a bundle: a folder that `pocketllava convert` made, or "demo", the model in the package.
 
-Knows where the demo's bundle is kept, how it comes to be there, and what a mistyped name may mean; no engine.
+Knows the cache folder of the demo's bundle, its conversion, and the names near a mistyped one; no engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def open_bundle(name: str | PathLike[str]) -> Bundle:
     """Open a bundle by its folder or name. A folder called "demo" comes before the name.
 
-    Raises InputError for what is no name; ModelNotFound, BundleError; ConvertError if the demo cannot be converted.
+    Raises InputError for other types; ModelNotFound, BundleError; ConvertError if the demo cannot be converted.
     """
     if not isinstance(name, str | PathLike) or not os.fspath(name):
         raise InputError(f"model: found {name!r}, expected a bundle's folder or {DEMO!r}")
@@ -47,7 +47,7 @@ def _folder(name: str | PathLike[str]) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether something is there; no for what cannot be a path at all."""
+    """Whether something is there. A text that cannot be a path is nothing."""
     try:
         return path.exists()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""One option of a call: which values it takes, what it does, and how the command line spells it.
+"""One option of a call: its values, its help and its names on the command line.
 
 Options and LoadOptions declare each option once, as a field with a Setting; checks of arguments and the command
 line's options follow from that. Knows values and texts; no model, no command line.
@@ -27,7 +27,7 @@ class Setting:
     """The values that an option takes, and its help.
 
     low and high are allowed themselves, unless above_low. optional: None is allowed. flags: its names on the command
-    line, where a value counts in `unit`s (gigabytes) and none may stand for what default_text says.
+    line, where a value counts in `unit`s (gigabytes). default_text: the meaning of None, for --help.
     """
 
     kind: Kind

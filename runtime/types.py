@@ -37,7 +37,7 @@ class Message:
 
     Args:
         role: "system", "user" or "assistant".
-        text: What is said.
+        text: The words.
         images: One image or several: paths, bytes, open binary files, data URIs, PIL images or arrays. A file is
             read now, from its beginning. Only a user shows images.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,29 @@ def test_errors_wrap_at_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 def test_errors_stay_one_line_elsewhere(capsys: Any) -> None:
     complain("error", "several words " * 40)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+ENDLESS = ("--ctx", "4096", "-n", "4000")  # this model's greedy answers don't end
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
+def test_ctrl_c_ends_an_answer_with_exit_code_130(bundle: Bundle) -> None:
+    command = [sys.executable, "-m", "pocketllava", "ask", str(bundle.folder), "Count.", *ENDLESS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr.read().strip() == b""
+
+
+def test_a_closed_pipe_ends_an_answer_quietly(bundle: Bundle) -> None:
+    command = [sys.executable, "-m", "pocketllava", "ask", str(bundle.folder), "Count.", *ENDLESS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read().strip() == b""

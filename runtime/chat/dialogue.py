@@ -94,8 +94,8 @@ class Dialogue:
     @property
     def pictures(self) -> list[tuple[Picture, int | None]]:
         """All images in order, each with the number of its turn, or None while it waits."""
-        shown = [(p, n) for n, turn in enumerate(self.turns, 1) for p in turn.pictures]
-        return [*shown, *((p, None) for p in self.waiting)]
+        numbered = [(p, n) for n, turn in enumerate(self.turns, 1) for p in turn.pictures]
+        return [*numbered, *((p, None) for p in self.waiting)]
 
     def attach(self, pictures: Sequence[Picture]) -> list[int]:
         """Attach images to the next message; returns their numbers. One that waits already keeps its own."""

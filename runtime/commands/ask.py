@@ -46,8 +46,8 @@ def ask(
     """Ask about images, or without them.
 
     BUNDLE is a folder made by `convert`, or the name `demo`. An IMAGE is a path or a data URI. The last argument is
-    the question. One - stands for what comes over stdin: an image, or the question, which is read there too if the
-    last argument is a file. The answer streams to stdout, timings go to stderr.
+    the question; if it is a file, the question is read from stdin. One - reads an image or the question from stdin.
+    The answer streams to stdout, timings go to stderr.
 
     \b
     pocketllava ask demo photo.jpg "What is in this photo?"
@@ -59,9 +59,9 @@ def ask(
     from pocketllava.types import conversation
 
     options = Options(**sampling)
-    sources, asked = arguments(words, more_images, question)
+    sources, source = arguments(words, more_images, question)
     images = [image_argument(source) for source in sources]
-    text = _text(stdin_bytes("question")) if asked == STDIN else text_argument(asked)
+    text = _text(stdin_bytes("question")) if source == STDIN else text_argument(source)
     system = text_argument(system or "")
     with Llava.load(model, **load) as llava:
         if as_json:

@@ -1,4 +1,4 @@
-"""`pocketllava inspect`: what a bundle is made of and takes, or one picture followed through it."""
+"""`pocketllava inspect`: a bundle's parts and memory, or one picture followed through the model."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def quantize(
     from pocketllava.names import open_bundle
 
     with progress_bar(quiet) as progress:
-        made = requantize(
+        bundles = requantize(
             open_bundle(bundle),
             targets(out, quants),
             mmproj=mmproj,
@@ -69,4 +69,4 @@ def quantize(
             resume=resume,
         )
     if not quiet:
-        show_bundles(made)
+        show_bundles(bundles)
