@@ -178,9 +178,9 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
-def test_a_conversation_on_a_terminal(bundle: Bundle, tmp_path: Path) -> None:
-    """This model's greedy answers don't end, so that Ctrl-C always comes in the middle of one."""
-    screen = Screen([str(bundle.folder), "--ctx", "4096", "--max-tokens", "4000"], tmp_path)
+def test_a_conversation_on_a_terminal(endless: Bundle, tmp_path: Path) -> None:
+    """Answers that do not end, so that Ctrl-C always comes in the middle of one."""
+    screen = Screen([str(endless.folder), "--ctx", "4096", "--max-tokens", "4000"], tmp_path)
     screen.until("Ctrl-D leaves.*>")
     screen.types("Count.\r")
     screen.until("Count.*\n.{40}")

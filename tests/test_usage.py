@@ -202,12 +202,12 @@ def test_errors_stay_one_line_elsewhere(capsys: Any) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
-ENDLESS = ("--ctx", "4096", "-n", "4000")  # this model's greedy answers don't end
+LONG = ("--ctx", "4096", "-n", "4000")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
-def test_ctrl_c_ends_an_answer_with_exit_code_130(bundle: Bundle) -> None:
-    command = [sys.executable, "-m", "pocketllava", "ask", str(bundle.folder), "Count.", *ENDLESS]
+def test_ctrl_c_ends_an_answer_with_exit_code_130(endless: Bundle) -> None:
+    command = [sys.executable, "-m", "pocketllava", "ask", str(endless.folder), "Count.", *LONG]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
@@ -217,8 +217,8 @@ def test_ctrl_c_ends_an_answer_with_exit_code_130(bundle: Bundle) -> None:
         assert process.stderr.read().strip() == b""
 
 
-def test_a_closed_pipe_ends_an_answer_quietly(bundle: Bundle) -> None:
-    command = [sys.executable, "-m", "pocketllava", "ask", str(bundle.folder), "Count.", *ENDLESS]
+def test_a_closed_pipe_ends_an_answer_quietly(endless: Bundle) -> None:
+    command = [sys.executable, "-m", "pocketllava", "ask", str(endless.folder), "Count.", *LONG]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
