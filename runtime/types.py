@@ -29,6 +29,7 @@ GIGA = 1_000_000_000
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 2  # llama.cpp takes 2**32 - 1 for "draw one"
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_FILE_BYTES = 512 << 20  # of an image: ten times an uncompressed one of the most pixels that are accepted
 
 
 @dataclass(frozen=True, init=False)
@@ -321,7 +322,7 @@ def as_images(image: ImageSource | Sequence[ImageSource] | None) -> tuple[ImageS
 def _source(image: Any) -> ImageSource:
     """An image's source; an open file's bytes, so that it is read once."""
     if callable(getattr(image, "read", None)):
-        return _contents(image)
+        return read_file(image)
     # PIL images and arrays have this attribute; asking an instance for it would copy the pixels
     if not isinstance(image, str | PathLike | bytes | bytearray | memoryview) and not hasattr(
         type(image), "__array_interface__"
@@ -334,17 +335,20 @@ def _source(image: Any) -> ImageSource:
     return source
 
 
-def _contents(file: Any) -> bytes:
-    """A whole file, from its beginning: whoever has just written an image into it stands at the end."""
+def read_file(file: Any) -> bytes:
+    """All of an open binary file, from its beginning where it can seek: after writing, it stands at the end."""
     try:
         if file.seekable():
             file.seek(0)
-        data = file.read()
+        data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError, AttributeError) as error:
-        raise ImageError(f"image: the open file cannot be read ({error})") from error
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise ImageError(f"image: the open file gives {type(data).__name__}, expected bytes; open it as 'rb'")
-    return bytes(data)
+        raise ImageError(f"image file: cannot be read ({error})") from error
+    if not isinstance(data, bytes) or len(data) > MAX_FILE_BYTES:
+        expected = f"a binary file of at most {MAX_FILE_BYTES >> 20} MiB"
+        raise ImageError(
+            f"image file: found {type(data).__name__} of length {len(data)}, expected {expected}"
+        )
+    return data
 
 
 def _check_text(text: object) -> None:
