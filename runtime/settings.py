@@ -91,11 +91,15 @@ def settings(options: Any) -> dict[str, Setting]:
 def check(options: Any, error: type[InputError] = InputError) -> None:
     """Check every field of a frozen dataclass, and give each the type that it has. Raises `error`."""
     for name, setting in settings(options).items():
-        given = getattr(options, name)
-        try:
-            object.__setattr__(options, name, setting.value(given))
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: ~ of nobody
-            raise error(f"{name}: found {given!r}, expected {setting.expected}") from None
+        object.__setattr__(options, name, checked(name, setting, getattr(options, name), error))
+
+
+def checked(name: str, setting: Setting, given: object, error: type[InputError] = InputError) -> Any:
+    """The value of an option, in the type that it has. Raises `error`."""
+    try:
+        return setting.value(given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: ~ of nobody
+        raise error(f"{name}: found {given!r}, expected {setting.expected}") from None
 
 
 def changed(options: T, changes: Mapping[str, Any], error: type[InputError] = InputError) -> T:

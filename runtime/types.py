@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -20,6 +20,7 @@ else:
     ImageSource = Any
 
 Role = Literal["system", "user", "assistant"]
+Messages = Sequence["Message | Mapping[str, Any]"]  # OpenAI's dicts are taken too
 FinishReason = Literal["stop", "length", "cancelled"]
 Truncation = Literal["oldest"]
 ROLES = ("system", "user", "assistant")
@@ -199,23 +200,23 @@ class LoadOptions:
 class Timings:
     """Where the time of one answer went, in seconds, and how much was evaluated.
 
-    queue_s is the wait for calls that came before; prepare_s decodes and resizes images, encode_s computes their
+    queue_s is the wait for calls that came before; preprocess_s decodes and resizes images, encode_s computes their
     features; prompt_s is prompt evaluation (text and image positions) without image encoding;
-    prompt_tokens counts the whole prompt, kept_tokens those that were evaluated for an earlier call;
+    prompt_tokens counts the whole prompt, cached_tokens those that were evaluated for an earlier call;
     first_token_s runs from the call to the first token, all of these included; devices names what evaluated the text
     model and the vision tower; left_out counts the messages that truncate="oldest" left out.
     """
 
     load_s: float = 0.0
     queue_s: float = 0.0
-    prepare_s: float = 0.0
+    preprocess_s: float = 0.0
     encode_s: float = 0.0
     prompt_s: float = 0.0
     first_token_s: float = 0.0
     decode_s: float = 0.0
     prompt_tokens: int = 0
     image_tokens: int = 0
-    kept_tokens: int = 0
+    cached_tokens: int = 0
     answer_tokens: int = 0
     devices: tuple[str, str] = ("", "")
     left_out: int = 0
@@ -267,7 +268,7 @@ class Answer:
         """Tokens of the prompt and the answer."""
         t = self.timings
         total = t.prompt_tokens + t.answer_tokens
-        return Usage(t.prompt_tokens, t.answer_tokens, total, t.kept_tokens, t.image_tokens)
+        return Usage(t.prompt_tokens, t.answer_tokens, total, t.cached_tokens, t.image_tokens)
 
 
 @dataclass(frozen=True)

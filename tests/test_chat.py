@@ -220,7 +220,7 @@ def test_an_image_is_worked_on_while_its_question_is_typed(llava: Llava, picture
         time.sleep(0.01)
     assert conversation.handle(f"'{picture}' What is it?")
     assert dialogue.timings
-    assert dialogue.timings.kept_tokens >= 576
+    assert dialogue.timings.cached_tokens >= 576
 
 
 def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_only_data_uris_are_taken_from_openais_messages(url: Any) -> None:
 
 
 def test_answers_and_chunks_read_as_their_text() -> None:
-    timings = Timings(prompt_tokens=600, image_tokens=576, kept_tokens=580, answer_tokens=2)
+    timings = Timings(prompt_tokens=600, image_tokens=576, cached_tokens=580, answer_tokens=2)
     answer = Answer("A dog.", (1, 2), timings, "stop")
     assert f"{answer}" == "A dog."
     assert str(Chunk("A ")) == "A "

@@ -64,7 +64,8 @@ def test_the_version_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "heavy", ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit"]
+    "heavy",
+    ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit", "asyncio"],
 )
 def test_importing_is_light(heavy: str) -> None:
     code = f"import sys, pocketllava, pocketllava.cli; sys.exit({heavy!r} in sys.modules)"

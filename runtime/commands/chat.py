@@ -204,7 +204,7 @@ class Chat:
     def _prefill(self) -> None:
         """Evaluate the images in the background."""
         if ahead := self._dialogue.to_prefill():
-            self._llava.prepare(ahead[0], after=ahead[1])
+            self._llava.prefill(ahead[0], after=ahead[1])
 
     def look_ahead(self, line: str) -> None:
         """Evaluate the images of a line while it is being typed."""
@@ -218,7 +218,7 @@ class Chat:
             data = [path.read_bytes() for path in images]
             waiting = [picture.data for picture in self._dialogue.waiting]
             if data:
-                self._llava.prepare([*waiting, *data], after=self._dialogue.messages())
+                self._llava.prefill([*waiting, *data], after=self._dialogue.messages())
 
 
 def examination(bundle: Bundle, max_pixels: int | None) -> Examine:

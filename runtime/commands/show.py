@@ -33,12 +33,12 @@ def plan_lines(planned: ConvertPlan, out: str, threads: int) -> list[str]:
 
 def timing_line(t: Timings) -> str:
     """An answer's timings and devices."""
-    cached = f" ({t.kept_tokens} cached)" if t.kept_tokens else ""
+    cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
     left_out = f" | {t.left_out} oldest messages left out" if t.left_out else ""
     devices = f"text: {t.devices[0]} | vision: {t.devices[1]}"
     queue = f"queue {t.queue_s:.2f} s | " if t.queue_s >= SHOWN_S else ""
     return (
-        f"load {t.load_s:.2f} s | {queue}image {t.prepare_s:.2f} s | encoding {t.encode_s:.2f} s"
+        f"load {t.load_s:.2f} s | {queue}image {t.preprocess_s:.2f} s | encoding {t.encode_s:.2f} s"
         f" | prompt {t.prompt_tokens} tokens{cached} {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
         f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | {devices}{left_out}"
     )

@@ -86,7 +86,7 @@ def _one_run(
     second = llava.ask(a, SECOND, options=short).timings
     progress()
     start = time.perf_counter()
-    llava.prepare(b).wait()
+    llava.prefill(b).wait()
     preparing_s = time.perf_counter() - start
     prepared = llava.ask(b, FIRST, options=short).timings
     progress()
@@ -94,21 +94,21 @@ def _one_run(
     speed = decoding_speed(answers(lambda question: llava.ask(a, question, options=long), answer))
     progress()
     cold = answer.timings
-    evaluated = cold.prompt_tokens - cold.kept_tokens
+    evaluated = cold.prompt_tokens - cold.cached_tokens
     return {
-        ("image preparation", "s"): [cold.prepare_s],
+        ("image preparation", "s"): [cold.preprocess_s],
         ("image encoding", "s"): [cold.encode_s],
         ("prompt", "tokens"): [cold.prompt_tokens],
         ("of them the image", "tokens"): [cold.image_tokens],
         ("prompt evaluation", "tokens/s"): [evaluated / cold.prompt_s] if cold.prompt_s else [],
         ("first token, new image", "s"): [cold.first_token_s],
         ("first token, second question", "s"): [second.first_token_s],
-        ("kept for the second question", "tokens"): [second.kept_tokens],
+        ("kept for the second question", "tokens"): [second.cached_tokens],
         ("preparing an image", "s"): [preparing_s],
         ("first token, prepared image", "s"): [prepared.first_token_s],
-        ("kept for the prepared image", "tokens"): [prepared.kept_tokens],
+        ("kept for the prepared image", "tokens"): [prepared.cached_tokens],
         ("first token, back to an earlier image", "s"): [back.first_token_s],
-        ("kept for the earlier image", "tokens"): [back.kept_tokens],
+        ("kept for the earlier image", "tokens"): [back.cached_tokens],
         ("decoding", "tokens/s"): [] if speed is None else [speed],
     }
 

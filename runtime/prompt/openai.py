@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pocketllava.errors import ImageError, InputError
-from pocketllava.types import Message
+from pocketllava.types import Message, Messages
 
 SHAPE = "a list of Message objects or of dicts with role and content"
 MAX_QUOTED = 40  # characters of an address that is not opened
 
 
-def as_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
+def as_messages(messages: Messages) -> list[Message]:
     """A conversation of Message objects, OpenAI's dicts or both -> Message objects.
 
     Raises InputError and ImageError that name the message by its index.
