@@ -184,6 +184,7 @@ def test_errors_wrap_at_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     if sys.platform == "win32":
         pytest.skip("pseudo-terminals are POSIX's")
     monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
     outside, inside = os.openpty()
     with os.fdopen(inside, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)

@@ -5,7 +5,6 @@ Answers go to stdout, everything else to stderr. Lines are interpreted in chat/s
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Generator
 from contextlib import closing, suppress
@@ -15,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import INERT, load_options, quiet_option, sampling_options, text_argument
+from pocketllava.commands.common import (
+    INERT,
+    color,
+    complain,
+    load_options,
+    quiet_option,
+    sampling_options,
+    text_argument,
+)
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import ContextOverflow, PocketLlavaError
 from pocketllava.types import MAX_SEED, ImageSource
@@ -124,7 +131,7 @@ class Chat:
         try:
             step = handle(self._dialogue, line.encode("utf-8", "replace").decode())
         except PocketLlavaError as error:
-            complain(str(error))
+            complain("error", str(error))
             return True
         for text in [*([timing_line(step.timings)] if step.timings else []), *step.lines]:
             note(text)
@@ -153,7 +160,7 @@ class Chat:
         except PocketLlavaError as error:
             self._end_line(bool(text) and not text.endswith("\n"))
             self._dialogue.add_failure(question)
-            complain(f"{error}{HINT if isinstance(error, ContextOverflow) else ''}")
+            complain("error", f"{error}{HINT if isinstance(error, ContextOverflow) else ''}")
         else:
             self._end_line(True)
             self._add(question, text, last)
@@ -244,18 +251,7 @@ def wrap() -> Wrap:
 
 def note(text: str) -> None:
     """A line beside the conversation."""
-    click.secho(text.translate(INERT), err=True, dim=True, color=_color())
-
-
-def complain(text: str) -> None:
-    """A line about an error."""
-    line = " ".join(text.translate(INERT).splitlines())
-    click.echo(f"{click.style('error:', fg='red')} {line}", err=True, color=_color())
-
-
-def _color() -> bool | None:
-    """False where NO_COLOR is set (no-color.org); otherwise click looks for a terminal."""
-    return False if os.environ.get("NO_COLOR") else None
+    click.secho(text.translate(INERT), err=True, dim=True, color=color())
 
 
 def history_file() -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -181,13 +182,18 @@ def use_utf8() -> None:
 
 
 def complain(kind: str, text: str) -> None:
-    """A line on stderr, "kind: text", broken between words on a terminal."""
-    line = f"{kind}: {text}"
+    """A line on stderr, "kind: text"; in color and broken between words on a terminal."""
+    line = f"{kind}: {' '.join(text.translate(INERT).split())}"
     if sys.stderr.isatty():
-        line = textwrap.fill(
-            line, get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
-        )
-    click.echo(line, err=True)
+        columns = get_terminal_size().columns
+        line = textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+    label = click.style(f"{kind}:", fg="red" if kind == "error" else "yellow")
+    click.echo(label + line.removeprefix(f"{kind}:"), err=True, color=color())
+
+
+def color() -> bool | None:
+    """False where NO_COLOR is set (no-color.org); otherwise click looks for a terminal."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 def show_warnings() -> None:
