@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 import re
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def test_a_message_takes_one_image_or_several(tmp_path: Path) -> None:
     assert Message().images == Message(images=None).images == Message(images=[]).images == ()
     assert (Message().role, Message(images="a.png").text) == ("user", "")
     assert conversation(None, "?", "Be brief.") == [Message("system", "Be brief."), Message("user", "?")]
+
+
+def test_values_can_be_copied_changed_and_sent_to_a_worker() -> None:
+    message = Message("user", "?", ["a.png", b"bytes"])
+    assert replace(message, text="!") == Message("user", "!", ("a.png", b"bytes"))
+    for value in (message, Options(stop="a"), LoadOptions(n_ctx=512), Answer("a", (1,), Timings(), "stop")):
+        assert pickle.loads(pickle.dumps(value)) == value
+    with pytest.raises(FrozenInstanceError):
+        message.text = "!"  # type: ignore[misc]
 
 
 def test_open_files_are_read_when_they_are_given(tmp_path: Path) -> None:

@@ -77,6 +77,17 @@ def test_stdin_is_one_thing_and_a_question_is_needed(
             arguments(words, (), question)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
+def test_a_terminal_is_not_waited_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside, inside = os.openpty()
+    with os.fdopen(inside) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(click.UsageError, match=r"^Missing argument 'QUESTION': a\.png is a file"):
+            arguments(("a.png",), (), None)
+        assert arguments(("a.png", "What?"), (), None) == (["a.png"], "What?")
+    os.close(outside)
+
+
 def test_a_question_without_quotes_says_so(here: Path) -> None:
     with pytest.raises(InputError, match=r"^What: no such file, expected an image; .* needs quotes$"):
         arguments(("a.png", "What", "is", "it?"), (), None)
