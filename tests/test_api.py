@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import doctest
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -166,7 +167,7 @@ llava.close()
 """
 
 
-@pytest.mark.skipif(not hasattr(sys, "getwindowsversion") and sys.platform == "win32", reason="no fork there")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_a_child_of_fork_gets_a_state_error_and_the_parent_goes_on(bundle: Bundle) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FORKED, str(bundle.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
