@@ -18,6 +18,7 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 reference: .venv/reference
 	$(BIN)/pytest -m reference -s
@@ -28,7 +29,7 @@ record: .venv/reference
 # A new file in a room needs a new link tree (pyproject.toml, editable_wheel), so a stamp follows the rooms.
 .venv/core: pyproject.toml $(ROOMS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet -e ".[cli]"
 	touch $@
 
 .venv/dev: .venv/core

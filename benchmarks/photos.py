@@ -57,7 +57,7 @@ def measure(bundle: str, images: list[ImageSource], runs: int) -> tuple[list[flo
             turns = [Message("user", "Describe the image.", tuple(images))]
             for question in ("What is in it?", "Where?", "Why?"):
                 answer = llava.chat(turns, options=ONE)
-                (following if len(turns) > 1 else first).append(answer.timings.prepare_s * 1000)
+                (following if len(turns) > 1 else first).append(answer.timings.preprocess_s * 1000)
                 turns += [Message("assistant", answer.text), Message("user", question)]
     return first, following
 

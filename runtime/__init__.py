@@ -1,8 +1,7 @@
 """pocketllava: LLaVA-1.5 with llama.cpp, with the original model's own answers.
 
-Importing it is quick: nothing here loads llama_cpp, numpy or Pillow; what needs them loads them when
-it is first used. Programs that already hold a llama_cpp.Llama take LlavaChatHandler from
-`pocketllava.integrations.llama_cpp`.
+Importing it is quick: llama_cpp, numpy and Pillow are imported by the first call that needs them. Programs that hold a
+llama_cpp.Llama take LlavaChatHandler from `pocketllava.integrations.llama_cpp`.
 """
 
 from pocketllava.engine.preparation import Preparation
@@ -23,7 +22,7 @@ from pocketllava.errors import (
 )
 from pocketllava.llava import Llava
 from pocketllava.models import Bundle
-from pocketllava.types import Answer, Chunk, Message, Options, Timings, Trace
+from pocketllava.types import Answer, Chunk, LoadOptions, Message, Options, Timings, Trace, Usage
 from pocketllava.version import __version__
 
 __all__ = [
@@ -38,6 +37,7 @@ __all__ = [
     "ImageError",
     "InputError",
     "Llava",
+    "LoadOptions",
     "Message",
     "ModelNotFound",
     "Options",
@@ -49,5 +49,6 @@ __all__ = [
     "Trace",
     "UnsupportedCheckpoint",
     "UnsupportedOption",
+    "Usage",
     "__version__",
 ]

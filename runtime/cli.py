@@ -1,6 +1,6 @@
 """The command line's entry: the group of commands, and errors as one line.
 
-An error of ours is one line and exit code 1 (2 for wrong usage); a broken pipe and Ctrl-C end quietly.
+An error of ours is one line and exit code 1, wrong usage 2, Ctrl-C 130; a broken pipe ends quietly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import click
 from pocketllava.commands.ask import ask
 from pocketllava.commands.bench import bench
 from pocketllava.commands.chat import chat
-from pocketllava.commands.common import show_warnings
+from pocketllava.commands.common import complain, show_warnings, use_utf8
 from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
 from pocketllava.commands.evaluate import evaluate
@@ -20,26 +20,63 @@ from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.quantize import quantize
 from pocketllava.errors import PocketLlavaError
+from pocketllava.settings import nearest
+
+SECTIONS = {
+    "Ask about images": (demo, ask, chat),
+    "Convert a checkpoint": (convert, quantize, imatrix),
+    "Look and measure": (inspect, evaluate, bench),
+}
+MAX_HELP = 200  # characters of a command's line in --help
+INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Sections(click.Group):
+    """Commands grouped in --help by what a person wants to do."""
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A list of commands a section."""
+        width = max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                rows = [(f"{c.name:<{width}}", c.get_short_help_str(MAX_HELP)) for c in commands]
+                formatter.write_dl(rows)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command for one that there is not."""
+        if args[0] not in self.commands:
+            ctx.fail(f"No such command {args[0]!r}{nearest(args[0], self.commands)}.".replace("?.", "?"))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="pocketllava")
 def cli() -> None:
     """LLaVA-1.5 on a laptop, with the original model's own answers."""
 
 
-for command in (convert, quantize, imatrix, ask, chat, inspect, demo, evaluate, bench):
-    cli.add_command(command)
+for section in SECTIONS.values():
+    for command in section:
+        cli.add_command(command)
 
 
 def main() -> None:
     """Entry point."""
+    use_utf8()
     show_warnings()
     try:
-        cli.main(prog_name="pocketllava", standalone_mode=True)
+        cli.main(prog_name="pocketllava", standalone_mode=False)
     except PocketLlavaError as error:
-        click.echo(f"error: {error}", err=True)
+        complain("error", str(error))
         sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo(err=True)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The error tree. Knows nothing else; imports nothing.
 
 PocketLlavaError
-├── InputError               what the caller passed in
+├── InputError               an argument that cannot be used
 │   ├── ImageError           not an image, too large, or not a source we open
 │   ├── ContextOverflow      the prompt does not fit: .needed and .available tokens
 │   └── UnsupportedOption    a setting this build or model cannot honor
-├── StateError               used after close(), or a stream that a newer call ended
-├── ModelNotFound            no bundle there; names what was looked for
+├── StateError               a model used after close() or fork(), a stream that a newer call ended
+├── ModelNotFound            no bundle of that name; names the nearest, and the command that makes one
 ├── BundleError              a bundle's file is missing, damaged or foreign
 ├── ConvertError             a checkpoint cannot be converted
 │   ├── UnsupportedCheckpoint   another architecture, named
@@ -14,18 +14,31 @@ PocketLlavaError
 │   └── DiskFull                .needed_bytes, .available_bytes
 └── BackendError             llama.cpp could not load or evaluate
 
-Every message is one line: the thing, what was found, what was expected, what to do.
+A message is one line: the thing, what was found, what was expected, what to do. Whatever it quotes, it has at
+most MAX_CHARACTERS printable characters. Every error pickles, fields included.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+MAX_CHARACTERS = 1000
+ELLIPSIS = " ... "
 
 
 class PocketLlavaError(Exception):
     """Base of every error this package raises on purpose."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exception's own would call the class with the message alone, which ContextOverflow does not take."""
+        return _restored, (type(self), self.args, self.__dict__)
+
 
 class InputError(PocketLlavaError):
-    """What the caller passed in cannot be used."""
+    """An argument cannot be used."""
 
 
 class ImageError(InputError):
@@ -49,7 +62,7 @@ class UnsupportedOption(InputError):
 
 
 class StateError(PocketLlavaError):
-    """A model or stream cannot do this any more: closed, or ended by a newer call."""
+    """A model was closed or belongs to the parent process, or a newer call ended a stream."""
 
 
 class ModelNotFound(PocketLlavaError):
@@ -96,3 +109,30 @@ class DiskFull(ConvertError):
 
 class BackendError(PocketLlavaError):
     """llama.cpp could not load a file or evaluate a batch."""
+
+
+def one_line(text: str) -> str:
+    """At most MAX_CHARACTERS printable characters: spaces for line breaks, escapes for the unprintable.
+
+    A long text loses its middle: the beginning names the thing and the end says what to do.
+    """
+    return _shortened("".join(map(_printable, _shortened(text.strip()))))
+
+
+def _shortened(text: str) -> str:
+    half = (MAX_CHARACTERS - len(ELLIPSIS)) // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]}{ELLIPSIS}{text[-half:]}"
+
+
+def _printable(character: str) -> str:
+    if character in "\r\n\t":
+        return " "
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+def _restored(
+    kind: type[PocketLlavaError], args: tuple[str, ...], fields: dict[str, Any]
+) -> PocketLlavaError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error

@@ -1,48 +1,71 @@
-"""Llava: a bundle, loaded; ask, chat, stream, astream, prepare, image_features, trace, close.
+"""Llava: a loaded bundle that answers questions about images; the door to the package.
 
-The one generator core is `stream`; ask and chat join it. Knows how tokens become text and when an answer
-ends; prompt, image and cache work is the Session's.
+The one generator core is `stream`; ask and chat join it, astream, aask and achat run it in a thread. Knows how tokens
+become text, when an answer ends, and whose call comes first; prompt, image and cache work is the Session's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pocketllava.engine.answer_text import AnswerText
-from pocketllava.engine.background import in_background_async
 from pocketllava.engine.lock import Lease, ModelLock
 from pocketllava.engine.preparation import Preparation
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
+from pocketllava.prompt.openai import as_messages
+from pocketllava.settings import Setting, checked
 from pocketllava.types import (
-    GIGA,
     Answer,
     Chunk,
     FinishReason,
     ImageSource,
-    LoadOptions,
     Message,
+    Messages,
     Options,
     Timings,
     Trace,
     as_images,
     conversation,
+    load_options,
+    sampling,
 )
 
 if TYPE_CHECKING:
     from pocketllava.engine.session import Prefilled, Session
     from pocketllava.vision.feature_cache import Features
 
-ROOM = 4  # the part of the context that Options.shift makes free for an answer
+ROOM = 4  # the part of the context that Options.truncate makes free for an answer
+QUEUE_TIMEOUT = Setting("number", "How long a call waits for those before it.", (), low=0, optional=True)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one answer was asked with."""
+
+    options: Options
+    should_stop: Callable[[], bool] | None
+    queue_timeout_s: float | None
+    start: float
 
 
 class Llava:
-    """A loaded model. Use as a context manager, or call close(). Threads may share it: calls queue."""
+    """A loaded model.
+
+    Use it as a context manager, or call close(). Threads may share it: one call runs at a time, the others wait. Every
+    call raises StateError after close(), and in a child of fork(), which has to load its own.
+
+    Example:
+        >>> with Llava.load("demo") as model:
+        ...     model.ask("scene.png", "What is at the center?").text
+        'a blue square'
+    """
 
     def __init__(self, bundle: Bundle, session: Session, load_s: float, device: str) -> None:
         """Programs call Llava.load."""
@@ -52,45 +75,32 @@ class Llava:
         self._preparation: Preparation | None = None
 
     @classmethod
-    def load(
-        cls,
-        path: str | PathLike[str],
-        *,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        n_gpu_layers: int = -1,
-        max_pixels: int | None = None,
-        kv_type: str = "f16",
-        weights: str = "auto",
-        cache_dir: str | PathLike[str] | None = None,
-        cache_bytes: int = 4 * GIGA,
-        keep_prefixes: bool = False,
-    ) -> Llava:
-        """Load a bundle: a folder made by `pocketllava convert`, or "demo", the model in the package.
+    def load(cls, path: str | PathLike[str], **load: Any) -> Llava:
+        """Load a bundle.
 
-        n_ctx: tokens of context (an image takes 576), 2048 unless given. n_threads: CPU threads, the
-        number of physical cores unless given. n_gpu_layers: text layers on the GPU, -1 for all that fit,
-        0 for none (and the vision tower on the CPU). max_pixels: refuse larger images, 50 megapixels
-        unless given. kv_type: "f16", or "q8_0" for half the memory. weights: "memory" reads them, "mapped"
-        maps the file, "auto" does what suits the device and the free memory. cache_dir: a folder to keep
-        encoded images in, at most cache_bytes; with keep_prefixes evaluated images too (0.3 GB each at 7B).
-        Raises ModelNotFound, BundleError, UnsupportedOption, BackendError.
+        Args:
+            path: A folder made by `pocketllava convert`, or "demo", the model in the package.
+            **load: Fields of LoadOptions: n_ctx, n_threads, n_gpu_layers, max_pixels, kv_type, weights, cache_dir,
+                cache_bytes, keep_prefixes.
+
+        Returns:
+            The loaded model.
+
+        Raises:
+            ModelNotFound: There is no such bundle; names the nearest, or the command that makes it.
+            BundleError: A file of the bundle is missing or damaged.
+            UnsupportedOption: An option that does not exist, or that this build of llama.cpp cannot honor.
+            BackendError: llama.cpp cannot load it.
+
+        Example:
+            >>> Llava.load("demo", n_ctx=512).n_ctx
+            512
         """
         from pocketllava.engine.loading import load_bundle
         from pocketllava.names import open_bundle
 
         start = time.perf_counter()
-        options = LoadOptions(
-            n_ctx,
-            n_threads,
-            n_gpu_layers,
-            max_pixels,
-            kv_type,
-            weights,
-            cache_dir,
-            cache_bytes,
-            keep_prefixes,
-        )
+        options = load_options(**load)
         bundle = open_bundle(path)
         loaded = load_bundle(bundle, options)
         return cls(bundle, loaded.session, time.perf_counter() - start, loaded.device)
@@ -100,70 +110,251 @@ class Llava:
         image: ImageSource | Sequence[ImageSource] | None,
         question: str,
         *,
-        options: Options | None = None,
         system: str | None = None,
+        options: Options | None = None,
+        queue_timeout_s: float | None = None,
+        **changes: Any,
     ) -> Answer:
-        """Ask one question about an image (or several, in order, or none)."""
-        return self.chat(conversation(image, question, system), options=options)
+        """Ask one question about an image, several in their order, or none.
 
-    def chat(self, messages: Sequence[Message], *, options: Options | None = None) -> Answer:
-        """Answer a whole conversation, whose last message is the user's."""
-        chunks = list(self.stream(messages, options=options))
-        last = chunks[-1]
-        assert last.timings is not None  # stream's promise
-        assert last.finish_reason is not None
-        ids = tuple(i for chunk in chunks for i in chunk.token_ids)
-        return Answer("".join(chunk.text for chunk in chunks), ids, last.timings, last.finish_reason)
+        Args:
+            image: A path, bytes, an open binary file, a data URI, a PIL image or an array; a list or tuple of them;
+                or None.
+            question: The question.
+            system: A system message before it.
+            options: How the answer is sampled.
+            queue_timeout_s: Wait no longer than this for calls of other threads; None waits for ever.
+            **changes: Fields of Options, which replace those of `options`: max_tokens=64, temperature=0.7.
+
+        Returns:
+            The answer; its str is its text.
+
+        Raises:
+            InputError: An argument that cannot be used; ImageError for an image, ContextOverflow if all of it does not
+                fit.
+            StateError: The model is closed, or still busy after queue_timeout_s.
+            BackendError: llama.cpp failed.
+
+        Example:
+            >>> llava.ask("scene.png", "How many objects are there?", max_tokens=8).text
+            '4'
+        """
+        return self.chat(
+            conversation(image, question, system), options=options, queue_timeout_s=queue_timeout_s, **changes
+        )
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        options: Options | None = None,
+        queue_timeout_s: float | None = None,
+        **changes: Any,
+    ) -> Answer:
+        """Answer a conversation.
+
+        Args:
+            messages: Message objects or OpenAI's dicts, the last of them the user's.
+            options: How the answer is sampled.
+            queue_timeout_s: Wait no longer than this for calls of other threads; None waits for ever.
+            **changes: Fields of Options, which replace those of `options`.
+
+        Returns:
+            The answer.
+
+        Raises:
+            InputError, StateError, BackendError: As ask() does.
+
+        Example:
+            >>> turns = [Message("user", "What is at the center?", "scene.png")]
+            >>> turns += [Message("assistant", llava.chat(turns).text), Message("user", "How many objects are there?")]
+            >>> llava.chat(turns).text
+            '4'
+        """
+        return _joined(self.stream(messages, options=options, queue_timeout_s=queue_timeout_s, **changes))
 
     def stream(
         self,
-        messages: Sequence[Message],
+        messages: Messages,
         *,
         options: Options | None = None,
         should_stop: Callable[[], bool] | None = None,
+        queue_timeout_s: float | None = None,
+        **changes: Any,
     ) -> Iterator[Chunk]:
-        """Answer piece by piece; the last chunk carries finish_reason and timings.
+        """Answer piece by piece.
 
-        The model is taken when the first chunk is asked for and given back when the iterator ends or is
-        closed. should_stop is asked before every token and during prompt evaluation (on CPUs at every step of it);
-        once it is true the answer ends there, "cancelled". Raises InputError and its kinds, BackendError.
+        The model is taken when the first chunk is asked for, and given back when the iterator ends or is closed.
+
+        Args:
+            messages: Message objects or OpenAI's dicts, the last of them the user's.
+            options: How the answer is sampled.
+            should_stop: Is asked before every token, while the call waits for others, and during prompt evaluation
+                (on CPUs at every step of it). Once it is true the answer ends there, "cancelled".
+            queue_timeout_s: Wait no longer than this for calls of other threads; None waits for ever.
+            **changes: Fields of Options, which replace those of `options`.
+
+        Returns:
+            Chunks; the last one carries finish_reason and timings.
+
+        Raises:
+            InputError, StateError, BackendError: As ask() does. Arguments are checked by the call itself, images and
+                the prompt's length when the first chunk is asked for.
+
+        Example:
+            >>> chunks = list(llava.stream([Message(text="Describe the image.", images="scene.png")], max_tokens=8))
+            >>> chunks[-1].finish_reason
+            'length'
         """
-        return self._stream(_checked(messages), options or Options(), should_stop)
+        self._lock.check()
+        if should_stop is not None and not callable(should_stop):
+            raise InputError(f"should_stop: found {should_stop!r}, expected a function, or None")
+        timeout_s = checked("queue_timeout_s", QUEUE_TIMEOUT, queue_timeout_s)
+        call = _Call(sampling(options, **changes), should_stop, timeout_s, time.perf_counter())
+        return self._stream(as_messages(messages), call)
 
     def astream(
-        self, messages: Sequence[Message], *, options: Options | None = None
+        self,
+        messages: Messages,
+        *,
+        options: Options | None = None,
+        queue_timeout_s: float | None = None,
+        **changes: Any,
     ) -> AsyncGenerator[Chunk, None]:
-        """The same for `async for`: the event loop stays free; aclose() or cancelling ends the answer."""
-        return in_background_async(self.stream, _checked(messages), options=options)
+        """stream() for `async for`: the event loop stays free; aclose() or cancelling the task ends the answer.
 
-    def prepare(
-        self, image: ImageSource | Sequence[ImageSource], *, after: Sequence[Message] = ()
-    ) -> Preparation:
+        Args:
+            messages: Message objects or OpenAI's dicts, the last of them the user's.
+            options: How the answer is sampled.
+            queue_timeout_s: Wait no longer than this for calls of other threads; None waits for ever.
+            **changes: Fields of Options, which replace those of `options`.
+
+        Returns:
+            Chunks; the last one carries finish_reason and timings.
+
+        Raises:
+            InputError, StateError, BackendError: As stream() does.
+
+        Example:
+            >>> turns = [Message(text="Describe the image.", images="scene.png")]
+            >>> async def last() -> str | None:
+            ...     async for chunk in llava.astream(turns, max_tokens=8):
+            ...         reason = chunk.finish_reason
+            ...     return reason
+            >>> asyncio.run(last())
+            'length'
+        """
+        from pocketllava.engine.background import in_background_async
+
+        self._lock.check()
+        return in_background_async(
+            self.stream,
+            as_messages(messages),
+            options=sampling(options, **changes),
+            queue_timeout_s=checked("queue_timeout_s", QUEUE_TIMEOUT, queue_timeout_s),
+        )
+
+    async def aask(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        question: str,
+        *,
+        system: str | None = None,
+        options: Options | None = None,
+        queue_timeout_s: float | None = None,
+        **changes: Any,
+    ) -> Answer:
+        """ask() for `await`: the event loop stays free; cancelling the task ends the answer."""
+        return await self.achat(
+            conversation(image, question, system), options=options, queue_timeout_s=queue_timeout_s, **changes
+        )
+
+    async def achat(
+        self,
+        messages: Messages,
+        *,
+        options: Options | None = None,
+        queue_timeout_s: float | None = None,
+        **changes: Any,
+    ) -> Answer:
+        """chat() for `await`: the event loop stays free; cancelling the task ends the answer."""
+        chunks = self.astream(messages, options=options, queue_timeout_s=queue_timeout_s, **changes)
+        return _joined([chunk async for chunk in chunks])
+
+    def prefill(self, image: ImageSource | Sequence[ImageSource], *, after: Messages = ()) -> Preparation:
         """Encode an image and evaluate the prompt up to it in the background, before its question is known.
 
-        after: the conversation so far. A question about the image then waits only for itself; one about
-        other images, or another preparation, cancels what is still going on. What is wrong with the image is
-        raised by the preparation's wait().
+        A question about the image then waits only for the rest. A question about other images, or another call of
+        prefill, cancels the work.
+
+        Args:
+            image: One image, or several.
+            after: The conversation before them.
+
+        Returns:
+            The running work. Its wait() raises the image's errors.
+
+        Raises:
+            InputError: Messages or images of a wrong type.
+            StateError: The model is closed.
+
+        Example:
+            >>> llava.prefill("scene.png").wait()
+            True
         """
-        messages = [*_checked(after), Message("user", "", as_images(image))]
+        self._lock.check()
+        messages = [*as_messages(after), Message("user", "", as_images(image))]
         self._make_way(messages)
 
         def work(should_stop: Callable[[], bool]) -> None:
-            with self._lock.lease():
+            with self._lock.lease(should_stop):
                 self._session.prefill(messages, should_stop=should_stop, to_sample=False)
 
         self._preparation = Preparation(work, self._digests(messages))
         return self._preparation
 
-    def image_features(self, image: ImageSource) -> Features:
-        """What the text model sees of an image: (n_tokens, n_embd) float32, equal to the reference's."""
-        with self.session() as session:
-            return session.image_features(image)
+    prepare = prefill  # its name in 0.1
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Positions of the context that a conversation takes, images included; none of them is opened."""
+    def image_features(self, image: ImageSource) -> Features:
+        """The features that the text model gets for an image, equal to the reference's.
+
+        Args:
+            image: One image.
+
+        Returns:
+            (n_tokens, n_embd) float32.
+
+        Raises:
+            ImageError: The image cannot be used.
+            StateError: The model is closed.
+            BackendError: llama.cpp failed.
+
+        Example:
+            >>> llava.image_features("scene.png").shape
+            (36, 256)
+        """
+        images = as_images(image)
+        if len(images) != 1:
+            raise InputError(f"image: found {len(images)} images, expected one")
         with self.session() as session:
-            return session.count_tokens(_checked(messages))
+            return session.image_features(images[0])
+
+    def count_tokens(self, messages: Messages) -> int:
+        """The positions of the context that a conversation takes, images included; no image is opened.
+
+        Args:
+            messages: Message objects or OpenAI's dicts.
+
+        Returns:
+            Tokens of the prompt; an answer needs at least one more.
+
+        Example:
+            >>> llava.count_tokens([Message(text="What is it?", images="not opened.png")])
+            48
+        """
+        messages = as_messages(messages)
+        with self.session() as session:
+            return session.count_tokens(messages)
 
     def clear_cache(self) -> None:
         """Evaluate the next prompt from its beginning. Encoded images, and what a cache folder holds, stay."""
@@ -174,8 +365,9 @@ class Llava:
         """Follow one picture through the model, from a real evaluation of the prompt."""
         from pocketllava.engine.trace import trace
 
+        messages = conversation(image, question)
         with self.session() as session:
-            return trace(session, conversation(image, question))
+            return trace(session, messages)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -185,16 +377,18 @@ class Llava:
 
     @property
     def devices(self) -> tuple[str, str]:
-        """What evaluates the text model, and the vision tower."""
+        """Names of what evaluates the text model, and the vision tower. Raises StateError."""
+        self._lock.check()
         return self._device, self._session.vision.device
 
     @property
     def n_ctx(self) -> int:
-        """Tokens of context: a prompt and its answer."""
+        """Tokens of context: a prompt and its answer. Raises StateError."""
+        self._lock.check()
         return self._session.text.n_ctx
 
     def close(self) -> None:
-        """Free the model, after the answer that is running. Calling it again does nothing."""
+        """Free the model, after the answer that is running. A second call, or a child of fork(), does nothing."""
         self._make_way(None)
         if self._lock.close():
             self._session.close()
@@ -220,40 +414,36 @@ class Llava:
         images = [image for message in messages for image in message.images]
         return [self._session.images.digest(image) for image in images]
 
-    def _stream(
-        self, messages: list[Message], options: Options, should_stop: Callable[[], bool] | None
-    ) -> Iterator[Chunk]:
+    def _stream(self, messages: list[Message], call: _Call) -> Iterator[Chunk]:
+        from pocketllava.engine.session import PrefillInterrupted
         from pocketllava.llamacpp.guard import Interrupted
 
-        start = time.perf_counter()
         self._make_way(messages)
-        lease = self._lock.acquire()
         try:
-            room = min(options.max_tokens, self.n_ctx // ROOM) if options.shift else None
-            prefilled = self._session.prefill(messages, should_stop=should_stop, truncate_for=room)
-            yield from self._answer(lease, prefilled, options, start, should_stop)
+            lease = self._lock.acquire(call.queue_timeout_s, call.should_stop)
         except Interrupted:
-            yield Chunk("", (), "cancelled", Timings(load_s=self.load_s))
+            yield Chunk("", (), "cancelled", self._timings(None, time.perf_counter() - call.start))
+            return
+        queue_s = time.perf_counter() - call.start
+        try:
+            room = min(call.options.max_tokens, self.n_ctx // ROOM) if call.options.truncate else None
+            prefilled = self._session.prefill(messages, should_stop=call.should_stop, truncate_for=room)
+            yield from self._answer(lease, prefilled, call, queue_s)
+        except PrefillInterrupted as interrupted:
+            yield Chunk("", (), "cancelled", self._timings(interrupted.prefilled, queue_s))
         finally:
             self._lock.release(lease)
 
-    def _answer(
-        self,
-        lease: Lease,
-        prefilled: Prefilled,
-        options: Options,
-        start: float,
-        should_stop: Callable[[], bool] | None,
-    ) -> Iterator[Chunk]:
-        text, vocabulary = AnswerText(options.stop), self._session.text.vocabulary
-        room = self.n_ctx - len(prefilled.token_ids)
-        limit = min(options.max_tokens, room)
+    def _answer(self, lease: Lease, prefilled: Prefilled, call: _Call, queue_s: float) -> Iterator[Chunk]:
+        text, vocabulary = AnswerText(call.options.stop), self._session.text.vocabulary
+        limit = min(call.options.max_tokens, self.n_ctx - prefilled.prompt_tokens)
         finish: FinishReason = "length"
-        first_s = last_s = n = 0.0
-        for token in self._session.generate(prefilled, options):
-            last_s = time.perf_counter() - start
+        first_s = last_s = 0.0
+        n = 0
+        for token in self._session.generate(prefilled, call.options):
+            last_s = time.perf_counter() - call.start
             first_s = first_s or last_s
-            if should_stop is not None and should_stop():
+            if call.should_stop is not None and call.should_stop():
                 finish = "cancelled"
                 break
             if vocabulary.is_end(token):
@@ -269,28 +459,40 @@ class Llava:
                 yield Chunk(piece, (token,))
             if n == limit:
                 break
-        timings = self._timings(prefilled, first_s, last_s, int(n))
-        yield Chunk(text.finish(), (), finish, timings)
+        yield Chunk(text.finish(), (), finish, self._timings(prefilled, queue_s, first_s, last_s, n))
 
-    def _timings(self, prefilled: Prefilled, first_s: float, last_s: float, n: int) -> Timings:
-        return Timings(
-            load_s=self.load_s,
-            prepare_s=prefilled.prepare_s,
+    def _timings(
+        self,
+        prefilled: Prefilled | None,
+        queue_s: float,
+        first_s: float = 0.0,
+        last_s: float = 0.0,
+        n_tokens: int = 0,
+    ) -> Timings:
+        """prefilled: None for a call that ended before its turn."""
+        timings = Timings(load_s=self.load_s, queue_s=queue_s, devices=self.devices)
+        if prefilled is None:
+            return timings
+        return replace(
+            timings,
+            preprocess_s=prefilled.preprocess_s,
             encode_s=prefilled.encode_s,
             prompt_s=prefilled.prompt_s,
             first_token_s=first_s,
             decode_s=last_s - first_s,
-            prompt_tokens=len(prefilled.token_ids),
+            prompt_tokens=prefilled.prompt_tokens,
             image_tokens=prefilled.image_tokens,
-            kept_tokens=prefilled.cached_tokens,
-            answer_tokens=n,
-            devices=self.devices,
+            cached_tokens=prefilled.cached_tokens,
+            answer_tokens=n_tokens,
             left_out=prefilled.left_out,
         )
 
 
-def _checked(messages: Sequence[Message]) -> list[Message]:
-    messages = list(messages)
-    if not all(isinstance(m, Message) for m in messages):
-        raise InputError("conversation: expected pocketllava.Message objects")
-    return messages
+def _joined(chunks: Iterable[Chunk]) -> Answer:
+    """A stream's chunks as one answer."""
+    chunks = list(chunks)
+    last = chunks[-1]
+    assert last.timings is not None  # stream's promise
+    assert last.finish_reason is not None
+    ids = tuple(i for chunk in chunks for i in chunk.token_ids)
+    return Answer("".join(chunk.text for chunk in chunks), ids, last.timings, last.finish_reason)

@@ -1,30 +1,81 @@
 """A name or a path -> a bundle: a folder that `pocketllava convert` made, or "demo", the model in the package.
 
-Knows where the demo's bundle is kept and how it comes to be there; no engine.
+Knows the cache folder of the demo's bundle, its conversion, and the names near a mistyped one; no engine.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from importlib.resources import as_file, files
 from os import PathLike
 from pathlib import Path
 
-from pocketllava.errors import BundleError, ModelNotFound
+from pocketllava.errors import BundleError, InputError, ModelNotFound
 from pocketllava.models import Bundle
+from pocketllava.models.bundle import MANIFEST
 from pocketllava.models.files import cache_folder
+from pocketllava.settings import nearest
 
 DEMO = "demo"
 DEMO_QUANT, DEMO_MMPROJ = "Q4_K_M", "F16"
 WEIGHTS = "model.safetensors"
+SHOWN = 5  # bundles that lie beside one that is missing
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_bundle(name: str | PathLike[str]) -> Bundle:
     """Open a bundle by its folder or name. A folder called "demo" comes before the name.
 
-    Raises ModelNotFound, BundleError; ConvertError if the demo cannot be converted.
+    Raises InputError for other types; ModelNotFound, BundleError; ConvertError if the demo cannot be converted.
     """
-    return demo_bundle() if name == DEMO and not Path(name).exists() else Bundle.open(name)
+    if not isinstance(name, str | PathLike) or not os.fspath(name):
+        raise InputError(f"model: found {name!r}, expected a bundle's folder or {DEMO!r}")
+    folder = _folder(name)
+    exists = _exists(folder)
+    if name == DEMO and not (exists and folder.is_dir()):
+        return demo_bundle()
+    return Bundle.open(folder) if exists else _missing(str(name), folder)
+
+
+def _folder(name: str | PathLike[str]) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ of somebody who has no home here
+        return Path(name)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there. A text that cannot be a path is nothing."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _missing(name: str, folder: Path) -> Bundle:
+    """Raises ModelNotFound: the command that converts a hub id, or the bundle that may have been meant."""
+    if _HUB_ID.fullmatch(name) and not folder.parent.is_dir():
+        raise ModelNotFound(
+            f"{name}: no such folder, and a Hugging Face id must be converted first:"
+            f" pocketllava convert {name} --out {folder.name}"
+        )
+    beside = _bundles(folder.parent)
+    names = [*beside, *([DEMO] if folder.parent == Path() else [])]
+    there = f"; there are {', '.join(beside[:SHOWN])} beside it" if beside else ""
+    raise ModelNotFound(
+        f"{name}: found nothing, expected a folder made by `pocketllava convert` or {DEMO!r}"
+        f"{nearest(folder.name, names) or there}"
+    )
+
+
+def _bundles(folder: Path) -> list[str]:
+    """Names of the bundles in a folder."""
+    try:
+        return sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    except (OSError, ValueError):
+        return []
 
 
 def demo_bundle(quant: str = DEMO_QUANT, mmproj: str = DEMO_MMPROJ) -> Bundle:

@@ -2,107 +2,194 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from pocketllava.errors import InputError, UnsupportedOption
+from pocketllava.errors import ImageError, InputError, UnsupportedOption
+from pocketllava.settings import changed, check, nearest, option
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
 
-    ImageSource = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.generic]
+    ImageSource = str | PathLike[str] | bytes | BinaryIO | Image.Image | npt.NDArray[np.generic]
 else:
     ImageSource = Any
 
 Role = Literal["system", "user", "assistant"]
+Messages = Sequence["Message | Mapping[str, Any]"]  # OpenAI's dicts are taken too
 FinishReason = Literal["stop", "length", "cancelled"]
+Truncation = Literal["oldest"]
 ROLES = ("system", "user", "assistant")
 KV_TYPES = ("f16", "q8_0")
 WEIGHTS = ("auto", "memory", "mapped")
 GIGA = 1_000_000_000
+MAX_INT = 2**31 - 1
+MAX_SEED = 2**32 - 2  # llama.cpp takes 2**32 - 1 for "draw one"
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_FILE_BYTES = 512 << 20  # of an image: ten times an uncompressed one of the most pixels that are accepted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Message:
-    """One turn of a conversation. `images` stand before the text, in the order given."""
+    """One turn of a conversation. Its images stand before its text, in the order given.
+
+    Args:
+        role: "system", "user" or "assistant".
+        text: The words.
+        images: One image or several: paths, bytes, open binary files, data URIs, PIL images or arrays. A file is
+            read now, from its beginning. Only a user shows images.
+
+    Raises:
+        InputError: a role, text or image that cannot be one.
+
+    Example:
+        >>> Message("user", "What is in this photo?", "photo.jpg").images
+        ('photo.jpg',)
+    """
 
     role: Role
     text: str
-    images: Sequence[ImageSource] = ()
+    images: tuple[ImageSource, ...]
 
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise InputError(f"role: found {self.role!r}, expected one of {', '.join(ROLES)}")
-        if not isinstance(self.text, str):
-            raise InputError(f"message text: found {type(self.text).__name__}, expected str")
-        if not isinstance(self.images, list | tuple):
-            found = type(self.images).__name__
-            raise InputError(f"message images: found {found}, expected a list or tuple of images")
-        if self.images and self.role != "user":
-            raise InputError(f"images in a {self.role!r} message: only 'user' messages may hold images")
+    def __init__(
+        self,
+        role: Role = "user",
+        text: str = "",
+        images: ImageSource | Sequence[ImageSource] | None = (),
+    ) -> None:
+        if role not in ROLES:
+            raise InputError(
+                f"role: found {role!r}, expected one of {', '.join(ROLES)}{nearest(str(role), ROLES)}"
+            )
+        _check_text(text)
+        sources = as_images(images)
+        if sources and role != "user":
+            raise InputError(f"images in a {role!r} message: only 'user' messages may hold images")
+        for name, value in (("role", role), ("text", text), ("images", sources)):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
 class Options:
     """How an answer is sampled. The default, temperature 0, is greedy decoding, as the reference does.
 
-    max_tokens: upper bound on the answer's length, in tokens.
-    top_k: keep the k most likely tokens (0 keeps all). top_p: keep the smallest set with that mass.
-    seed: None draws a new one for every call. stop: texts that end the answer; they are not part of it.
-    shift: leave out the oldest turns of a conversation that does not fit the context, never the system
-    message nor the turn of the last images, instead of raising ContextOverflow.
+    Args:
+        max_tokens: The most tokens that an answer may have.
+        temperature: 0 takes the likeliest token; higher values choose more freely.
+        top_p: Keep the fewest tokens that have this share of the probability.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        min_p: Keep tokens at least this likely, as a share of the likeliest one's probability.
+        repeat_penalty: Above 1, tokens that were used lately become less likely.
+        seed: Repeats what was sampled; None draws a new one for every call.
+        stop: A text, or several, that end the answer; they are not part of it.
+        truncate: "oldest" leaves out the oldest turns of a conversation that does not fit the context, never the
+            system message nor the turn of the last images; None raises ContextOverflow.
+
+    Raises:
+        InputError: a value of another type or outside its range.
+
+    Example:
+        >>> Options(max_tokens=64, stop="USER:").stop
+        ('USER:',)
     """
 
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    shift: bool = False
+    max_tokens: int = option(
+        512, "whole", "-n --max-tokens", "The most tokens that an answer may have.", low=1, high=MAX_INT
+    )
+    temperature: float = option(
+        0.0, "number", "--temperature --temp", "0 is greedy, as the reference decodes.", low=0, high=100
+    )
+    top_p: float = option(
+        1.0, "number", "--top-p", "Keep the fewest tokens with this share of the probability.",
+        low=0, high=1, above_low=True,
+    )  # fmt: skip
+    top_k: int = option(
+        0, "whole", "--top-k", "Keep the k likeliest tokens; 0 keeps all.", low=0, high=MAX_INT
+    )
+    min_p: float = option(
+        0.0, "number", "--min-p", "Keep tokens at least this likely, beside the likeliest.", low=0, high=1
+    )
+    repeat_penalty: float = option(
+        1.0, "number", "--repeat-penalty", "Above 1, tokens used lately become less likely.",
+        low=0, high=100, above_low=True,
+    )  # fmt: skip
+    seed: int | None = option(
+        None, "whole", "-s --seed", "Repeats what was sampled.", low=0, high=MAX_SEED, optional=True
+    )
+    stop: Sequence[str] = option(
+        (), "texts", "--stop", "Ends the answer where it would appear; repeatable.", metavar="TEXT"
+    )
+    truncate: Truncation | None = option(
+        None, "choice", "--truncate", "Leave out the oldest turns once the conversation does not fit.",
+        choices=("oldest",), optional=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        self._expect("max_tokens", self.max_tokens >= 1, "a whole number of at least 1")
-        self._expect("temperature", 0.0 <= self.temperature <= 100.0, "0 (greedy) to 100")
-        self._expect("top_p", 0.0 < self.top_p <= 1.0, "more than 0, at most 1")
-        self._expect("top_k", 0 <= self.top_k < 2**31, "0 (off) or more")
-        self._expect("seed", self.seed is None or 0 <= self.seed < 2**32, "None or 0 to 4294967295")
-        self._expect("stop", all(isinstance(s, str) and s for s in self.stop), "texts that are not empty")
-
-    def _expect(self, name: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise InputError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+        if callable(self.stop):
+            raise InputError("stop: found a function, expected texts; give a function as should_stop")
+        check(self)
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded; Llava.load says what each means."""
+    """How a model is loaded.
 
-    n_ctx: int | None = None
-    n_threads: int | None = None
-    n_gpu_layers: int = -1
-    max_pixels: int | None = None
-    kv_type: str = KV_TYPES[0]
-    weights: str = WEIGHTS[0]
-    cache_dir: str | PathLike[str] | None = None
-    cache_bytes: int = 4 * GIGA
-    keep_prefixes: bool = False
+    Args:
+        n_ctx: Tokens of context, prompt and answer together; an image takes 576. None: 2048.
+        n_threads: CPU threads. None: the number of physical cores.
+        n_gpu_layers: Layers of the text model on the GPU: -1 for all that fit, 0 for none (and the vision tower on
+            the CPU).
+        max_pixels: Refuse larger images. None: 50 megapixels.
+        kv_type: Type of the KV cache: "f16", or "q8_0" for half the memory.
+        weights: "memory" reads them, "mapped" maps the file, "auto" does what suits the device and the free memory.
+        cache_dir: A folder to keep encoded images in, for the next time they are shown.
+        cache_bytes: The oldest files in cache_dir go beyond this.
+        keep_prefixes: Keep evaluated images in cache_dir too, 0.3 GB each for a 7B model.
+
+    Raises:
+        UnsupportedOption: a value of another type or outside its range.
+    """
+
+    n_ctx: int | None = option(
+        None, "whole", "-c --ctx", "Context in tokens, prompt and answer together; an image takes 576.",
+        low=1, high=MAX_INT, optional=True, default_text="2048",
+    )  # fmt: skip
+    n_threads: int | None = option(
+        None, "whole", "-t --threads", "CPU threads.",
+        low=1, high=MAX_THREADS, optional=True, default_text="physical cores",
+    )  # fmt: skip
+    n_gpu_layers: int = option(
+        -1, "whole", "-ngl --gpu-layers", "Layers of the text model on the GPU; -1 all, 0 none.", low=-1, high=MAX_INT
+    )  # fmt: skip
+    max_pixels: int | None = option(
+        None, "whole", "--max-pixels", "Refuse larger images.",
+        low=1, optional=True, default_text="50 million",
+    )  # fmt: skip
+    kv_type: str = option(
+        KV_TYPES[0], "choice", "--kv-type", "Type of the KV cache; q8_0 takes half the memory of f16.",
+        choices=KV_TYPES,
+    )  # fmt: skip
+    weights: str = option(
+        WEIGHTS[0], "choice", "--weights",
+        "Read the weights into memory, or map the file; auto does what suits the free memory.", choices=WEIGHTS,
+    )  # fmt: skip
+    cache_dir: str | PathLike[str] | None = option(
+        None, "folder", "--cache-dir", "Keep encoded images there, for the next time they are shown.",
+        optional=True, metavar="DIR", variable="POCKETLLAVA_CACHE_DIR",
+    )  # fmt: skip
+    cache_bytes: int = option(
+        4 * GIGA, "whole", "--cache-size", "The oldest files in DIR go beyond this.", low=1, unit=GIGA, metavar="GB"
+    )  # fmt: skip
+    keep_prefixes: bool = option(
+        False, "switch", "--keep-prefixes", "Keep evaluated images in DIR too, 0.3 GB each for a 7B model."
+    )
 
     def __post_init__(self) -> None:
-        if self.kv_type not in KV_TYPES:
-            raise UnsupportedOption(f"kv_type: found {self.kv_type!r}, expected one of {', '.join(KV_TYPES)}")
-        if self.weights not in WEIGHTS:
-            raise UnsupportedOption(f"weights: found {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
-        if self.n_threads is not None and self.n_threads < 1:
-            raise UnsupportedOption(f"n_threads: found {self.n_threads}, expected at least 1")
-        if self.cache_bytes < 1:
-            raise UnsupportedOption(f"cache_bytes: found {self.cache_bytes}, expected at least 1")
+        check(self, UnsupportedOption)
         if self.keep_prefixes and self.cache_dir is None:
             raise UnsupportedOption(
                 "keep_prefixes: expected a folder to keep them in; give cache_dir as well"
@@ -113,22 +200,23 @@ class LoadOptions:
 class Timings:
     """Where the time of one answer went, in seconds, and how much was evaluated.
 
-    prompt_s is prompt evaluation (text and image positions) without image encoding;
-    prompt_tokens counts the whole prompt, kept_tokens those that were evaluated for an earlier call;
-    first_token_s runs from the call to the first token, image work included;
-    devices names what evaluated the text model and the vision tower; left_out counts the messages that
-    Options.shift left out.
+    queue_s is the wait for calls that came before; preprocess_s decodes and resizes images, encode_s computes their
+    features; prompt_s is prompt evaluation (text and image positions) without image encoding;
+    prompt_tokens counts the whole prompt, cached_tokens those that were evaluated for an earlier call;
+    first_token_s runs from the call to the first token, all of these included; devices names what evaluated the text
+    model and the vision tower; left_out counts the messages that truncate="oldest" left out.
     """
 
     load_s: float = 0.0
-    prepare_s: float = 0.0
+    queue_s: float = 0.0
+    preprocess_s: float = 0.0
     encode_s: float = 0.0
     prompt_s: float = 0.0
     first_token_s: float = 0.0
     decode_s: float = 0.0
     prompt_tokens: int = 0
     image_tokens: int = 0
-    kept_tokens: int = 0
+    cached_tokens: int = 0
     answer_tokens: int = 0
     devices: tuple[str, str] = ("", "")
     left_out: int = 0
@@ -141,22 +229,46 @@ class Timings:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer. The last one carries finish_reason and timings."""
+    """A piece of a streamed answer; its str is its text. The last one carries finish_reason and timings."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
 
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one call, as OpenAI's API counts them: cached_tokens and image_tokens are part of prompt_tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+    image_tokens: int
+
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. `token_ids` are those that were sampled, the end-of-sequence token left out."""
+    """A whole answer; its str is its text. token_ids are those that were sampled, without the end token."""
 
     text: str
     token_ids: tuple[int, ...]
     timings: Timings
     finish_reason: FinishReason
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the prompt and the answer."""
+        t = self.timings
+        total = t.prompt_tokens + t.answer_tokens
+        return Usage(t.prompt_tokens, t.answer_tokens, total, t.cached_tokens, t.image_tokens)
 
 
 @dataclass(frozen=True)
@@ -182,15 +294,70 @@ class Trace:
     class_token_corrected: bool
 
 
+def sampling(options: Options | None = None, **changes: Any) -> Options:
+    """Options, or the default ones, with the given fields changed. Raises InputError."""
+    if options is not None and not isinstance(options, Options):
+        raise InputError(f"options: found {type(options).__name__}, expected pocketllava.Options")
+    return changed(options or Options(), changes)
+
+
+def load_options(**load: Any) -> LoadOptions:
+    """The default options for loading, with the given fields changed. Raises UnsupportedOption."""
+    return changed(LoadOptions(), load, UnsupportedOption)
+
+
 def conversation(
     image: ImageSource | Sequence[ImageSource] | None, question: str, system: str | None = None
 ) -> list[Message]:
     """A system message, if any, and one question about the images."""
-    first = [Message("system", system)] if system else []
-    return [*first, Message("user", question, () if image is None else as_images(image))]
+    return [*([Message("system", system)] if system else []), Message("user", question, image)]
 
 
-def as_images(image: ImageSource | Sequence[ImageSource]) -> tuple[ImageSource, ...]:
-    """One image or several, as several."""
-    images: Any = image if isinstance(image, list | tuple) else (image,)
-    return tuple(images)
+def as_images(image: ImageSource | Sequence[ImageSource] | None) -> tuple[ImageSource, ...]:
+    """One image, several or none, as several. Raises ImageError for what is no image's source."""
+    if image is None:
+        return ()
+    return tuple(map(_source, image)) if isinstance(image, list | tuple) else (_source(image),)
+
+
+def _source(image: Any) -> ImageSource:
+    """An image's source; an open file's bytes, so that it is read once."""
+    if callable(getattr(image, "read", None)):
+        return read_file(image)
+    # PIL images and arrays have this attribute; asking an instance for it would copy the pixels
+    if not isinstance(image, str | PathLike | bytes | bytearray | memoryview) and not hasattr(
+        type(image), "__array_interface__"
+    ):
+        raise ImageError(
+            f"image: found {type(image).__name__}, expected a path, bytes, an open file, a data URI, a PIL image or"
+            " an array"
+        )
+    source: ImageSource = image
+    return source
+
+
+def read_file(file: Any) -> bytes:
+    """All of an open binary file, from its beginning where it can seek: after writing, it stands at the end."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ImageError(f"image file: cannot be read ({error})") from error
+    if not isinstance(data, bytes) or len(data) > MAX_FILE_BYTES:
+        expected = f"a binary file of at most {MAX_FILE_BYTES >> 20} MiB"
+        raise ImageError(
+            f"image file: found {type(data).__name__} of length {len(data)}, expected {expected}"
+        )
+    return data
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"message text: found {type(text).__name__}, expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"message text: found half a character at {error.start} ({text[error.start]!r}); expected whole ones"
+        ) from None

@@ -63,6 +63,12 @@ def bundle(make_bundle: MakeBundle) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def endless(make_bundle: MakeBundle) -> Bundle:
+    """A bundle whose greedy answers end at max_tokens only."""
+    return make_bundle(endless=True)
+
+
+@pytest.fixture(scope="session")
 def llava(bundle: Bundle) -> Iterator[Llava]:
     """The same bundle, loaded."""
     with Llava.load(bundle.folder) as model:

@@ -20,6 +20,7 @@ import small_tokenizer
 
 Row = tuple[str, tuple[int, ...], float, float]  # canonical name, shape, mean, standard deviation
 IMAGE, PATCH = 336, 14
+END = 2  # the end token's id
 CLIP = "clip-vit-small"  # folder of the original layout's vision tower
 CHAT_TEMPLATE = (  # llava-1.5-7b-hf's
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -67,6 +68,7 @@ class Layout:
     weights: str = "safetensors"  # or "bin"
     tower: str = "inside"  # naming "original": "inside" the checkpoint, or a CLIP "folder" alone
     aspect: str = "pad"
+    endless: bool = False  # greedy answers never end: the end token's logit is 0, and another one is larger
 
     @property
     def vocab(self) -> int:
@@ -186,6 +188,8 @@ def values(c: Layout) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         drawn = rng.standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)
         if c.naming == "original" and name in ("T.embed_tokens.weight", "H.weight"):
             drawn = drawn[: len(small_tokenizer.vocabulary())]  # no rows for <image>, <pad> and padding
+        if c.endless and name == "H.weight":
+            drawn[END] = 0
         yield _named(name, c.naming), drawn
 
 

@@ -19,7 +19,7 @@ from prompt_toolkit.utils import get_cwidth
 from pocketllava import Bundle, Llava, Options
 from pocketllava.chat.dialogue import Dialogue, Gallery
 from pocketllava.chat.wrap import Wrap
-from pocketllava.commands.chat import Chat
+from pocketllava.commands.chat import Chat, examination
 from pocketllava.models.demo.picture import drawn_picture
 
 CHAT = [sys.executable, "-m", "pocketllava.cli", "chat"]
@@ -98,10 +98,10 @@ def test_what_cannot_be_answered_is_one_line_and_the_conversation_goes_on(pictur
     assert len(told) == 4  # the image, two timings, and
     assert told[2].startswith("error: prompt: ")
     assert "context of 256" in told[2]
-    assert told[2].endswith("/clear forgets the conversation, --shift leaves out its oldest turns")
+    assert told[2].endswith("/clear forgets the conversation, --truncate leaves out its oldest turns")
 
 
-def test_shift_says_what_it_left_out(picture: str) -> None:
+def test_truncate_counts_the_messages_that_it_left_out(picture: str) -> None:
     done = chat(
         "demo",
         picture,
@@ -109,7 +109,7 @@ def test_shift_says_what_it_left_out(picture: str) -> None:
         "256",
         "--max-tokens",
         "8",
-        "--shift",
+        "--truncate",
         lines="How many objects are there?\n" * 30,
     )
     assert done.returncode == 0
@@ -178,9 +178,9 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
-def test_a_conversation_on_a_terminal(bundle: Bundle, tmp_path: Path) -> None:
-    """This model's greedy answers don't end, so that Ctrl-C always comes in the middle of one."""
-    screen = Screen([str(bundle.folder), "--ctx", "4096", "--max-tokens", "4000"], tmp_path)
+def test_a_conversation_on_a_terminal(endless: Bundle, tmp_path: Path) -> None:
+    """Answers that do not end, so that Ctrl-C always comes in the middle of one."""
+    screen = Screen([str(endless.folder), "--ctx", "4096", "--max-tokens", "4000"], tmp_path)
     screen.until("Ctrl-D leaves.*>")
     screen.types("Count.\r")
     screen.until("Count.*\n.{40}")
@@ -211,16 +211,16 @@ def n_tokens(llava: Llava) -> int:
 
 
 def test_an_image_is_worked_on_while_its_question_is_typed(llava: Llava, picture: str) -> None:
-    dialogue = Dialogue(Gallery(llava.bundle.preprocessing))
+    dialogue = Dialogue(Gallery(examination(llava.bundle, None)))
     conversation = Chat(llava, dialogue, Options(max_tokens=1), stats=False, on_terminal=False)
     llava.clear_cache()
     conversation.look_ahead(f"'{picture}' What is")
     until = time.monotonic() + DEADLINE_S
     while n_tokens(llava) < 576 and time.monotonic() < until:
         time.sleep(0.01)
-    assert conversation.take(f"'{picture}' What is it?")
+    assert conversation.handle(f"'{picture}' What is it?")
     assert dialogue.timings
-    assert dialogue.timings.kept_tokens >= 576
+    assert dialogue.timings.cached_tokens >= 576
 
 
 def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

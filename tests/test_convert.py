@@ -252,7 +252,7 @@ def test_a_foreign_mmproj_is_refused_with_both_widths(make_bundle: Any, tmp_path
 
 def test_places_without_a_bundle(make_checkpoint: Any, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(
-        ModelNotFound, match=r"found nothing, expected a folder made by .*; there are bundle beside it"
+        ModelNotFound, match=r"found nothing, expected a folder made by .*, did you mean 'bundle'\?"
     ):
         Llava.load(bundle.folder.parent / "bundel")
     with pytest.raises(ModelNotFound, match="it is a checkpoint: run `pocketllava convert"):

@@ -19,10 +19,17 @@ from PIL import Image
 from pocketllava import ImageError, InputError, Message, PocketLlavaError, Timings
 from pocketllava.chat.dialogue import Dialogue, Gallery, Picture
 from pocketllava.chat.slash import COMMANDS, handle
-from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.types import ImageSource
+from pocketllava.vision.image import load
 
 WINDOWS = os.name == "nt"
-HOW = Preprocessing(shortest_edge=8, crop_size=8)
+
+
+def examine(source: ImageSource) -> tuple[int, int]:
+    """As `chat` examines images, without a model's preprocessing."""
+    return load(source).size
+
+
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
 
 
@@ -36,7 +43,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
         Image.new("RGB", (8 + n, 8), "blue").save(path)
     held = io.BytesIO()
     Image.new("RGB", (5, 5)).save(held, "WEBP")
-    return [*map(Gallery(HOW).open, paths), Picture(held.getvalue(), (5, 5))]
+    return [*map(Gallery(examine).open, paths), Picture(held.getvalue(), (5, 5))]
 
 
 @given(
@@ -47,13 +54,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
 def test_a_saved_conversation_comes_back(
     pictures: list[Picture], turns: list[tuple[str, set[int], str]], waiting: set[int], system: str
 ) -> None:
-    one, other = Dialogue(Gallery(HOW), "this one", system), Dialogue(Gallery(HOW))
+    one, other = Dialogue(Gallery(examine), "this one", system), Dialogue(Gallery(examine))
     for text, shown, answer in turns:
-        one.answered(one.question(text, [pictures[n] for n in shown]), answer)
-    one.show([pictures[n] for n in waiting])
+        one.add_answer(one.question(text, [pictures[n] for n in shown]), answer)
+    one.attach([pictures[n] for n in waiting])
     folder = Path(str(pictures[0].path)).parent.parent
     one.save(folder / "chat.json")
-    other.answered(other.question("gone"), "by then")
+    other.add_answer(other.question("gone"), "by then")
     assert other.load(folder / "chat.json") == "this one"
     assert (other.turns, other.waiting, other.system) == (one.turns, one.waiting, system)
     assert other.messages() == one.messages()
@@ -62,7 +69,7 @@ def test_a_saved_conversation_comes_back(
 
 def test_images_are_saved_as_paths_while_they_are_the_same(here: Path) -> None:
     (here / "sub").mkdir()
-    one = Dialogue(Gallery(HOW))
+    one = Dialogue(Gallery(examine))
     handle(one, "a.png b.PNG 'my photo.jpg'")
     (here / "b.PNG").write_bytes((here / "a.png").read_bytes())  # another screenshot of the same name
     handle(one, "/save chat.json")
@@ -73,7 +80,7 @@ def test_images_are_saved_as_paths_while_they_are_the_same(here: Path) -> None:
     entries = json.loads((here / "sub" / "chat.json").read_text("utf-8"))["waiting"]
     assert entries[0]["path"] == str(here / "a.png")
     moved = here.rename(here.with_name("moved"))
-    other = Dialogue(Gallery(HOW))
+    other = Dialogue(Gallery(examine))
     other.load(moved / "chat.json")
     assert [p.data for p in other.waiting] == [p.data for p in one.waiting]
 
@@ -102,18 +109,18 @@ def damaged(change: Callable[[Any], object]) -> Callable[[Path], object]:
             "chat.json: cannot be read",
         ),
         (damaged(lambda f: f.update(version=2)), "found version 2, expected 1"),
-        (damaged(lambda f: f.pop("system")), "not a whole conversation"),
+        (damaged(lambda f: f.pop("system")), "an incomplete conversation"),
         (damaged(lambda f: f["messages"].pop()), "roles do not alternate"),
-        (damaged(lambda f: f["messages"][0].update(text=3)), "not a whole conversation"),
-        (damaged(lambda f: f["messages"][0].update(text="\ud800")), "not a whole conversation"),
-        (damaged(lambda f: f["messages"][0].update(images=[7])), "not a whole conversation"),
+        (damaged(lambda f: f["messages"][0].update(text=3)), "an incomplete conversation"),
+        (damaged(lambda f: f["messages"][0].update(text="\ud800")), "an incomplete conversation"),
+        (damaged(lambda f: f["messages"][0].update(images=[7])), "an incomplete conversation"),
     ],
 )
 def test_what_cannot_be_loaded_leaves_the_conversation(
     here: Path, damage: Callable[[Path], object], complaint: str
 ) -> None:
-    one = Dialogue(Gallery(HOW), system="Be short.")
-    one.answered(one.question("What?", [one.gallery.open("a.png")]), "That.")
+    one = Dialogue(Gallery(examine), system="Be short.")
+    one.add_answer(one.question("What?", [one.gallery.open("a.png")]), "That.")
     handle(one, "/save chat.json")
     before = one.messages()
     damage(here)
@@ -128,30 +135,30 @@ def test_only_our_own_files_are_written_over(here: Path, name: str) -> None:
     (here / "notes.json").write_text('{"mine": "pocketllava"}')
     before = {p.name: p.read_bytes() for p in here.iterdir()}
     with pytest.raises(InputError):
-        handle(Dialogue(Gallery(HOW)), f"/save {name}")
+        handle(Dialogue(Gallery(examine)), f"/save {name}")
     assert {p.name: p.read_bytes() for p in here.iterdir()} == before
 
 
 def test_a_question_that_failed_is_asked_again_first(here: Path) -> None:
-    chat = Dialogue(Gallery(HOW))
+    chat = Dialogue(Gallery(examine))
     with pytest.raises(InputError, match="no question yet"):
         handle(chat, "/retry")
-    chat.answered(chat.question("First?"), "Yes.")
+    chat.add_answer(chat.question("First?"), "Yes.")
     lost = handle(chat, "Second? a.png").question
     assert lost
-    chat.failed(lost)
+    chat.add_failure(lost)
     assert chat.messages() == [Message("user", "First?"), Message("assistant", "Yes.")]
     again = handle(chat, "/retry").question
     assert again == lost
-    chat.answered(lost, "No.")
+    chat.add_answer(lost, "No.")
     last = handle(chat, "/retry").question
     assert last
-    chat.answered(last, "Well.")
+    chat.add_answer(last, "Well.")
     assert [turn.answer for turn in chat.turns] == ["Yes.", "Well."]
 
 
 def test_lines_that_begin_with_a_slash(here: Path) -> None:
-    chat = Dialogue(Gallery(HOW))
+    chat = Dialogue(Gallery(examine))
     asked = handle(chat, f"{here.as_posix()}/a.png what is this?").question if not WINDOWS else None
     assert WINDOWS or (asked and asked.turn.text == "what is this?" and len(asked.turn.pictures) == 1)
     literal = handle(chat, "//image ./c.png is what I typed").question
@@ -171,7 +178,15 @@ def test_lines_that_begin_with_a_slash(here: Path) -> None:
     with pytest.raises(ImageError):
         handle(chat, f"/image {Path(__file__).as_posix()}")
     assert chat.messages() == []
-    assert all(name in "\n".join(handle(chat, "/help").lines) for name in COMMANDS if name != "exit")
+    assert all(
+        name in "\n".join(handle(chat, "/help").lines) for name in COMMANDS if name not in ("exit", "bye")
+    )
+
+
+@pytest.mark.parametrize("line", ["exit", "Quit", "/bye", "/quit", "/exit", "  exit "])
+def test_words_that_leave(line: str) -> None:
+    assert handle(Dialogue(Gallery(examine)), line).leave
+    assert handle(Dialogue(Gallery(examine)), f"What does {line} mean?").question
 
 
 LINES = st.one_of(
@@ -207,7 +222,7 @@ LINES = st.one_of(
                 "/stats",
                 "/help",
             ),
-            *("/nonsense", "//twice", "/quit"),
+            *("/nonsense", "//twice", "/quit", "quit", "/bye"),
         ]
     ),
     st.text(max_size=20),
@@ -223,7 +238,7 @@ def test_any_lines_leave_a_conversation(pictures: list[Picture], lines: list[tup
     with tempfile.TemporaryDirectory() as folder, inside(folder):
         for name in ("a.png", "b.PNG", "my photo.jpg"):
             Path(name).write_bytes(pictures[len(name) % 2].data)
-        chat = Dialogue(Gallery(HOW))
+        chat = Dialogue(Gallery(examine))
         for line, answer in lines:
             before = chat.messages(), list(chat.waiting)
             try:
@@ -233,7 +248,11 @@ def test_any_lines_leave_a_conversation(pictures: list[Picture], lines: list[tup
                 continue
             if question:
                 assert chat.messages(question)[-1].role == "user"
-                (chat.failed(question) if answer is None else chat.answered(question, answer, Timings()))
+                (
+                    chat.add_failure(question)
+                    if answer is None
+                    else chat.add_answer(question, answer, Timings())
+                )
                 assert answer is not None or (chat.messages(), chat.waiting) == before
             check(chat)
 
@@ -244,7 +263,7 @@ def check(chat: Dialogue) -> None:
     turns = messages[1:] if chat.system else messages
     assert [m.role for m in turns] == ["user", "assistant"] * (len(turns) // 2)
     assert len(chat.pictures) == sum(len(m.images) for m in turns) + len(chat.waiting)
-    if ahead := chat.to_prepare():
+    if ahead := chat.to_prefill():
         shown = [i for m in [*messages, Message("user", "", ahead[0])] for i in m.images]
         assert [*(i for m in ahead[1] for i in m.images), *ahead[0]] == shown[: len(chat.pictures)]
 

@@ -59,13 +59,13 @@ def test_going_back_to_a_picture_restores_it_bit_for_bit(llava: Llava, expected:
     for picture, logits_, kept in ((A, 0, False), (B, 1, False), (A, 0, True), (B, 1, True), (A, 0, True)):
         found, timings = evaluated(llava, picture)
         assert np.array_equal(found, expected[logits_])
-        assert (timings.kept_tokens > 576) == kept
+        assert (timings.cached_tokens > 576) == kept
 
 
 def test_only_a_few_are_kept_in_memory(llava: Llava, expected: Any) -> None:
     for picture in (A, B, C, *pictures.four()[3:]):
         evaluated(llava, picture)
-    assert evaluated(llava, A)[1].kept_tokens < 20  # two others were used since
+    assert evaluated(llava, A)[1].cached_tokens < 20  # two others were used since
     assert np.array_equal(logits(llava), expected[0])
 
 
@@ -73,7 +73,7 @@ def test_a_kept_pair_of_pictures_serves_for_its_first(llava: Llava, expected: An
     llava.ask([A, B], "Which?", options=ONE)
     evaluated(llava, C)
     found, timings = evaluated(llava, A)
-    assert timings.kept_tokens > 576
+    assert timings.cached_tokens > 576
     assert np.array_equal(found, expected[0])
 
 
@@ -89,19 +89,19 @@ def test_an_image_seen_before_is_not_encoded_again(bundle: Bundle, tmp_path: Pat
     with on_disk(bundle, tmp_path / "cache") as second:
         again, timings = evaluated(second, A)
         assert n_encoded(second) == 0
-        assert timings.kept_tokens == 0
+        assert timings.cached_tokens == 0
         assert np.array_equal(again, found)
 
 
 def test_a_prefix_on_disk_gives_the_same_bits(bundle: Bundle, tmp_path: Path) -> None:
     with on_disk(bundle, tmp_path, keep_prefixes=True) as first:
         found, timings = evaluated(first, A)
-        assert timings.kept_tokens == 0
+        assert timings.cached_tokens == 0
     with on_disk(bundle, tmp_path, keep_prefixes=True) as second:
         again, timings = evaluated(second, A)
-        assert timings.kept_tokens > 576
+        assert timings.cached_tokens > 576
         assert np.array_equal(again, found)
-        assert evaluated(second, A, "Anything else?")[1].kept_tokens > 576
+        assert evaluated(second, A, "Anything else?")[1].cached_tokens > 576
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "empty"])
@@ -116,10 +116,10 @@ def test_a_damaged_cache_is_made_again(
         path.write_bytes({"changed": data, "cut": data[:-1000], "empty": b""}[damage])
     with caplog.at_level(logging.WARNING), on_disk(bundle, tmp_path, keep_prefixes=True) as second:
         again, timings = evaluated(second, A)
-        assert (timings.kept_tokens, np.array_equal(again, found)) == (0, True)
+        assert (timings.cached_tokens, np.array_equal(again, found)) == (0, True)
         assert caplog.text.count("damaged; it is made again") == 2
     with on_disk(bundle, tmp_path, keep_prefixes=True) as third:
-        assert evaluated(third, A)[1].kept_tokens > 576
+        assert evaluated(third, A)[1].cached_tokens > 576
 
 
 def test_a_prefix_is_bound_to_its_settings_and_model(
@@ -128,11 +128,11 @@ def test_a_prefix_is_bound_to_its_settings_and_model(
     with on_disk(bundle, tmp_path, keep_prefixes=True) as first:
         evaluated(first, A)
     with on_disk(bundle, tmp_path, keep_prefixes=True, kv_type="q8_0") as other_type:
-        assert evaluated(other_type, A)[1].kept_tokens == 0
+        assert evaluated(other_type, A)[1].cached_tokens == 0
     with on_disk(make_bundle("Q8_0"), tmp_path, keep_prefixes=True) as other_model:
-        assert evaluated(other_model, A)[1].kept_tokens == 0
+        assert evaluated(other_model, A)[1].cached_tokens == 0
     with on_disk(bundle, tmp_path, keep_prefixes=True, n_ctx=1024) as smaller:
-        assert evaluated(smaller, A)[1].kept_tokens > 576
+        assert evaluated(smaller, A)[1].cached_tokens > 576
 
 
 def test_a_state_that_llama_cpp_refuses_is_evaluated(
@@ -148,7 +148,7 @@ def test_a_state_that_llama_cpp_refuses_is_evaluated(
             store.put(name, bytes(state[: len(state) // 2]))
         model.clear_cache()
         found, timings = evaluated(model, A)
-        assert timings.kept_tokens == 0
+        assert timings.cached_tokens == 0
         assert np.abs(found - expected[0]).max() < 1e-2 * np.abs(expected[0]).max()  # features are F16 here
 
 
@@ -167,15 +167,15 @@ def test_a_prepared_image_waits_only_for_its_question(llava: Llava, expected: An
     assert preparation.done
     found, timings = evaluated(llava, A)
     assert timings.encode_s < 1e-3
-    assert timings.kept_tokens > 576
+    assert timings.cached_tokens > 576
     assert np.array_equal(found, expected[0])
     assert llava.prepare(A).wait()  # nothing left to do, and the question is not forgotten
     long = "What is it? " + "Look closely. " * 20
-    expected_kept = llava.ask(A, long, options=ONE).timings.prompt_tokens
+    expected_cached = llava.ask(A, long, options=ONE).timings.prompt_tokens
     assert llava.prepare(A).wait()
     again = llava.ask(A, long + " Well?", options=ONE).timings
-    assert again.kept_tokens > 576 + 40
-    assert again.kept_tokens < expected_kept
+    assert again.cached_tokens > 576 + 40
+    assert again.cached_tokens < expected_cached
     assert np.array_equal(evaluated(llava, A)[0], expected[0])
 
 
@@ -188,7 +188,7 @@ def test_an_image_is_prepared_in_the_middle_of_a_conversation(llava: Llava) -> N
     assert llava.prepare(B, after=before).wait()
     answer = llava.chat(turns, options=SHORT)
     assert answer.token_ids == expected
-    assert answer.timings.kept_tokens > 2 * 576
+    assert answer.timings.cached_tokens > 2 * 576
 
 
 def test_a_question_about_another_image_ends_a_preparation(llava: Llava, expected: Any) -> None:

@@ -64,11 +64,64 @@ def test_the_version_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "heavy", ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit"]
+    "heavy",
+    ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit", "asyncio"],
 )
 def test_importing_is_light(heavy: str) -> None:
     code = f"import sys, pocketllava, pocketllava.cli; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+EXTRAS = {"click": "cli", "prompt_toolkit": "cli", "tqdm": "cli", "huggingface_hub": "convert"}
+COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")
+DISTRIBUTIONS = {"PIL": "pillow", "llama_cpp": "llama-cpp-python"}
+
+
+def third_party_imports(path: str) -> set[str]:
+    """Packages that a file imports anywhere, by their distributions' names."""
+    tree = ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+    names = {a.name for node in tree if isinstance(node, ast.Import) for a in node.names}
+    tree = ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+    names |= {str(node.module) for node in tree if isinstance(node, ast.ImportFrom)}
+    first = {name.split(".")[0] for name in names} - {"pocketllava", *sys.stdlib_module_names}
+    return {DISTRIBUTIONS.get(name, name) for name in first}
+
+
+def test_dependencies_are_what_their_room_needs() -> None:
+    """Asking needs the core alone; the command line's packages and the hub's stay in their rooms."""
+    required = importlib.metadata.requires("pocketllava") or []
+    core = {re.split(r"[<>=]", name)[0] for name in required if "extra ==" not in name}
+    extras = set()
+    for path in sources():
+        if path.startswith("models/demo/training"):
+            continue
+        used = third_party_imports(path)
+        extras |= used - core
+        assert not used & {"click", "prompt_toolkit", "tqdm"} or path.startswith(COMMAND_LINE), path
+        assert "huggingface_hub" not in used or path.startswith(
+            ("convert/", "runtime/commands/convert.py")
+        ), path
+    assert extras == set(EXTRAS)
+    for name, extra in EXTRAS.items():
+        assert any(re.match(rf"{name}\b.*extra == .{extra}\W", line) for line in required), name
+
+
+CORE_ALONE = """
+import sys
+sys.modules |= dict.fromkeys(["click", "prompt_toolkit", "tqdm.std", "huggingface_hub"])
+from pocketllava import Llava
+with Llava.load("demo") as llava:
+    print(llava.ask(None, "Hello?", options=None))
+import pocketllava.__main__
+pocketllava.__main__.main()
+"""
+
+
+def test_asking_works_without_the_extras_and_the_command_line_says_what_it_needs() -> None:
+    done = subprocess.run([sys.executable, "-c", CORE_ALONE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("\n")) == (1, 1)
+    expected = 'error: the command line needs click; install it with pip install "pocketllava[cli]"\n'
+    assert done.stderr == expected
 
 
 def test_the_readmes_python_runs(bundle: pocketllava.Bundle) -> None:

@@ -143,7 +143,7 @@ def test_templates_and_conversations_that_fail(
         (("robot", "a"), "role: found 'robot', expected one of system, user, assistant"),
         (("assistant", "a", (b"",)), "images in a 'assistant' message"),
         (("user", None), "message text: found NoneType, expected str"),
-        (("user", "a", "photo.jpg"), "message images: found str, expected a list or tuple of images"),
+        (("user", "a", 5), "image: found int, expected a path"),
     ],
 )
 def test_messages_that_fail(arguments: tuple[Any, ...], message: str) -> None:

@@ -159,7 +159,7 @@ async def collect(llava: Llava, picture: bytes, question: str = "What is it?") -
 def test_async_errors_come_where_they_belong(llava: Llava) -> None:
     with pytest.raises(ImageError):
         asyncio.run(collect(llava, b"nonsense"))
-    with pytest.raises(InputError, match=r"expected pocketllava\.Message objects"):
+    with pytest.raises(InputError, match=r"messages\[0\]: found str, expected a Message or a dict"):
         llava.astream(["Hello"])  # type: ignore[list-item]
 
 

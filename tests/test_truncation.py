@@ -63,11 +63,11 @@ def test_no_more_goes_than_must(talk: list[Message], room: int) -> None:
         assert left == talk
 
 
-def test_a_long_conversation_goes_on_with_shift(bundle: Bundle) -> None:
+def test_a_long_conversation_goes_on_without_its_oldest_turns(bundle: Bundle) -> None:
     picture = pictures.four()[0]
     with Llava.load(bundle.folder, n_ctx=768) as llava:
         talk = [Message("system", "Be kind."), Message("user", "What is it?", (picture,))]
-        shifted = Options(max_tokens=8, shift=True)
+        shifted = Options(max_tokens=8, truncate="oldest")
         left_out = []
         for n in range(12):
             answer = llava.chat(talk, options=shifted)

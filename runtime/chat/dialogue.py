@@ -1,7 +1,7 @@
 """A conversation as state: its turns, the images that wait for the next message, and its file.
 
-Knows messages, image files and JSON; no terminal, no model. A picture is its file's bytes as they were when it
-was named, so that a screenshot that is overwritten or deleted later stays what was spoken of.
+Knows messages, image files and JSON; no terminal, no model, no pixels. A picture is its file's bytes as they were when
+it was named, so a screenshot that is overwritten or deleted later does not change the conversation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from typing import Any
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
 from pocketllava.models.files import atomic_write
-from pocketllava.models.preprocessing import Preprocessing
-from pocketllava.types import Message, Timings
-from pocketllava.vision.image import FORMATS, MAX_PIXELS, load, resize_and_crop
+from pocketllava.types import ImageSource, Message, Timings
 
 FORMAT, VERSION = "pocketllava conversation", 1
-HEAD_BYTES = 4096  # in which a file of ours says what it is
+HEAD_BYTES = 4096  # of a saved conversation, which hold FORMAT
+Examine = Callable[
+    [ImageSource], tuple[int, int]
+]  # an image's (width, height); raises ImageError for a broken one
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that was decoded once. path is None for one that came as a data URI; size: (width, height)."""
+    """An image that can be decoded: its file's bytes and its size (width, height). path: None for a data URI."""
 
     data: bytes
     size: tuple[int, int]
@@ -37,7 +38,7 @@ class Picture:
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """Its name in messages."""
         return self.path.name if self.path else "data URI"
 
     @property
@@ -57,30 +58,29 @@ class Turn:
 
 @dataclass(frozen=True)
 class Question:
-    """A turn that is to be answered: number `at` of the conversation, in the place of any that is there."""
+    """A turn that waits for its answer. It becomes turn `index` of the conversation and replaces any that is there."""
 
     turn: Turn
-    at: int
+    index: int
 
 
 class Gallery:
-    """Opens images as the model will see them, so that one that is broken is told before it is spoken of."""
+    """Reads images and examines them at once, so that a broken one is reported before a question refers to it."""
 
-    def __init__(self, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
-        self._how, self._max_pixels = how, max_pixels
+    def __init__(self, examine: Examine) -> None:
+        self._examine = examine
 
     def open(self, source: str | os.PathLike[str]) -> Picture:
         """A path or a data URI -> Picture. Raises ImageError."""
-        image = load(source, self._max_pixels)
-        resize_and_crop(image, self._how)
+        size = self._examine(source)
         if isinstance(source, str) and source[:5].lower() == "data:":
-            return Picture(base64.b64decode(source.partition(",")[2]), image.size)
+            return Picture(base64.b64decode(source.partition(",")[2]), size)
         path = Path(source).expanduser().absolute()
-        return Picture(path.read_bytes(), image.size, path.resolve() if ".." in path.parts else path)
+        return Picture(path.read_bytes(), size, path.resolve() if ".." in path.parts else path)
 
 
 class Dialogue:
-    """A conversation that changes only by whole turns: what fails leaves it as it was."""
+    """A conversation that changes by whole turns only. A call that fails leaves it as it was."""
 
     def __init__(self, gallery: Gallery, model: str = "", system: str = "") -> None:
         self.gallery, self.model, self.system = gallery, model, system
@@ -94,11 +94,11 @@ class Dialogue:
     @property
     def pictures(self) -> list[tuple[Picture, int | None]]:
         """All images in order, each with the number of its turn, or None while it waits."""
-        shown = [(p, n) for n, turn in enumerate(self.turns, 1) for p in turn.pictures]
-        return [*shown, *((p, None) for p in self.waiting)]
+        numbered = [(p, n) for n, turn in enumerate(self.turns, 1) for p in turn.pictures]
+        return [*numbered, *((p, None) for p in self.waiting)]
 
-    def show(self, pictures: Sequence[Picture]) -> list[int]:
-        """Let images wait for the next message; returns their numbers. One that waits already keeps its own."""
+    def attach(self, pictures: Sequence[Picture]) -> list[int]:
+        """Attach images to the next message; returns their numbers. One that waits already keeps its own."""
         self.waiting += [p for p in dict.fromkeys(pictures) if p not in self.waiting]
         first = len(self.pictures) - len(self.waiting) + 1
         return [first + self.waiting.index(p) for p in pictures]
@@ -107,39 +107,38 @@ class Dialogue:
         """The next turn: a text about the images that wait, and these."""
         return Question(Turn(text, tuple(dict.fromkeys([*self.waiting, *pictures]))), len(self.turns))
 
-    def again(self) -> Question:
+    def last_question(self) -> Question:
         """The question that got no answer, or else the last one. Raises InputError if there is none."""
         if self.unanswered is None and not self.turns:
             raise InputError("/retry: no question yet")
         return self.unanswered or Question(self.turns[-1], len(self.turns) - 1)
 
     def messages(self, question: Question | None = None) -> list[Message]:
-        """What the model is given: the conversation up to a question, and that, or all of it."""
-        turns = self.turns if question is None else self.turns[: question.at]
-        found = [Message("system", self.system)] if self.system else []
+        """The conversation for the model: up to a question and with it, or all of it."""
+        turns = self.turns if question is None else self.turns[: question.index]
+        messages = [Message("system", self.system)] if self.system else []
         for turn in turns:
-            found += [_asked(turn), Message("assistant", turn.answer)]
-        return found if question is None else [*found, _asked(question.turn)]
+            messages += [_user_message(turn), Message("assistant", turn.answer)]
+        return messages if question is None else [*messages, _user_message(question.turn)]
 
-    def answered(self, question: Question, answer: str, timings: Timings | None = None) -> None:
-        """Take a question and its answer, whole or cut short, into the conversation."""
+    def add_answer(self, question: Question, answer: str, timings: Timings | None = None) -> None:
+        """Add a question with its answer, whole or cut short."""
         turn = question.turn
-        self.turns[question.at :] = [Turn(turn.text, turn.pictures, answer)]
+        self.turns[question.index :] = [Turn(turn.text, turn.pictures, answer)]
         self.waiting = [p for p in self.waiting if p not in turn.pictures]
         self.unanswered, self.timings = None, timings or self.timings
 
-    def failed(self, question: Question) -> None:
-        """Remember a question that got no answer, for again(); the conversation is as before."""
+    def add_failure(self, question: Question) -> None:
+        """Remember a question that got no answer, for last_question(); the conversation stays as it is."""
         self.unanswered = question
 
-    def to_prepare(self) -> tuple[list[bytes], list[Message]] | None:
-        """The images to evaluate ahead, and the messages before them: those that wait, or were shown last."""
+    def to_prefill(self) -> tuple[list[bytes], list[Message]] | None:
+        """The images to evaluate ahead, those that wait or the last turn's that has any, and the messages before."""
         if self.waiting:
             return [p.data for p in self.waiting], self.messages()
-        for at in range(len(self.turns) - 1, -1, -1):
-            if self.turns[at].pictures:
-                turn = self.turns[at]
-                return [p.data for p in turn.pictures], self.messages(Question(turn, at))[:-1]
+        for index, turn in reversed(list(enumerate(self.turns))):
+            if turn.pictures:
+                return [p.data for p in turn.pictures], self.messages(Question(turn, index))[:-1]
         return None
 
     def clear(self) -> None:
@@ -155,10 +154,8 @@ class Dialogue:
         """Write the conversation as JSON, whole or not at all. Raises InputError, and leaves foreign files alone."""
         try:
             path = path.resolve()  # a link stays a link
-            if path.exists() and not _is_ours(path):
-                raise InputError(
-                    f"{path}: a file that is no saved conversation, left as it is; take another name"
-                )
+            if path.exists() and not _is_conversation(path):
+                raise InputError(f"{path}: another file, not a saved conversation; take another name")
             text = json.dumps(self._to_json(path.parent), ensure_ascii=False, indent=1)
             with atomic_write(path) as part:
                 part.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -167,25 +164,25 @@ class Dialogue:
         self.file = path
 
     def load(self, path: Path) -> str:
-        """Take up a saved conversation in the place of this one; returns the model it was held with.
+        """Replace this conversation with a saved one; returns the model that gave its answers.
 
-        Raises InputError, with this conversation as it was, for another file or images that are not as they were.
+        Raises InputError for another file, or for images that changed; this conversation then stays.
         """
         try:
             path = path.resolve()
-            if not _is_ours(path):
+            if not _is_conversation(path):
                 raise InputError(f"{path}: not a conversation that /save wrote")
-            found = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+            content = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: cannot be read ({_reason(error)})") from error
-        if found.get("version") != VERSION:
-            raise InputError(f"{path}: found version {found.get('version')!r}, expected {VERSION}")
+        if content.get("version") != VERSION:
+            raise InputError(f"{path}: found version {content.get('version')!r}, expected {VERSION}")
         try:
-            system, model = _sendable(found["system"]), _text(found["model"])
-            turns = self._turns(path, found["messages"])
-            waiting = [self._picture(path, entry) for entry in found["waiting"]]
+            system, model = _whole_text(content["system"]), _text(content["model"])
+            turns = self._turns(path, content["messages"])
+            waiting = [self._picture(path, entry) for entry in content["waiting"]]
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise InputError(f"{path}: not a whole conversation ({error!r}); save it again") from error
+            raise InputError(f"{path}: an incomplete conversation ({error!r}); save it again") from error
         self.clear()
         self.system, self.turns, self.waiting, self.file = system, turns, waiting, path
         return model
@@ -193,8 +190,8 @@ class Dialogue:
     def _to_json(self, folder: Path) -> dict[str, Any]:
         messages: list[dict[str, Any]] = []
         for turn in self.turns:
-            shown = [_reference(p, folder) for p in turn.pictures]
-            messages.append({"role": "user", "text": turn.text, "images": shown})
+            images = [_reference(p, folder) for p in turn.pictures]
+            messages.append({"role": "user", "text": turn.text, "images": images})
             messages.append({"role": "assistant", "text": turn.answer})
         head = {"format": FORMAT, "version": VERSION, "model": self.model, "system": self.system}
         return {**head, "messages": messages, "waiting": [_reference(p, folder) for p in self.waiting]}
@@ -205,15 +202,15 @@ class Dialogue:
             raise ValueError("the roles do not alternate between user and assistant")
         return [
             Turn(
-                _sendable(asked["text"]),
-                tuple(self._picture(path, entry) for entry in asked.get("images", ())),
-                _sendable(answered["text"]),
+                _whole_text(user["text"]),
+                tuple(self._picture(path, entry) for entry in user.get("images", ())),
+                _whole_text(assistant["text"]),
             )
-            for asked, answered in zip(messages[::2], messages[1::2], strict=True)
+            for user, assistant in zip(messages[::2], messages[1::2], strict=True)
         ]
 
     def _picture(self, path: Path, entry: Any) -> Picture:
-        """The image that an entry refers to. Raises ImageError if it is gone, InputError if it changed."""
+        """The image of an entry. Raises ImageError if it is missing, InputError if it changed."""
         source = _text(entry["data"]) if "data" in entry else path.parent / _text(entry["path"])
         picture = self.gallery.open(source)
         if picture.sha256 != entry["sha256"]:
@@ -230,20 +227,20 @@ def bundle_id(bundle: Bundle) -> str:
     return f"{m.source.id} {types} {m.files['model.gguf'].sha256[:12]}"
 
 
-def _asked(turn: Turn) -> Message:
+def _user_message(turn: Turn) -> Message:
     return Message("user", turn.text, tuple(p.data for p in turn.pictures))
 
 
 def _reference(picture: Picture, folder: Path) -> dict[str, str]:
-    """How a file in this folder names a picture: by a path while that holds the same bytes, else by its bytes."""
-    if picture.path is None or not _still_there(picture):
+    """A picture in a file of this folder: its path while that holds the same bytes, else its bytes."""
+    if picture.path is None or not _is_unchanged(picture):
         kind = _format(picture.data)
         encoded = base64.b64encode(picture.data).decode()
         return {"data": f"data:image/{kind};base64,{encoded}", "sha256": picture.sha256}
     return {"path": _relative(picture.path, folder), "sha256": picture.sha256}
 
 
-def _still_there(picture: Picture) -> bool:
+def _is_unchanged(picture: Picture) -> bool:
     try:
         return picture.path is not None and picture.path.read_bytes() == picture.data
     except OSError:
@@ -253,18 +250,18 @@ def _still_there(picture: Picture) -> bool:
 def _format(data: bytes) -> str:
     from PIL import Image
 
-    return str(Image.open(io.BytesIO(data), formats=FORMATS).format).lower()
+    return str(Image.open(io.BytesIO(data)).format).lower()
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """Relative, with forward slashes, for what lies at or below the folder; absolute for the rest."""
+    """Relative, with forward slashes, at or below the folder; absolute elsewhere."""
     for inner in (path, path.resolve()):
         if inner.is_relative_to(folder):
             return inner.relative_to(folder).as_posix()
     return str(path)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_conversation(path: Path) -> bool:
     """Whether a file says that it is a saved conversation. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
@@ -277,8 +274,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _sendable(value: Any) -> str:
-    """Text that a tokenizer takes: no halves of characters. Raises TypeError, ValueError."""
+def _whole_text(value: Any) -> str:
+    """Text without halves of characters, which no tokenizer takes. Raises TypeError, ValueError."""
     return _text(value).encode().decode()
 
 

@@ -19,7 +19,7 @@ from pocketllava.errors import InputError
 
 WINDOWS = os.name == "nt"
 MAX_CHARACTERS = 1024  # of a path, as typed
-MAX_ENDS = 8  # of names that begin somewhere: a name may hold ".png " in its middle, but not for ever
+MAX_ENDS = 8  # extensions tried for one name, which may hold ".png " in its middle
 _EXTENSION = r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)"
 _PUNCTUATION = ".,;:!?)]}>"  # what may follow a path
 _CLOSING = rf"[{re.escape(_PUNCTUATION)}]*"
@@ -39,51 +39,51 @@ _WORD = re.compile(
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """What a line holds: its text without the paths, the images, and a complaint for each that is not there."""
+class ImagePaths:
+    """A line's text without image paths, the paths of its images, and a complaint for each missing file."""
 
     text: str
     images: tuple[Path, ...] = ()
     missing: tuple[str, ...] = ()
 
 
-def find_images(line: str, *, windows: bool = WINDOWS) -> Dropped:
+def find_images(line: str, *, windows: bool = WINDOWS) -> ImagePaths:
     """Image paths anywhere in a line, in order, and the text around them."""
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     images: list[Path] = []
-    at = 0
+    position = 0
     for start in [m.start() for m in _START.finditer(line)] if _END.search(line) else []:
-        if start >= at and (hit := _first_file(line, start, windows)):
-            end, path = hit
-            between = line[at:start].strip(" \t\r\n,;&" if found else " ")
-            found.append((at if between in ("", "&") else start, end))  # PowerShell drags "& 'C:\...'"
+        if start >= position and (file := _first_file(line, start, windows)):
+            end, path = file
+            between = line[position:start].strip(" \t\r\n,;&" if spans else " ")
+            spans.append((position if between in ("", "&") else start, end))  # PowerShell drags "& 'C:\...'"
             images.append(path)
-            at = end
-    return Dropped(_without(line, found), tuple(images), tuple(_missing(line, found, windows)))
+            position = end
+    return ImagePaths(_without(line, spans), tuple(images), tuple(_missing(line, spans, windows)))
 
 
 def image_arguments(text: str, *, windows: bool = WINDOWS) -> tuple[Path, ...]:
-    """A command's argument, which is nothing but paths of images. Raises InputError for one that is not there."""
-    found = find_images(text, windows=windows)
-    if found.images and not found.text and not found.missing:
-        return found.images
+    """The images of a command's argument, which holds nothing else. Raises InputError for a missing one."""
+    line = find_images(text, windows=windows)
+    if line.images and not line.text and not line.missing:
+        return line.images
     if is_file(whole := one_path(text, windows=windows)):
         return (whole,)
-    if found.missing:
-        raise InputError(found.missing[0])
+    if line.missing:
+        raise InputError(line.missing[0])
     raise InputError(
-        f"{(found.text if found.images else text).strip()}: no such file, expected an image's path"
+        f"{(line.text if line.images else text).strip()}: no such file, expected an image's path"
     )
 
 
 def one_path(text: str, *, windows: bool = WINDOWS) -> Path:
-    """A command's argument that is one path, quoted, escaped or bare; spaces and all."""
+    """The path of a command's argument: quoted, escaped or bare, with its spaces."""
     paths = [_as_path(value) for value in _readings(text.strip(), windows)]
     return next((path for path in paths if is_file(path)), paths[0])
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; no for what cannot be a path at all."""
+    """Whether there is such a file. A text that cannot be a path is none."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, a null character, a folder that may not be looked into
@@ -91,7 +91,7 @@ def is_file(path: Path) -> bool:
 
 
 def _first_file(line: str, start: int, windows: bool) -> tuple[int, Path] | None:
-    """The end and the path of the shortest file name of an image that begins here."""
+    """The end and the path of the shortest name of an image file that begins at `start`."""
     newline = line.find("\n", start)
     limit = min(start + MAX_CHARACTERS, len(line) if newline < 0 else newline)
     for m in islice(_END.finditer(line, start, limit), MAX_ENDS):
@@ -104,10 +104,10 @@ def _first_file(line: str, start: int, windows: bool) -> tuple[int, Path] | None
 
 
 def _readings(typed: str, windows: bool) -> Iterator[str]:
-    """What a path may mean that was typed so, the likeliest first."""
+    """The paths that a typed text may mean, the likeliest first."""
     quoted = len(typed) > 1 and typed[0] in "'\"" and typed[-1] == typed[0]
     if not windows and not _DRIVE.match(typed) and any(c in typed for c in "\\'\""):
-        yield from _as_a_shell_reads(typed)
+        yield from _shell_words(typed)
     if quoted:
         yield typed[1:-1]
         yield typed[1:-1].replace(typed[0] * 2, typed[0])  # PowerShell's way to write a quote
@@ -115,8 +115,8 @@ def _readings(typed: str, windows: bool) -> Iterator[str]:
         yield typed
 
 
-def _as_a_shell_reads(typed: str) -> list[str]:
-    """The one word that a POSIX shell makes of it; nothing if it makes several, or none."""
+def _shell_words(typed: str) -> list[str]:
+    """The word that a POSIX shell reads; nothing if it reads several, or none."""
     try:
         words = shlex.split(typed)
     except ValueError:  # a quote that nothing closes
@@ -136,7 +136,7 @@ def _expanded(path: Path) -> Path:
 
 
 def _from_url(url: str) -> str:
-    """What a file URL names; terminals write file:///path, file://localhost/path and file:/path."""
+    """The path of a file URL; terminals write file:///path, file://localhost/path and file:/path."""
     rest = url[len("file:") :]
     host, _, path = rest[2:].partition("/") if rest.startswith("//") else ("", "", rest[1:])
     decoded = os.fsdecode(unquote_to_bytes(path))
@@ -163,10 +163,10 @@ def _joined(left: str, right: str) -> str:
     return bare_left + ("" if tight or not bare_right or not bare_left else " ") + bare_right
 
 
-def _missing(line: str, found: list[tuple[int, int]], windows: bool) -> Iterator[str]:
-    """A complaint for each word that looks like an image's path, and is none that was found."""
+def _missing(line: str, spans: list[tuple[int, int]], windows: bool) -> Iterator[str]:
+    """A complaint for each word outside the spans that looks like an image's path."""
     for word in _WORD.finditer(line):
-        if any(start < word.end() and word.start() < end for start, end in found):
+        if any(start < word.end() and word.start() < end for start, end in spans):
             continue
         typed = word[0].lstrip("([{<").rstrip(_PUNCTUATION)
         value = next(_readings(typed, windows), "").strip("'\"")

@@ -1,6 +1,6 @@
-"""What a line of a chat means: a command's effect on the conversation, images, or the next question.
+"""A typed line of a chat -> a Step: a command's effect on the conversation, images to attach, or the next question.
 
-Knows Dialogue and typed lines; prints nothing, asks no model. What is wrong with a line is raised.
+Knows Dialogue and typed lines; prints nothing, asks no model. Errors of a line are raised.
 """
 
 from __future__ import annotations
@@ -14,33 +14,37 @@ from pathlib import Path
 
 from pocketllava.chat.dialogue import Dialogue, Picture, Question
 from pocketllava.chat.image_paths import find_images, image_arguments, one_path
-from pocketllava.commands.show import timing_line
 from pocketllava.errors import InputError
+from pocketllava.types import Timings
 
-SHOWN = 100  # characters of what was said last, after /load
-ENOUGH_ALIKE = 0.4
+SHOWN = 100  # characters of the last question and answer, after /load
+SIMILARITY = 0.4  # of a mistyped command to the one that is suggested
+GOODBYES = ("exit", "quit")
 KEYS = (
     "  Drag images in, or paste or type their paths, anywhere in a line. On a line",
-    "  of their own they wait for the next message, and are worked on meanwhile.",
-    "  Alt-Enter, or \\ at its end, goes on to another line. Up and Down bring earlier",
+    "  of their own they wait for the next message, and are evaluated meanwhile.",
+    "  Alt-Enter, or \\ at the end, starts another line. Up and Down bring earlier",
     "  lines back, Ctrl-R searches them. // sends a line that starts with /.",
-    "  Ctrl-C stops an answer or clears the line. Ctrl-D leaves.",
+    "  Ctrl-C stops an answer or clears the line. Ctrl-D, exit and /bye leave.",
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """What to do about a line: tell these lines, work on images ahead, ask a question, leave."""
+    """The effect of a line: notes (timings first), a question to answer, waiting images to prefill, or leaving."""
 
     lines: tuple[str, ...] = ()
     question: Question | None = None
-    prepare: bool = False
+    prefill: bool = False
     leave: bool = False
+    timings: Timings | None = None
 
 
 def handle(dialogue: Dialogue, line: str) -> Step:
-    """Take up one line. Raises InputError and its kinds, with the conversation as it was."""
+    """Apply one line. Raises InputError and its kinds, and then leaves the conversation as it was."""
     line = line.strip()
+    if line.lower() in GOODBYES:
+        return Step(leave=True)
     if line.startswith("//"):
         return Step(question=dialogue.question(line[1:]))
     first = re.split(r"\s", line, maxsplit=1)[0]
@@ -51,27 +55,27 @@ def handle(dialogue: Dialogue, line: str) -> Step:
 
 def _message(dialogue: Dialogue, line: str, first: str) -> Step:
     """Images, a question, or both; nothing for an empty line."""
-    found = find_images(line)
-    if first.startswith("/") and found.text.startswith(first) and (not found.missing or _is_name(first)):
+    message = find_images(line)
+    if first.startswith("/") and message.text.startswith(first) and (not message.missing or _is_name(first)):
         raise InputError(_unknown(first))
-    if found.missing:
-        more = f" (and {len(found.missing) - 1} more)" if len(found.missing) > 1 else ""
-        raise InputError(f"{found.missing[0]}{more}; the message was not sent")
-    if not found.text:
-        return show(dialogue, [dialogue.gallery.open(path) for path in found.images])
-    pictures = [dialogue.gallery.open(path) for path in found.images]
-    question = dialogue.question(found.text, pictures)
+    if message.missing:
+        more = f" (and {len(message.missing) - 1} more)" if len(message.missing) > 1 else ""
+        raise InputError(f"{message.missing[0]}{more}; the message was not sent")
+    pictures = [dialogue.gallery.open(path) for path in message.images]
+    if not message.text:
+        return attach(dialogue, pictures)
+    question = dialogue.question(message.text, pictures)
     number = {
         p: n for n, p in enumerate(question.turn.pictures, 1 + len(dialogue.pictures) - len(dialogue.waiting))
     }
     return Step(tuple(_line(number[p], p) for p in pictures), question)
 
 
-def show(dialogue: Dialogue, pictures: Sequence[Picture]) -> Step:
-    """Let images wait for the next message, and say so."""
-    numbers = dialogue.show(pictures)
+def attach(dialogue: Dialogue, pictures: Sequence[Picture]) -> Step:
+    """Attach images to the next message, with a line for each."""
+    numbers = dialogue.attach(pictures)
     lines = (f"{_line(n, p)}, preparing" for n, p in zip(numbers, pictures, strict=True))
-    return Step(tuple(lines), prepare=bool(pictures))
+    return Step(tuple(lines), prefill=bool(pictures))
 
 
 def _is_name(word: str) -> bool:
@@ -79,10 +83,10 @@ def _is_name(word: str) -> bool:
 
 
 def _unknown(word: str) -> str:
-    names = difflib.get_close_matches(word[1:].lower(), COMMANDS, n=1, cutoff=ENOUGH_ALIKE)
+    names = difflib.get_close_matches(word[1:].lower(), COMMANDS, n=1, cutoff=SIMILARITY)
     nearest = f"did you mean /{names[0]}? " if names else ""
-    what = "no such command" if _is_name(word) else "no image and no command"
-    return f"{word}: {what}; {nearest}/help lists them, and // sends a line that starts with /"
+    reason = "no such command" if _is_name(word) else "no image and no command"
+    return f"{word}: {reason}; {nearest}/help lists them, and // sends a line that starts with /"
 
 
 def _line(number: int, picture: Picture) -> str:
@@ -94,7 +98,7 @@ def _image(dialogue: Dialogue, argument: str) -> Step:
     if not argument:
         raise InputError("/image: expected an image's path; /images lists those that are there")
     sources = [argument] if argument[:5].lower() == "data:" else image_arguments(argument)
-    return show(dialogue, [dialogue.gallery.open(source) for source in sources])
+    return attach(dialogue, [dialogue.gallery.open(source) for source in sources])
 
 
 def _images(dialogue: Dialogue, _argument: str) -> Step:
@@ -117,14 +121,14 @@ def _clear(dialogue: Dialogue, argument: str) -> Step:
 
 
 def _retry(dialogue: Dialogue, _argument: str) -> Step:
-    return Step(question=dialogue.again())
+    return Step(question=dialogue.last_question())
 
 
 def _system(dialogue: Dialogue, argument: str) -> Step:
     if not argument:
         return Step((f"system: {dialogue.system}" if dialogue.system else "no system text",))
     dialogue.system = "" if argument in ('""', "''") else argument
-    return Step(("system text set" if dialogue.system else "system text removed",), prepare=True)
+    return Step(("system text set" if dialogue.system else "system text removed",), prefill=True)
 
 
 def _save(dialogue: Dialogue, argument: str) -> Step:
@@ -133,19 +137,19 @@ def _save(dialogue: Dialogue, argument: str) -> Step:
 
 
 def _load(dialogue: Dialogue, argument: str) -> Step:
-    return loaded(dialogue, _file(dialogue, argument, "load"))
+    return load(dialogue, _file(dialogue, argument, "load"))
 
 
-def loaded(dialogue: Dialogue, path: Path) -> Step:
-    """Take up a saved conversation, and say what it is. Raises InputError and its kinds."""
+def load(dialogue: Dialogue, path: Path) -> Step:
+    """Load a saved conversation, with lines about it. Raises InputError and its kinds."""
     model = dialogue.load(path)
     lines = [f"loaded {dialogue.file}: {_extent(dialogue)}"]
     if model != dialogue.model:
-        lines.append(f"it was held with {model}, this is {dialogue.model}")
+        lines.append(f"its answers are from {model}, this is {dialogue.model}")
     if dialogue.turns:
         last = dialogue.turns[-1]
         lines += [f"last question: {_short(last.text)}", f"last answer: {_short(last.answer)}"]
-    return Step(tuple(lines), prepare=True)
+    return Step(tuple(lines), prefill=True)
 
 
 def _file(dialogue: Dialogue, argument: str, name: str) -> Path:
@@ -160,7 +164,7 @@ def _stats(dialogue: Dialogue, _argument: str) -> Step:
     t = dialogue.timings
     used = t.prompt_tokens + t.answer_tokens if t else 0
     room = f"{used} of {dialogue.n_ctx} tokens" if t else f"{dialogue.n_ctx} tokens of context"
-    return Step((*([timing_line(t)] if t else []), f"{_extent(dialogue)}, {room}"))
+    return Step((f"{_extent(dialogue)}, {room}",), timings=t)
 
 
 def _help(_dialogue: Dialogue, _argument: str) -> Step:
@@ -177,8 +181,8 @@ def _extent(dialogue: Dialogue) -> str:
     return f"{_count(len(dialogue.turns), 'turn')}, {_count(len(dialogue.pictures), 'image')}"
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _short(text: str) -> str:
@@ -187,7 +191,7 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command: how its argument is called, what it does in a few words, and how. No help hides it."""
+    """A slash command: its argument, its help and its function. A command without help is hidden."""
 
     argument: str
     help: str
@@ -206,4 +210,5 @@ COMMANDS = {
     "help": Command("", "show this", _help),
     "quit": Command("", "leave", _quit),
     "exit": Command("", "", _quit),
+    "bye": Command("", "", _quit),
 }

@@ -34,8 +34,8 @@ _WORD_START = re.compile(r"(?:^|(?<=\s))['\"]?")
 class Terminal:
     """Reads messages, of one line or several."""
 
-    def __init__(self, commands: Mapping[str, str], history: Path, typed: Callable[[str], None]) -> None:
-        """commands: what each does, by name. typed: is told the line whenever it changes."""
+    def __init__(self, commands: Mapping[str, str], history: Path, on_change: Callable[[str], None]) -> None:
+        """commands: each one's help, by name. on_change: is called with the line whenever it changes."""
         self._session: PromptSession[str] = PromptSession(
             [("bold", "> ")],
             multiline=True,
@@ -48,7 +48,7 @@ class Terminal:
             enable_open_in_editor=True,
             output=create_output(always_prefer_tty=True),
         )
-        self._session.default_buffer.on_text_changed += lambda buffer: typed(buffer.text)
+        self._session.default_buffer.on_text_changed += lambda buffer: on_change(buffer.text)
 
     def read(self) -> str:
         """A message. Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C, both on an empty line."""
@@ -57,7 +57,7 @@ class Terminal:
 
     @contextmanager
     def unechoed(self) -> Iterator[None]:
-        """While an answer runs: what is typed is not echoed into it, but kept for the next line."""
+        """While an answer runs: keys are not echoed into it, and wait for the next line."""
         restore = _stop_echo()
         try:
             yield
@@ -105,25 +105,25 @@ class LineCompleter(Completer):
 
 
 def _files(text: str, kind: re.Pattern[str]) -> Iterator[Completion]:
-    """Folders and files for the longest end of a text that begins a path, spaces and all."""
+    """Folders and files for the longest end of a text that begins a path, which may hold spaces."""
     for start in _WORD_START.finditer(text):
-        if found := _beginning_with(text[start.end() :], kind):
-            for name, left in found:
-                yield Completion(left, display=name)
+        if entries := _entries(text[start.end() :], kind):
+            for name, rest in entries:
+                yield Completion(rest, display=name)
             return
 
 
-def _beginning_with(begun: str, kind: re.Pattern[str]) -> list[tuple[str, str]]:
-    """(name, what is left to type of it) of folders and files."""
-    folder, prefix = os.path.split(begun)
-    found = []
+def _entries(path: str, kind: re.Pattern[str]) -> list[tuple[str, str]]:
+    """(name, the rest of it) of folders and files that complete a path."""
+    folder, prefix = os.path.split(path)
+    entries = []
     with suppress(OSError, ValueError, RuntimeError):
         for entry in sorted(Path(folder).expanduser().iterdir()):
             hidden = entry.name.startswith(".") and not prefix.startswith(".")
             if entry.name.startswith(prefix) and not hidden and (entry.is_dir() or kind.search(entry.name)):
                 name = entry.name + ("/" if entry.is_dir() else "")
-                found.append((name, name[len(prefix) :]))
-    return found
+                entries.append((name, name[len(prefix) :]))
+    return entries
 
 
 def _completes_while_typing() -> bool:
@@ -141,7 +141,7 @@ def _keys() -> KeyBindings:
         menu = buffer.complete_state
         if menu and menu.current_completion and len(menu.completions) > 1:
             buffer.complete_state = None  # the choice is taken, the line goes on
-        elif buffer.document.is_cursor_at_the_end and _goes_on(buffer.text):
+        elif buffer.document.is_cursor_at_the_end and _continues(buffer.text):
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
         else:
@@ -162,14 +162,14 @@ def _keys() -> KeyBindings:
     return keys
 
 
-def _goes_on(text: str) -> bool:
-    """Whether a line ends in a backslash that no other one escapes."""
+def _continues(text: str) -> bool:
+    """Whether a line ends in a backslash that is not itself escaped."""
     return (len(text) - len(text.rstrip("\\"))) % 2 == 1
 
 
 def _stop_echo() -> Callable[[], None]:
-    """Let the terminal keep what is typed without showing it; returns what undoes that. Ctrl-C still interrupts."""
-    if sys.platform == "win32":  # shows nothing that is not read
+    """Let the terminal keep keys without showing them; returns the function that restores it. Ctrl-C still works."""
+    if sys.platform == "win32":  # a console shows only keys that are read
         return lambda: None
     import termios
 

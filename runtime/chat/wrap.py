@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prompt_toolkit.utils import get_cwidth
 
-MAX_HELD = 30  # columns of a word that are held back until it is clear where it goes
+MAX_WORD = 30  # columns of a word that are held back until its end; a longer one is shown in parts
 TAB = "    "
 
 
@@ -19,27 +19,27 @@ class Wrap:
         self._gap, self._word = "", ""
 
     def add(self, text: str) -> str:
-        """What can be shown by now."""
+        """The text that can be shown by now."""
         return "".join(map(self._character, text.replace("\t", TAB)))
 
     def finish(self) -> str:
         """The last word, at the end of a text; the next text begins a line."""
-        shown, self._column, self._gap = self._placed(), 0, ""
+        shown, self._column, self._gap = self._flush(), 0, ""
         return shown
 
     def _character(self, c: str) -> str:
         if c == "\n":
             return self.finish() + c
         if c == " ":
-            shown = self._placed()
+            shown = self._flush()
             self._gap += c
             return shown
         self._word += c
         lone = get_cwidth(c) > 1  # scripts of wide characters break anywhere
-        return self._placed() if lone or get_cwidth(self._word) >= MAX_HELD else ""
+        return self._flush() if lone or get_cwidth(self._word) >= MAX_WORD else ""
 
-    def _placed(self) -> str:
-        """The word that is complete, behind the gap before it or on a new line."""
+    def _flush(self) -> str:
+        """The word so far, after the gap before it or on a new line."""
         if not self._word:
             return ""
         word, width = self._word, get_cwidth(self._word)

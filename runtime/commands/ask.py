@@ -1,60 +1,121 @@
-"""`pocketllava ask`: one question about images."""
+"""`pocketllava ask`: one question about images, or without them."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from pocketllava.commands.common import MEGA, image_argument, load_options, sampling_options, stream
+from pocketllava.commands.common import (
+    STDIN,
+    image_argument,
+    load_options,
+    quiet_option,
+    sampling_options,
+    stdin_bytes,
+    stream,
+    text_argument,
+)
+from pocketllava.errors import InputError
 
 
 @click.command()
 @click.argument("model", metavar="BUNDLE")
-@click.argument("image", metavar="IMAGE")
-@click.argument("question")
-@click.option(
-    "--image",
-    "more_images",
-    multiple=True,
-    metavar="IMAGE",
-    help="A further image, after the first; repeatable.",
-)
-@click.option("--system", metavar="TEXT", help="A system message before the question.")
-@sampling_options
-@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeatable.")
+@click.argument("words", metavar="[IMAGE]... QUESTION", nargs=-1)
+@click.option("-p", "--question", metavar="TEXT", help="The question; all other arguments are images.")
+@click.option("--image", "more_images", multiple=True, metavar="IMAGE", help="A further image; repeatable.")
+@click.option("-sys", "--system", metavar="TEXT", help="A system message before the question.")
+@sampling_options("truncate")
 @load_options
-@click.option(
-    "--max-pixels", type=click.IntRange(1), default=50 * MEGA, show_default=True, help="Refuse larger images."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@quiet_option("Print the answer alone, no timings.")
 def ask(
     model: str,
-    image: str,
-    question: str,
+    words: tuple[str, ...],
+    question: str | None,
     more_images: tuple[str, ...],
     system: str | None,
-    stop: tuple[str, ...],
-    max_pixels: int,
     as_json: bool,
+    quiet: bool,
     load: dict[str, Any],
     sampling: dict[str, Any],
 ) -> None:
-    """Ask about an image: a path, - for stdin, or a data URI.
+    """Ask about images, or without them.
 
-    BUNDLE is a folder made by `convert`, or the name `demo`. The answer streams to stdout, timings go to stderr.
+    BUNDLE is a folder made by `convert`, or the name `demo`. An IMAGE is a path or a data URI. The last argument is
+    the question; if it is a file, the question is read from stdin. One - reads an image or the question from stdin.
+    The answer streams to stdout, timings go to stderr.
+
+    \b
+    pocketllava ask demo photo.jpg "What is in this photo?"
+    pocketllava ask demo before.png after.png "What changed?"
+    pocketllava ask demo "What is the capital of France?"
+    pocketllava ask demo photo.jpg < question.txt
     """
     from pocketllava import Llava, Options
     from pocketllava.types import conversation
 
-    options = Options(stop=stop, **sampling)
-    images = [image_argument(i) for i in (image, *more_images)]
-    with Llava.load(model, max_pixels=max_pixels, **load) as llava:
+    options = Options(**sampling)
+    sources, source = arguments(words, more_images, question)
+    images = [image_argument(source) for source in sources]
+    text = _text(stdin_bytes("question")) if source == STDIN else text_argument(source)
+    system = text_argument(system or "")
+    with Llava.load(model, **load) as llava:
         if as_json:
-            answer = llava.ask(images, question, options=options, system=system)
-            fields = {**asdict(answer), "tokens_per_s": round(answer.timings.tokens_per_s, 2)}
+            answer = llava.ask(images, text, options=options, system=system)
+            speed = round(answer.timings.tokens_per_s, 2)
+            fields = {**asdict(answer), "usage": asdict(answer.usage), "tokens_per_s": speed}
             click.echo(json.dumps(fields, ensure_ascii=False))
         else:
-            stream(llava, conversation(images, question, system), options)
+            stream(llava, conversation(images, text, system), options, quiet=quiet)
+
+
+def arguments(
+    words: tuple[str, ...], more_images: tuple[str, ...], question: str | None
+) -> tuple[list[str], str]:
+    """The images and the question, of which one may be - for stdin. Raises UsageError, InputError."""
+    images = [*words, *more_images]
+    if question is None:
+        if not words:
+            raise click.UsageError("Missing argument 'QUESTION'.")
+        *first, last = words
+        if last != STDIN and _exists(last):
+            question = _from_stdin(last)
+        else:
+            images, question = [*first, *more_images], last
+    if [*images, question].count(STDIN) > 1:
+        raise click.UsageError("stdin is one image or the question: found more than one -")
+    for image in images:
+        if (
+            image != STDIN and ":" not in image and not _exists(image)
+        ):  # data URIs, and URLs, which are not opened
+            raise InputError(
+                f"{image}: no such file, expected an image; a question of several words needs quotes"
+            )
+    return images, question
+
+
+def _from_stdin(last: str) -> str:
+    """- where a question may come over stdin, which a terminal's does not."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise click.UsageError(f"Missing argument 'QUESTION': {last} is a file, so it is an image.")
+    return STDIN
+
+
+def _exists(word: str) -> bool:
+    from pathlib import Path
+
+    try:
+        return Path(word).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, ~ of nobody
+        return False
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"question: stdin is not UTF-8 ({error})") from error

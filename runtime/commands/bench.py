@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import image_argument, load_options
+from pocketllava.commands.common import image_argument, load_options, quiet_option
 from pocketllava.commands.show import figure_lines
 
 
@@ -22,14 +22,14 @@ from pocketllava.commands.show import figure_lines
 )
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option("No progress bar.")
 def bench(
     model: str, image: str | None, runs: int, tokens: int, load: dict[str, Any], as_json: bool, quiet: bool
 ) -> None:
     """Measure image encoding, prompt evaluation, first tokens and decoding.
 
-    Every run shows pictures that were never shown before: the given one with a little noise in its middle.
-    Close other programs first: llama.cpp's threads wait by spinning, and share badly.
+    Every run asks about new pictures: the given one with a little noise in its middle. Close other programs first:
+    llama.cpp's threads wait by spinning, and slow each other down.
     """
     from tqdm import tqdm
 
@@ -47,7 +47,7 @@ def bench(
         figures = measure(llava, picture, runs=runs, tokens=tokens, progress=bar.update)
         about = {**machine(), **loaded(llava), "runs": runs, "tokens": tokens}
     if as_json:
-        shown = {"machine": about, "load": load, "figures": {f.name: f.to_json() for f in figures}}
-        click.echo(json.dumps(shown, ensure_ascii=False, default=str))
+        table = {"machine": about, "load": load, "figures": {f.name: f.to_json() for f in figures}}
+        click.echo(json.dumps(table, ensure_ascii=False, default=str))
         return
     click.echo("\n".join(figure_lines(about, figures)))

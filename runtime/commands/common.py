@@ -1,4 +1,4 @@
-"""What commands share: options for loading a model and sampling, image arguments, an answer as it comes, warnings.
+"""What commands share: options for loading a model and sampling, image arguments, an answer as it comes, messages.
 
 Answers go to stdout, everything else to stderr. Heavy imports stay inside functions, so that --help is quick.
 """
@@ -7,128 +7,136 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import textwrap
+from collections.abc import Callable, Iterable
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from pocketllava.commands.show import timing_line
-from pocketllava.types import KV_TYPES, WEIGHTS
+from pocketllava.errors import InputError
+from pocketllava.settings import Setting, nearest, settings
+from pocketllava.types import LoadOptions, Options
 
 if TYPE_CHECKING:
-    from pocketllava import Llava, Message, Options
+    from pocketllava import Llava, Message
 
-MEGA = 1_000_000
-GIGA = 1_000_000_000
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # not generic in click 8.1
 
-_LOAD_OPTIONS = (
-    click.option("--ctx", type=click.IntRange(1), help="Context in tokens [default: 2048]; an image takes 576."),
-    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads [default: physical cores]."),
-    click.option(
-        "--gpu-layers", type=click.IntRange(-1), default=-1, show_default=True,
-        help="Text layers on the GPU; -1 all, 0 none.",
-    ),
-    click.option(
-        "--kv-type", type=click.Choice(KV_TYPES), default=KV_TYPES[0], show_default=True,
-        help="Type of the KV cache; q8_0 takes half the memory of f16.",
-    ),
-    click.option(
-        "--weights", type=click.Choice(WEIGHTS), default=WEIGHTS[0], show_default=True,
-        help="Read the weights into memory, or map the file; auto does what suits the free memory.",
-    ),
-    click.option(
-        "--cache-dir", metavar="DIR", envvar="POCKETLLAVA_CACHE_DIR",
-        help="Keep encoded images there, for the next time they are shown.",
-    ),
-    click.option(
-        "--cache-size", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, metavar="GB",
-        help="The oldest files in DIR go beyond this.",
-    ),
-    click.option(
-        "--keep-prefixes", is_flag=True,
-        help="Keep evaluated images in DIR too, 0.3 GB each for a 7B model.",
-    ),
-)  # fmt: skip
-
-_SAMPLING_OPTIONS = (
-    click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of one answer."),
-    click.option(
-        "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
-        help="0 is greedy, as the reference decodes.",
-    ),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True),
-    click.option(
-        "--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens."
-    ),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeats what was sampled."),
-)  # fmt: skip
+Command = Callable[..., None]
+STDIN = "-"
+_PRINTED = {ord(c): c for c in "\n\t"}
+INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}") | _PRINTED
+_METAVARS = {"whole": "N", "number": "X", "texts": "TEXT", "folder": "DIR"}
 
 
-def load_options(command: Callable[..., None]) -> Callable[..., None]:
+class SettingType(ParamType):
+    """A setting's values, as they are typed."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.name = setting.kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Text -> value. Wrong ones are wrong usage."""
+        try:
+            return self._setting.value(self._parsed(str(value)))
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            expected = self._setting.expected.removeprefix("None or ")
+            hint = nearest(str(value), self._setting.choices)
+            self.fail(f"found {value!r}, expected {self._expected_units or expected}{hint}", param, ctx)
+
+    @property
+    def _expected_units(self) -> str:
+        return f"{self._setting.metavar} above 0" if self._setting.unit != 1 else ""
+
+    def _parsed(self, text: str) -> int | float | str:
+        if self._setting.kind == "whole":
+            return int(text) if self._setting.unit == 1 else int(float(text) * self._setting.unit)
+        return float(text) if self._setting.kind == "number" else text
+
+
+class OneOf(ParamType):
+    """A type's name in any case, from a list that is imported when it is needed. Names the nearest to a wrong one."""
+
+    name = "TYPE"
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self._names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name in upper case."""
+        names = list(self._names())
+        if str(value).upper() not in names:
+            hint = nearest(str(value), names, cutoff=0.4)
+            self.fail(f"found {value!r}{hint or ','} expected one of {', '.join(names)}", param, ctx)
+        return str(value).upper()
+
+
+def load_options(command: Command) -> Command:
     """The options of Llava.load, handed to the command as one dictionary, `load`."""
 
-    @functools.wraps(command)
-    def with_load(
-        *args: Any,
-        ctx: int | None,
-        threads: int | None,
-        gpu_layers: int,
-        kv_type: str,
-        weights: str,
-        cache_dir: str | None,
-        cache_size: float,
-        keep_prefixes: bool,
-        **rest: Any,
-    ) -> None:
-        if keep_prefixes and cache_dir is None:
-            raise click.UsageError("--keep-prefixes needs --cache-dir DIR")
-        load = {
-            "n_ctx": ctx,
-            "n_threads": threads,
-            "n_gpu_layers": gpu_layers,
-            "kv_type": kv_type,
-            "weights": weights,
-            "cache_dir": Path(cache_dir).expanduser() if cache_dir is not None else None,
-            "cache_bytes": int(cache_size * GIGA),
-            "keep_prefixes": keep_prefixes,
-        }
-        command(*args, load=load, **rest)
+    def check(load: dict[str, Any]) -> None:
+        if load["cache_dir"] is None:
+            refuse("without --cache-dir DIR", "cache_bytes", "keep_prefixes")
 
-    for option in reversed(_LOAD_OPTIONS):
-        with_load = option(with_load)
-    return with_load
+    return _with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command)
 
 
-def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+def sampling_options(*without: str) -> Callable[[Command], Command]:
     """How tokens are chosen, handed to the command as one dictionary of Options' fields, `sampling`."""
-
-    @functools.wraps(command)
-    def with_sampling(
-        *args: Any,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        seed: int | None,
-        **rest: Any,
-    ) -> None:
-        sampling = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-        }
-        command(*args, sampling=sampling, **rest)
-
-    for option in reversed(_SAMPLING_OPTIONS):
-        with_sampling = option(with_sampling)
-    return with_sampling
+    names = tuple(name for name in settings(Options) if name not in without)
+    return _with_options(Options, names, "sampling")
 
 
-def stream(llava: Llava, messages: list[Message], options: Options | None = None) -> str:
+def setting_option(options: type, name: str) -> Callable[[Command], Command]:
+    """One field of Options or LoadOptions as an option of its own, with the field's name."""
+    setting = settings(options)[name]
+    default = getattr(options, name)
+    text = setting.help
+    more: dict[str, Any] = {"type": SettingType(setting)} if setting.kind != "switch" else {"is_flag": True}
+    if setting.kind == "texts":
+        more |= {"multiple": True, "type": _NotEmpty()}
+    elif setting.kind == "choice" and len(setting.choices) == 1:
+        more = {"is_flag": True, "flag_value": setting.choices[0], "default": None, "type": str}
+    elif default is not None and setting.kind != "switch":
+        shown = f"{default / setting.unit:g}" if setting.unit != 1 else default
+        more["default"], text = shown, f"{text}  [default: {shown}]"
+    elif setting.default_text:
+        text = f"{text}  [default: {setting.default_text}]"
+    if not more.get("is_flag"):
+        choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS[setting.kind]
+        more["metavar"] = setting.metavar or choices
+    return click.option(name, *setting.flags, help=text, envvar=setting.variable, **more)
+
+
+def quiet_option(text: str) -> Callable[[Command], Command]:
+    """-q, --quiet."""
+    return click.option("-q", "--quiet", is_flag=True, help=text)
+
+
+def refuse(without: str, *names: str) -> None:
+    """Refuse options that were given on the command line and do nothing `without` another."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and given(parameter.name):
+            raise click.UsageError(f"{max(parameter.opts, key=len)} does nothing {without}")
+
+
+def given(name: str) -> bool:
+    """Whether an option was given on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def stream(
+    llava: Llava, messages: list[Message], options: Options | None = None, *, quiet: bool = False
+) -> str:
     """The answer to stdout as it comes, then the timings to stderr; returns its text.
 
     Ctrl-C stops it within a token, prompt evaluation included.
@@ -136,20 +144,56 @@ def stream(llava: Llava, messages: list[Message], options: Options | None = None
     from pocketllava.engine.background import in_background
 
     text, timings = "", None
+    on_terminal = sys.stdout.isatty()
     for chunk in in_background(llava.stream, messages, options=options):
-        click.echo(chunk.text, nl=False)
+        click.echo(chunk.text.translate(INERT) if on_terminal else chunk.text, nl=False)
         sys.stdout.flush()
         text += chunk.text
         timings = chunk.timings or timings
     click.echo()
-    if timings:
+    if timings and not quiet:
         click.echo(timing_line(timings), err=True)
     return text
 
 
+def text_argument(value: str) -> str:
+    """A text of the command line, as UTF-8 whatever the locale says."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def image_argument(value: str) -> str | bytes:
     """`-` is stdin; everything else is for image.load."""
-    return sys.stdin.buffer.read() if value == "-" else value
+    return stdin_bytes("image") if value == STDIN else value
+
+
+def stdin_bytes(name: str) -> bytes:
+    """All of stdin. Raises InputError if there is nothing."""
+    data = sys.stdin.buffer.read() if sys.stdin else b""
+    if not data:
+        raise InputError(f"{name}: found nothing on stdin")
+    return data
+
+
+def use_utf8() -> None:
+    """Let the standard streams speak UTF-8 whatever the locale says: answers are in any script."""
+    for standard_stream in (sys.stdin, sys.stdout, sys.stderr):
+        if reconfigure := getattr(standard_stream, "reconfigure", None):
+            reconfigure(encoding="utf-8", errors="replace")
+
+
+def complain(kind: str, text: str) -> None:
+    """A line on stderr, "kind: text"; in color and broken between words on a terminal."""
+    line = f"{kind}: {' '.join(text.translate(INERT).split())}"
+    if sys.stderr.isatty():
+        columns = get_terminal_size().columns
+        line = textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+    label = click.style(f"{kind}:", fg="red" if kind == "error" else "yellow")
+    click.echo(label + line.removeprefix(f"{kind}:"), err=True, color=color())
+
+
+def color() -> bool | None:
+    """False where NO_COLOR is set (no-color.org); otherwise click looks for a terminal."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 def show_warnings() -> None:
@@ -157,8 +201,40 @@ def show_warnings() -> None:
 
     class Line(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            click.echo(f"warning: {record.getMessage()}", err=True)
+            complain("warning", record.getMessage())
 
     handler = Line(logging.WARNING)
     handler.addFilter(lambda record: not record.name.startswith("pocketllava.llama"))
     logging.getLogger("pocketllava").addHandler(handler)
+
+
+class _NotEmpty(ParamType):
+    name = "TEXT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself."""
+        return str(value) or self.fail("found an empty text, expected one that can appear", param, ctx)
+
+
+def _with_options(
+    options: type,
+    names: tuple[str, ...],
+    argument: str,
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> Callable[[Command], Command]:
+    """Fields of a dataclass as options, handed to the command as one dictionary."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_values(*args: Any, **rest: Any) -> None:
+            values = {name: rest.pop(name) for name in names}
+            if check:
+                check(values)
+            command(*args, **{argument: values}, **rest)
+
+        decorated: Command = with_values
+        for name in reversed(names):
+            decorated = setting_option(options, name)(decorated)
+        return decorated
+
+    return decorate

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from pocketllava.commands.progress import progress_bar, show_bundles, targets
+from pocketllava.commands.common import OneOf, quiet_option, refuse
+from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundles, targets, text_types
 from pocketllava.commands.show import plan_lines
+
+CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "threads", "resume")
 
 
 @click.command()
 @click.argument("source", required=False)
 @click.option(
+    "-o",
     "--out",
     metavar="DIR",
     help="Folder to make: model.gguf, mmproj.gguf, bundle.json; of several --quant DIR/TYPE, or as {quant} says."
@@ -28,14 +34,14 @@ from pocketllava.commands.show import plan_lines
     default=("Q4_K_M",),
     show_default=True,
     multiple=True,
-    metavar="TYPE",
+    type=OneOf(text_types),
     help="Type of the text model; several make a bundle each from one pass over the checkpoint.",
 )
 @click.option(
     "--mmproj",
     default="F16",
     show_default=True,
-    metavar="TYPE",
+    type=OneOf(mmproj_types),
     help="Type of the vision tower: F32, F16, BF16, Q8_0.",
 )
 @click.option(
@@ -48,12 +54,16 @@ from pocketllava.commands.show import plan_lines
     help="CLIP model (folder or hub id) for a checkpoint in the original LLaVA format [default: the one it names].",
 )
 @click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Threads that quantize [default: physical cores]."
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Threads that quantize [default: physical cores].",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
 @click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
-@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+@quiet_option("No progress bar, no summary.")
 def convert(
     source: str | None,
     out: str | None,
@@ -80,13 +90,16 @@ def convert(
     if broken is not None:
         if source is not None:
             raise click.UsageError("--repair takes the place of SOURCE; give one of them")
+        refuse("with --repair", *CONVERTING)
         from pocketllava.commands.repair import repair_file
 
         repair_file(broken, out, force=force, dry_run=dry_run, quiet=quiet)
         return
     if source is None or out is None:
         raise click.UsageError("Missing argument 'SOURCE'." if source is None else "Missing option '--out'.")
-    if quiet:
+    if Path(source).expanduser().is_dir():
+        refuse("with a folder; it is a hub id's branch, tag or commit", "revision")
+    elif quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()

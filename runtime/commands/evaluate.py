@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import load_options
+from pocketllava.commands.common import load_options, quiet_option
 from pocketllava.commands.show import summary_lines
 
 
@@ -31,7 +31,7 @@ from pocketllava.commands.show import summary_lines
 )
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option("No progress bar.")
 def evaluate(
     model: str,
     questions: str,
@@ -50,20 +50,21 @@ def evaluate(
     from tqdm import tqdm
 
     from pocketllava import Llava
-    from pocketllava.measure.accuracy import SCENES, ResultsFile, items, run, summary, what
+    from pocketllava.measure.accuracy import SCENES, ResultsFile, header, items, run, summary
 
     with Llava.load(model, **load) as llava:
         chosen = list(items(questions, limit))
         name = "scenes" if questions == SCENES else Path(questions).stem
         file = ResultsFile(
-            Path(results or f"{llava.bundle.folder.name}.{name}.results.jsonl"), what(llava.bundle, questions)
+            Path(results or f"{llava.bundle.folder.name}.{name}.results.jsonl"),
+            header(llava.bundle, questions),
         )
-        found = []
+        answered = []
         for result in tqdm(
             run(llava, chosen, file.done), total=len(chosen), unit="question", disable=True if quiet else None
         ):
             file.add(result)
-            found.append(result)
-    table = summary(found)
+            answered.append(result)
+    table = summary(answered)
     click.echo(json.dumps(table) if as_json else "\n".join(summary_lines(table)))
     click.echo(f"answers: {file.path}", err=True)

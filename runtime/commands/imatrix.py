@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import load_options
+from pocketllava.commands.common import load_options, quiet_option, refuse
 
 
 @click.command()
@@ -23,9 +23,11 @@ from pocketllava.commands.common import load_options
     show_default=True,
     help="So much of the model's own answer to each question counts too.",
 )
-@click.option("--out", required=True, metavar="FILE", help="The matrix, in llama-quantize's GGUF format.")
+@click.option(
+    "-o", "--out", required=True, metavar="FILE", help="The matrix, in llama-quantize's GGUF format."
+)
 @load_options
-@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+@quiet_option("No progress bar, no summary.")
 def imatrix(
     model: str,
     images: str | None,
@@ -48,8 +50,10 @@ def imatrix(
 
     if (images is None) == (text is None):
         raise click.UsageError("give either --images FOLDER or --text FILE")
+    if text is not None:
+        refuse("with --text", "questions", "answer_tokens")
     source = Path(str(images if text is None else text)).expanduser()
-    asked = QUESTIONS if questions is None else _lines(Path(questions).expanduser())
+    texts = QUESTIONS if questions is None else _lines(Path(questions).expanduser())
     _check_source(source, images is not None)
     with Llava.load(model, **load) as llava, tqdm(unit="prompt", disable=True if quiet else None) as bar:
 
@@ -58,12 +62,12 @@ def imatrix(
             bar.update(done - bar.n)
 
         done = collect(
-            llava, source, Path(out).expanduser(), questions=asked, limit=limit, answer_tokens=answer_tokens,
+            llava, source, Path(out).expanduser(), questions=texts, limit=limit, answer_tokens=answer_tokens,
             progress=progress,
         )  # fmt: skip
     if not quiet:
-        what = f"{done.images} pictures" if done.images else "text"
-        click.echo(f"{out}: {done.entries} matrices, {done.positions} positions of {what}", err=True)
+        source_text = f"{done.images} pictures" if done.images else "text"
+        click.echo(f"{out}: {done.entries} matrices, {done.positions} positions of {source_text}", err=True)
 
 
 def _check_source(source: Path, pictures: bool) -> None:
@@ -77,9 +81,9 @@ def _lines(path: Path) -> tuple[str, ...]:
     from pocketllava.errors import InputError
 
     try:
-        found = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        questions = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    if not found:
+    if not questions:
         raise InputError(f"{path}: no questions, expected one a line")
-    return found
+    return questions

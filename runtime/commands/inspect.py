@@ -1,4 +1,4 @@
-"""`pocketllava inspect`: what a bundle is made of and takes, or one picture followed through it."""
+"""`pocketllava inspect`: a bundle's parts and memory, or one picture followed through the model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import click
 
-from pocketllava.commands.common import image_argument
+from pocketllava.commands.common import image_argument, refuse, setting_option
 from pocketllava.commands.show import memory_line, trace_lines, tree
-from pocketllava.types import KV_TYPES
+from pocketllava.types import LoadOptions
 
 
 @click.command()
@@ -19,24 +19,20 @@ from pocketllava.types import KV_TYPES
     "--question", default="What is in the image?", show_default=True, help="The question asked with --image."
 )
 @click.option("--check", is_flag=True, help="Compare both files' SHA-256 with the recorded ones.")
-@click.option(
-    "--ctx", type=click.IntRange(1), help="Show the memory that this context takes [default: 2048]."
-)
-@click.option(
-    "--kv-type",
-    type=click.Choice(KV_TYPES),
-    default=KV_TYPES[0],
-    show_default=True,
-    help="Show the memory with this type of KV cache.",
-)
+@setting_option(LoadOptions, "n_ctx")
+@setting_option(LoadOptions, "kv_type")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
-    model: str, image: str | None, question: str, check: bool, ctx: int | None, kv_type: str, as_json: bool
+    model: str, image: str | None, question: str, check: bool, n_ctx: int | None, kv_type: str, as_json: bool
 ) -> None:  # fmt: skip
     """Show a bundle's three parts with shapes and types and the memory that it takes, or follow one picture."""
     from pocketllava.models.memory import available_bytes, memory
     from pocketllava.names import open_bundle
 
+    if image is None:
+        refuse("without --image IMAGE", "question")
+    else:
+        refuse("with --image: it shows the memory that a context takes", "n_ctx", "kv_type")
     bundle = open_bundle(model)
     if check:
         bundle.check_hashes()
@@ -47,7 +43,7 @@ def inspect(
             trace = llava.trace(image_argument(image), question)
         click.echo(json.dumps(asdict(trace)) if as_json else "\n".join(trace_lines(trace)))
         return
-    needed = memory(bundle, ctx, kv_type)
+    needed = memory(bundle, n_ctx, kv_type)
     if as_json:
         click.echo(json.dumps({**bundle.manifest.to_json(), "memory": asdict(needed)}, ensure_ascii=False))
         return

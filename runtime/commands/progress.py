@@ -1,8 +1,8 @@
-"""What converting commands share: where their bundles go, a progress bar, what was made."""
+"""What converting commands share: names of types and folders, a progress bar, the list of new files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,21 @@ from pocketllava.commands.show import size
 if TYPE_CHECKING:
     from pocketllava.models import Bundle
 
-PLACE = "{quant}"
+PLACEHOLDER = "{quant}"
+
+
+def text_types() -> Iterable[str]:
+    """Types of a text model, by name."""
+    from pocketllava.convert.plan.quantize import TEXT_TYPES
+
+    return TEXT_TYPES
+
+
+def mmproj_types() -> Iterable[str]:
+    """Types of a vision tower, by name."""
+    from pocketllava.convert.plan.quantize import MMPROJ_TYPES
+
+    return MMPROJ_TYPES
 
 
 def targets(out: str, quants: Sequence[str]) -> dict[Path, str]:
@@ -23,8 +37,8 @@ def targets(out: str, quants: Sequence[str]) -> dict[Path, str]:
     names = list(dict.fromkeys(quant.upper() for quant in quants))
     if len(names) == 1:
         return {Path(out).expanduser(): names[0]}
-    pattern = out if PLACE in out else str(Path(out) / PLACE)
-    return {Path(pattern.replace(PLACE, name)).expanduser(): name for name in names}
+    pattern = out if PLACEHOLDER in out else str(Path(out) / PLACEHOLDER)
+    return {Path(pattern.replace(PLACEHOLDER, name)).expanduser(): name for name in names}
 
 
 @contextmanager
@@ -43,7 +57,7 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
         if stage not in bars:
             close()
             disable = True if quiet else None  # None: only on a terminal
-            # what an earlier run did counts as done, and not towards the rate
+            # an earlier run's bytes count as done, and not towards the rate
             bars[stage] = tqdm(
                 total=total, initial=done, desc=stage, unit="B", unit_scale=True, disable=disable
             )
@@ -58,7 +72,7 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
 
 
 def show_bundles(bundles: Sequence[Bundle]) -> None:
-    """The files that were made, a line a bundle, on stderr."""
+    """List the files of new bundles on stderr, a line a bundle."""
     for bundle in bundles:
         sizes = {name: record.bytes for name, record in bundle.manifest.files.items()}
         click.echo(", ".join(f"{bundle.folder / n} {size(b)}" for n, b in sizes.items()), err=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import click
 
-from pocketllava.commands.progress import progress_bar, show_bundles, targets
+from pocketllava.commands.common import OneOf, quiet_option
+from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundles, targets, text_types
 
 
 @click.command()
 @click.argument("bundle")
 @click.option(
+    "-o",
     "--out",
     required=True,
     metavar="DIR",
@@ -20,18 +22,24 @@ from pocketllava.commands.progress import progress_bar, show_bundles, targets
     "quants",
     required=True,
     multiple=True,
-    metavar="TYPE",
+    type=OneOf(text_types),
     help="Type of the text model; may be repeated.",
 )
 @click.option(
-    "--mmproj", metavar="TYPE", help="Type of the vision tower: F32, F16, BF16, Q8_0 [default: copied]."
+    "--mmproj",
+    type=OneOf(mmproj_types),
+    help="Type of the vision tower: F32, F16, BF16, Q8_0 [default: copied].",
 )
 @click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Threads that quantize [default: physical cores]."
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Threads that quantize [default: physical cores].",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
 @click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
-@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+@quiet_option("No progress bar, no summary.")
 def quantize(
     bundle: str,
     out: str,
@@ -51,7 +59,7 @@ def quantize(
     from pocketllava.names import open_bundle
 
     with progress_bar(quiet) as progress:
-        made = requantize(
+        bundles = requantize(
             open_bundle(bundle),
             targets(out, quants),
             mmproj=mmproj,
@@ -61,4 +69,4 @@ def quantize(
             resume=resume,
         )
     if not quiet:
-        show_bundles(made)
+        show_bundles(bundles)

@@ -1,4 +1,4 @@
-"""`pocketllava convert --repair`: what was wrong with an mmproj, the file put right, how far its features move."""
+"""`pocketllava convert --repair`: an mmproj's faults, the repaired file, and the change of its features."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ def repair_file(broken: str, out: str | None, *, force: bool, dry_run: bool, qui
     from pocketllava.convert.repair import examine, find_mmproj, repair
 
     source = find_mmproj(Path(broken).expanduser())
-    found = examine(source)
-    for fault in found.faults:
+    examined = examine(source)
+    for fault in examined.faults:
         click.echo(f"{source.name}: {fault}")
-    if not found.faults:
+    if not examined.faults:
         click.echo(f"{source}: nothing to repair")
-    if dry_run or not found.faults:
+    if dry_run or not examined.faults:
         return
     beside = source if force else source.with_name(f"{source.stem}-repaired.gguf")
     target = Path(out).expanduser() if out is not None else beside
     lines: list[str] = []
-    repair(found, target, force=force, look=None if quiet else lambda new: lines.append(_moved(source, new)))
+    repair(
+        examined, target, force=force, look=None if quiet else lambda new: lines.append(_moved(source, new))
+    )
     click.echo("".join(f"{line}\n" for line in lines), nl=False)
     if not quiet:
         click.echo(f"{target}: written, tensor data unchanged", err=True)

@@ -1,4 +1,4 @@
-"""How plans, bundles, traces and timings look as lines of text. Knows their fields; prints nothing."""
+"""Plans, bundles, traces and timings as lines of text. Knows their fields; prints nothing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from pocketllava.models.gguf_header import Header, TensorInfo
     from pocketllava.models.memory import Memory
 
-AROUND = 6  # token ids shown on either side of an image
+NEIGHBORS = 6  # token ids shown on either side of an image
+SHOWN_S = 0.005  # a shorter wait in the queue would read as 0.00 s
 
 
 def plan_lines(planned: ConvertPlan, out: str, threads: int) -> list[str]:
-    """Every tensor of both files, what is left out, disk and memory."""
+    """Every tensor of both files, the tensors left out, disk and memory."""
     lines = []
     for file, name in ((planned.text, "model.gguf"), (planned.mmproj, "mmproj.gguf")):
         lines.append(f"{name}  {size(file.n_bytes)} of tensors")
@@ -31,14 +32,15 @@ def plan_lines(planned: ConvertPlan, out: str, threads: int) -> list[str]:
 
 
 def timing_line(t: Timings) -> str:
-    """Where an answer's time went, and what evaluated it."""
-    kept = f" ({t.kept_tokens} kept)" if t.kept_tokens else ""
+    """An answer's timings and devices."""
+    cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
     left_out = f" | {t.left_out} oldest messages left out" if t.left_out else ""
-    where = f"text: {t.devices[0]} | vision: {t.devices[1]}"
+    devices = f"text: {t.devices[0]} | vision: {t.devices[1]}"
+    queue = f"queue {t.queue_s:.2f} s | " if t.queue_s >= SHOWN_S else ""
     return (
-        f"load {t.load_s:.2f} s | image {t.prepare_s:.2f} s | encoding {t.encode_s:.2f} s"
-        f" | prompt {t.prompt_tokens} tokens{kept} {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
-        f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | {where}{left_out}"
+        f"load {t.load_s:.2f} s | {queue}image {t.preprocess_s:.2f} s | encoding {t.encode_s:.2f} s"
+        f" | prompt {t.prompt_tokens} tokens{cached} {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
+        f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | {devices}{left_out}"
     )
 
 
@@ -62,7 +64,7 @@ def tree(bundle: Bundle) -> list[str]:
 
 
 def memory_line(m: Memory, available: int) -> str:
-    """What a loaded bundle takes, part by part, beside what is free."""
+    """The memory that a loaded bundle takes, part by part, and the free memory."""
     parts = f"text model {size(m.text)}, vision {size(m.vision)}, KV cache of {m.n_ctx} tokens in {m.kv_type}"
     return (
         f"memory: {size(m.total)} ({parts} {size(m.kv_cache)}, buffers about {size(m.buffers)}), and {size(m.prefix)}"
@@ -83,8 +85,8 @@ def trace_lines(t: Trace) -> list[str]:
         f"  -> vision tower {t.vision_shape} (class token {place})",
         f"  -> projector {t.feature_shape}",
         f"  -> positions {first}..{last} of {len(t.token_ids)} in the prompt",
-        f"before: {_tokens(t, first - AROUND, first)}",
-        f"after:  {_tokens(t, last + 1, last + 1 + AROUND)}",
+        f"before: {_tokens(t, first - NEIGHBORS, first)}",
+        f"after:  {_tokens(t, last + 1, last + 1 + NEIGHBORS)}",
         f"the embeddings at positions {first}..{last} {verdict} the image features"
         f" (largest difference {t.max_difference:.1e} after the first RMS norm)",
     ]
@@ -125,7 +127,7 @@ def size(n_bytes: int) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Three digits that count, and no powers of ten; "-" for what could not be measured."""
+    """Three significant digits, without powers of ten; "-" for no value."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"

@@ -2,15 +2,20 @@
 
 Calls from other threads wait until the running answer is finished. A call from the thread that left a
 stream suspended ends that stream, because waiting for it would wait for ever; resuming it is an error.
+A child of fork() shares the model's memory but not its threads, so it gets no lease.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pocketllava.errors import StateError
+
+WAKE_S = 0.1  # how often a waiting call looks for a stop, and lets Ctrl-C through on Windows
 
 
 class Lease:
@@ -29,18 +34,45 @@ class ModelLock:
         self._changed = threading.Condition()
         self._current: Lease | None = None
         self._closed = False
+        self._pid = os.getpid()
 
-    def acquire(self) -> Lease:
-        """Wait for one's turn. Raises StateError once closed."""
+    def check(self) -> None:
+        """Raises StateError once closed, and in a child of fork()."""
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"model: loaded by process {self._pid}, used in its child {os.getpid()}; load it there,"
+                " or start workers by spawn"
+            )
+        if self._closed:
+            raise StateError("model: used after close(); load it again")
+
+    def acquire(self, timeout_s: float | None = None, should_stop: Callable[[], bool] | None = None) -> Lease:
+        """Wait for the calls before. Raises StateError as check() does and after timeout_s, Interrupted."""
+        self.check()
+        end = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while self._current is not None and not self._may_take_over(self._current):
-                self._changed.wait()
-            if self._closed:
-                raise StateError("model: used after close(); load it again")
+                self._wait(end, timeout_s, should_stop)
+            self.check()
             if self._current is not None:
                 self._current.ended = True
             self._current = Lease()
             return self._current
+
+    def _wait(
+        self, end: float | None, timeout_s: float | None, should_stop: Callable[[], bool] | None
+    ) -> None:
+        if should_stop is not None and should_stop():
+            from pocketllava.llamacpp.guard import Interrupted
+
+            raise Interrupted
+        left_s = WAKE_S if end is None else end - time.monotonic()
+        if left_s <= 0:
+            raise StateError(
+                f"model: still busy with another call after {timeout_s:g} s (queue_timeout_s);"
+                " ask again later, or wait longer"
+            )
+        self._changed.wait(min(left_s, WAKE_S))
 
     def _may_take_over(self, lease: Lease) -> bool:
         return not lease.running and lease.thread == threading.get_ident()
@@ -67,9 +99,9 @@ class ModelLock:
                 self._changed.notify_all()
 
     @contextmanager
-    def lease(self) -> Iterator[Lease]:
+    def lease(self, should_stop: Callable[[], bool] | None = None) -> Iterator[Lease]:
         """A lease for a call that does not stream."""
-        lease = self.acquire()
+        lease = self.acquire(should_stop=should_stop)
         try:
             yield lease
         finally:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 
 class Preparation:
-    """Made by Llava.prepare. A question about the same images waits for it, one about others ends it."""
+    """Made by Llava.prefill. A question about the same images waits for it, one about others ends it."""
 
     def __init__(self, work: Callable[[Callable[[], bool]], None], digests: Sequence[str | None]) -> None:
         self._digests, self._work = tuple(digests), work

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +46,21 @@ class Prefilled:
     """
 
     token_ids: list[int]
+    prompt_tokens: int
     image_tokens: int
     cached_tokens: int
-    prepare_s: float
+    preprocess_s: float
     encode_s: float
     prompt_s: float
     left_out: int
+
+
+class PrefillInterrupted(Interrupted):
+    """prefill() was asked to stop; `prefilled` counts the work until then and has no token ids."""
+
+    def __init__(self, prefilled: Prefilled) -> None:
+        super().__init__()
+        self.prefilled = prefilled
 
 
 class Session:
@@ -108,34 +118,40 @@ class Session:
     ) -> Prefilled:
         """Bring a conversation into the KV cache, ready for sampling; what the cache holds of it stays.
 
-        should_stop: ends it with Interrupted once it is true. to_sample=False: no further than the last image.
-        truncate_for: leave out the oldest turns of a conversation that has no room for that many tokens more.
+        should_stop: ends it with PrefillInterrupted once it is true. to_sample=False: no further than the last
+        image. truncate_for: leave out the oldest turns of a conversation that has no room for that many tokens more.
         Raises InputError (ContextOverflow, ImageError) before the cache is touched, BackendError after.
         """
-        clock = _Clock()
+        work = _Work()
+        try:
+            self._prefill(work, messages, should_stop, to_sample, truncate_for)
+        except Interrupted as error:
+            raise PrefillInterrupted(work.prefilled([])) from error
+        return work.prefilled(self.text.token_ids)
+
+    def _prefill(
+        self,
+        work: _Work,
+        messages: Sequence[Message],
+        should_stop: ShouldStop | None,
+        to_sample: bool,
+        truncate_for: int | None,
+    ) -> None:
+        """prefill(), noting what is done as it goes."""
         n_messages = len(messages)
-        messages, counted = self._fitting(messages, truncate_for)
-        prompt, images = self._prompt(messages, counted, should_stop)
-        if not to_sample:
-            prompt = prompt[: next(iter(image_ends(prompt)), 0)]
-        prepare_s = clock.lap()
-        with translated("restoring the prompt"):
-            n_reused = self.cache.reuse(prompt, to_sample=to_sample)
-        reuse_s = clock.lap()
-        missing = {item.key for item in prompt[n_reused:] if isinstance(item, ImageSpan)}
-        features = {key: self._encoded(images[key], should_stop) for key in missing}
-        encode_s = clock.lap()
-        with translated("evaluating the prompt"):
-            self.cache.decode(prompt, n_reused, features, should_stop)
-        return Prefilled(
-            token_ids=self.text.token_ids,
-            image_tokens=n_positions([item for item in prompt if isinstance(item, ImageSpan)]),
-            cached_tokens=n_positions(prompt[:n_reused]),
-            prepare_s=prepare_s,
-            encode_s=encode_s,
-            prompt_s=reuse_s + clock.lap(),
-            left_out=n_messages - len(messages),
-        )
+        with work.timed("preprocess"):
+            messages, work.prompt = self._fitting(messages, truncate_for)
+            work.left_out = n_messages - len(messages)
+            work.prompt, images = self._prompt(messages, work.prompt, should_stop)
+            if not to_sample:
+                work.prompt = work.prompt[: next(iter(image_ends(work.prompt)), 0)]
+        with work.timed("prompt"), translated("restoring the prompt"):
+            work.n_reused = self.cache.reuse(work.prompt, to_sample=to_sample)
+        with work.timed("encode"):
+            missing = {item.key for item in work.prompt[work.n_reused :] if isinstance(item, ImageSpan)}
+            features = {key: self._encoded(images[key], should_stop) for key in missing}
+        with work.timed("prompt"), translated("evaluating the prompt"):
+            self.cache.decode(work.prompt, work.n_reused, features, should_stop)
 
     def generate(self, prefilled: Prefilled, options: Options) -> Iterator[int]:
         """Sample the answer's tokens, one by one. Raises BackendError."""
@@ -147,8 +163,8 @@ class Session:
                 temp=options.temperature,
                 top_p=options.top_p,
                 top_k=options.top_k,
-                min_p=0.0,
-                repeat_penalty=1.0,
+                min_p=options.min_p,
+                repeat_penalty=options.repeat_penalty,
             )
 
     def image_features(self, image: ImageSource) -> Features:
@@ -243,13 +259,32 @@ def _check(should_stop: Callable[[], bool] | None) -> None:
         raise Interrupted
 
 
-class _Clock:
-    """Seconds between laps."""
+class _Work:
+    """What a prefill has done so far."""
 
     def __init__(self) -> None:
-        self._last = time.perf_counter()
+        self.prompt: list[PromptItem] = []
+        self.n_reused = self.left_out = 0
+        self._seconds = {"preprocess": 0.0, "encode": 0.0, "prompt": 0.0}
 
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes to a stage, however it ends."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += time.perf_counter() - start
+
+    def prefilled(self, token_ids: list[int]) -> Prefilled:
+        """What was done."""
+        return Prefilled(
+            token_ids=token_ids,
+            prompt_tokens=n_positions(self.prompt),
+            image_tokens=n_positions([item for item in self.prompt if isinstance(item, ImageSpan)]),
+            cached_tokens=n_positions(self.prompt[: self.n_reused]),
+            preprocess_s=self._seconds["preprocess"],
+            encode_s=self._seconds["encode"],
+            prompt_s=self._seconds["prompt"],
+            left_out=self.left_out,
+        )

@@ -21,7 +21,7 @@ from pocketllava.llamacpp.private import private
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
 from pocketllava.names import open_bundle
-from pocketllava.prompt.openai import from_openai
+from pocketllava.prompt.openai import as_messages
 from pocketllava.types import GIGA, LoadOptions
 
 
@@ -82,7 +82,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         if options.pop("logprobs", False):
             options["logprobs"] = top_logprobs or 0
         options.setdefault("repeat_penalty", 1.0)
-        prefilled = self.session(llama).prefill([from_openai(message) for message in messages])
+        prefilled = self.session(llama).prefill(as_messages(messages))
         completion = llama.create_completion(prompt=prefilled.token_ids, **options)
         to_chat = private("llama_cpp.llama_chat_format", "_convert_completion_to_chat")
         return to_chat(completion, stream=options.get("stream", False))

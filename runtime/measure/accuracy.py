@@ -1,7 +1,7 @@
 """How often a model's answers are right: questions with known answers, scored as the field scores them.
 
-Knows scoring and the two sources of questions (drawn scenes, a JSONL file); a model is anything with
-Llava's chat(). Results are appended to a file line by line, so that an interrupted run goes on.
+Knows scoring and the two sources of questions (drawn scenes, a JSONL file); a model is anything with Llava's chat().
+Results are appended to a file line by line, so an interrupted run continues with the next question.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 NUMBERS = {word: str(n) for n, word in enumerate(DIGITS)}
 
 
-class Answers(Protocol):
-    """What can be evaluated."""
+class Model(Protocol):
+    """A model that can be evaluated: Llava, or a script of answers."""
 
     def chat(self, messages: Sequence[Message], *, options: Options | None = None) -> Answer:
         """Answer a conversation."""
@@ -64,8 +64,8 @@ def items(questions: str, limit: int | None) -> Iterator[Item]:
     return file_items(Path(questions), limit)
 
 
-def what(bundle: Bundle, questions: str) -> dict[str, Any]:
-    """What a results file is about: both files' hashes and the set of questions."""
+def header(bundle: Bundle, questions: str) -> dict[str, Any]:
+    """The first line of a results file: the hashes of both model files and of the set of questions."""
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     return {"model": files, "set": questions if questions == SCENES else sha256(Path(questions))}
 
@@ -109,8 +109,8 @@ def file_items(path: Path, limit: int | None) -> Iterator[Item]:
             ) from error
 
 
-def run(model: Answers, items: Iterable[Item], done: Mapping[str, Result]) -> Iterator[Result]:
-    """Answer and score every item, taking those that are done already."""
+def run(model: Model, items: Iterable[Item], done: Mapping[str, Result]) -> Iterator[Result]:
+    """Answer and score every item, except for those that are done already."""
     for item in items:
         if item.id in done:
             yield done[item.id]
@@ -144,7 +144,7 @@ def soft(answer: str, expected: Sequence[str]) -> float:
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """{"n", "accuracy", "soft_accuracy", "by_type", "yes_no"}; yes_no only where every answer is yes or no."""
+    """{"n", "accuracy", "soft_accuracy", "by_type", "yes_no"}; yes_no is about questions with such answers, if any."""
     kinds = sorted({r.kind for r in results})
     by_type = {k: _mean([r.exact for r in results if r.kind == k]) for k in kinds}
     table = {
@@ -153,44 +153,44 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         "soft_accuracy": _mean([r.soft for r in results]),
         "by_type": by_type,
     }
-    asked = [r for r in results if normalized(r.expected[0]) in YES_NO]
-    return table | ({"yes_no": yes_no(asked)} if asked else {})
+    answerable = [r for r in results if normalized(r.expected[0]) in YES_NO]
+    return table | ({"yes_no": yes_no(answerable)} if answerable else {})
 
 
 def yes_no(results: Sequence[Result]) -> dict[str, float]:
     """Precision, recall and F1 of "yes" and the share of yeses, as POPE reports (arXiv:2305.10355)."""
-    said = [normalized(r.answer).split(" ")[0] == "yes" for r in results]
-    true = [normalized(r.expected[0]) == "yes" for r in results]
-    hits = sum(s and t for s, t in zip(said, true, strict=True))
-    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
+    predicted = [normalized(r.answer).split(" ")[0] == "yes" for r in results]
+    actual = [normalized(r.expected[0]) == "yes" for r in results]
+    hits = sum(p and a for p, a in zip(predicted, actual, strict=True))
+    precision, recall = hits / max(1, sum(predicted)), hits / max(1, sum(actual))
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    right = _mean([float(s == t) for s, t in zip(said, true, strict=True)])
+    accuracy = _mean([float(p == a) for p, a in zip(predicted, actual, strict=True)])
     shares = {
-        "accuracy": right,
+        "accuracy": accuracy,
         "precision": precision,
         "recall": recall,
         "f1": f1,
-        "yes": _mean(list(map(float, said))),
+        "yes": _mean(list(map(float, predicted))),
     }
     return {name: round(value, 4) for name, value in shares.items()}
 
 
 class ResultsFile:
-    """A JSONL file: a first line that says what was evaluated, then one result a line."""
+    """A JSONL file: a header, then one result a line."""
 
-    def __init__(self, path: Path, what: dict[str, Any]) -> None:
-        """Raises InputError if the file holds results of something else."""
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """Raises InputError if the file has another header."""
         self.path, self.done = path, dict[str, Result]()
         if path.exists():
             first, *rest = path.read_text("utf-8").splitlines() or [""]
-            if _parsed(first) != what:
+            if _parsed(first) != header:
                 raise InputError(
                     f"{path}: holds results of another model or set; give another --results file"
                 )
             rows = (row for row in map(_parsed, rest) if row)
             self.done = {row["id"]: Result(**{**row, "expected": tuple(row["expected"])}) for row in rows}
-        kept = [json.dumps(what), *(json.dumps(asdict(r), ensure_ascii=False) for r in self.done.values())]
-        path.write_text("\n".join(kept) + "\n", "utf-8")
+        lines = [json.dumps(header), *(json.dumps(asdict(r), ensure_ascii=False) for r in self.done.values())]
+        path.write_text("\n".join(lines) + "\n", "utf-8")
 
     def add(self, result: Result) -> None:
         """Append a result, unless it is there."""
@@ -201,7 +201,7 @@ class ResultsFile:
 
 
 def _parsed(line: str) -> Any:
-    """A line's JSON, or None for one that was cut off by a kill."""
+    """A line's JSON, or None for an incomplete one, which a kill leaves."""
     try:
         return json.loads(line)
     except ValueError:

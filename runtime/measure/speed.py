@@ -1,7 +1,7 @@
-"""Where the time of answers goes on this machine: measured on a loaded model, as medians of several runs.
+"""Times the stages of an answer on this machine with a loaded model, over several runs.
 
-Knows Llava, its timings and the machine; prints nothing. Every run shows pictures that no cache, in memory
-or on disk, can hold.
+Knows Llava, its timings and the machine; prints nothing. Every run shows new pictures, which no cache in memory or on
+disk can hold.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pocketllava.types import Answer, Message, Options
 
 FIRST, SECOND = "Describe the image in detail.", "What is the main color of the image?"
 MORE = ("Describe the image.", "What is in the background?", "How many objects are there?")
-STEPS_PER_RUN = 4  # questions, after each of which there is progress
-ENOUGH_TOKENS = 8  # to speak of decoding speed
-SQUARES = 8  # noise of SQUARES x SQUARES colors: 192 random bytes, which never come again
-NOISE = 8  # the part of the shorter side that it takes, so that it survives resizing to 336 pixels
+STEPS_PER_RUN = 4  # calls of progress a run
+ENOUGH_TOKENS = 8  # fewer give no decoding speed
+SQUARES = 8  # noise of SQUARES x SQUARES colors: 192 random bytes, which never repeat
+NOISE = 8  # it covers 1/NOISE of the shorter side, which survives resizing to 336 pixels
 JPEG_QUALITY = 95
 CPUINFO, STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured quantity, a value a run; none where nothing could be measured."""
+    """One quantity with a value for each run; none where a run could not measure it."""
 
     name: str
     unit: str
@@ -48,7 +48,7 @@ class Figure:
         return statistics.median(self.values) if self.values else None
 
     def to_json(self) -> dict[str, Any]:
-        """Unit, median, smallest, largest (null where nothing could be measured), and every value."""
+        """Unit, median, smallest, largest (null without values), and every value."""
         return {
             "unit": self.unit,
             "median": self.median,
@@ -86,7 +86,7 @@ def _one_run(
     second = llava.ask(a, SECOND, options=short).timings
     progress()
     start = time.perf_counter()
-    llava.prepare(b).wait()
+    llava.prefill(b).wait()
     preparing_s = time.perf_counter() - start
     prepared = llava.ask(b, FIRST, options=short).timings
     progress()
@@ -94,39 +94,39 @@ def _one_run(
     speed = decoding_speed(answers(lambda question: llava.ask(a, question, options=long), answer))
     progress()
     cold = answer.timings
-    evaluated = cold.prompt_tokens - cold.kept_tokens
+    evaluated = cold.prompt_tokens - cold.cached_tokens
     return {
-        ("image preparation", "s"): [cold.prepare_s],
+        ("image preparation", "s"): [cold.preprocess_s],
         ("image encoding", "s"): [cold.encode_s],
         ("prompt", "tokens"): [cold.prompt_tokens],
         ("of them the image", "tokens"): [cold.image_tokens],
         ("prompt evaluation", "tokens/s"): [evaluated / cold.prompt_s] if cold.prompt_s else [],
         ("first token, new image", "s"): [cold.first_token_s],
         ("first token, second question", "s"): [second.first_token_s],
-        ("kept for the second question", "tokens"): [second.kept_tokens],
+        ("kept for the second question", "tokens"): [second.cached_tokens],
         ("preparing an image", "s"): [preparing_s],
         ("first token, prepared image", "s"): [prepared.first_token_s],
-        ("kept for the prepared image", "tokens"): [prepared.kept_tokens],
+        ("kept for the prepared image", "tokens"): [prepared.cached_tokens],
         ("first token, back to an earlier image", "s"): [back.first_token_s],
-        ("kept for the earlier image", "tokens"): [back.kept_tokens],
+        ("kept for the earlier image", "tokens"): [back.cached_tokens],
         ("decoding", "tokens/s"): [] if speed is None else [speed],
     }
 
 
 def answers(ask: Callable[[str], Answer], first: Answer, enough: int = ENOUGH_TOKENS) -> list[Answer]:
     """The first answer and, while they have fewer than `enough` tokens to time, those to a few more questions."""
-    found = [first]
+    collected = [first]
     for question in MORE:
-        if sum(map(decoded_tokens, found)) >= enough:
+        if sum(map(decoded_tokens, collected)) >= enough:
             break
-        found.append(ask(question))
-    return found
+        collected.append(ask(question))
+    return collected
 
 
-def decoding_speed(found: Iterable[Answer]) -> float | None:
+def decoding_speed(answers: Iterable[Answer]) -> float | None:
     """Tokens a second after the first ones; None for answers that ended too early."""
-    found = list(found)
-    n, seconds = sum(map(decoded_tokens, found)), sum(answer.timings.decode_s for answer in found)
+    answers = list(answers)
+    n, seconds = sum(map(decoded_tokens, answers)), sum(answer.timings.decode_s for answer in answers)
     return n / seconds if n >= ENOUGH_TOKENS and seconds else None
 
 
@@ -136,7 +136,7 @@ def decoded_tokens(answer: Answer) -> int:
 
 
 def unseen(picture: Image.Image) -> Image.Image:
-    """A version of a picture that was never shown: a square of noise in its middle, which no crop cuts off."""
+    """A new version of a picture: a square of noise in its middle, which no crop cuts off."""
     side = max(1, min(picture.size) // NOISE)
     noise = Image.frombytes("RGB", (SQUARES, SQUARES), os.urandom(SQUARES * SQUARES * 3))
     changed = picture.convert("RGB")
@@ -146,16 +146,16 @@ def unseen(picture: Image.Image) -> Image.Image:
 
 
 def jpeg(picture: Image.Image) -> bytes:
-    """The file that a camera would have made, so that decoding it counts."""
+    """A picture as a camera's file, so that decoding counts."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
 
 
 def peak_bytes(status: Path = STATUS) -> int:
-    """The most memory that this process (on Linux: the one of a /proc/PID/status) ever had resident.
+    """The peak of resident memory of this process, or on Linux of the one with this /proc/PID/status.
 
-    Linux's ru_maxrss is not used: it starts with what the parent process had.
+    Linux's ru_maxrss is not used: a new process starts with its parent's.
     """
     if status.exists():
         line = next(row for row in status.read_text("ascii").splitlines() if row.startswith("VmHWM"))
@@ -171,7 +171,7 @@ def peak_bytes(status: Path = STATUS) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What is measured on, and with which versions."""
+    """The machine and the versions of what runs on it."""
     import psutil
 
     from pocketllava.llamacpp.devices import cores
@@ -188,7 +188,7 @@ def machine() -> dict[str, Any]:
 
 
 def loaded(llava: Llava) -> dict[str, Any]:
-    """Which model is measured, and on which devices it is."""
+    """The loaded model and its devices."""
     manifest = llava.bundle.manifest
     text, vision = llava.devices
     return {
@@ -201,7 +201,7 @@ def loaded(llava: Llava) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor as it calls itself, if it does: "AMD EPYC 9B14"."""
+    """The processor's own name where it has one: "AMD EPYC 9B14"."""
     if CPUINFO.exists():
         for line in CPUINFO.read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):

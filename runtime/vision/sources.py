@@ -8,12 +8,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +19,8 @@ from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.files import read_regular
-from pocketllava.types import ImageSource
+from pocketllava.types import MAX_FILE_BYTES, ImageSource, read_file
 
-MAX_FILE_BYTES = 512 << 20  # ten times an uncompressed picture of the largest size that is opened
 SETTLED_S = 2.0  # a file changed since may change again without another time of change (FAT counts 2 s)
 ORIENTATION = 0x0112  # the only EXIF tag that is read
 
@@ -77,7 +74,7 @@ def read(source: ImageSource) -> Content:
     if isinstance(source, str) and _is_data_uri(source):
         return _decode_data_uri(source)
     if hasattr(source, "read"):
-        return _read_file_object(source)
+        return read_file(source)
     if (path := path_of(source)) is None:
         raise ImageError(
             f"image: found {type(source).__name__}, expected a path, bytes, an open file, a data URI, a PIL image"
@@ -116,22 +113,6 @@ def orientation_of(image: Image.Image) -> int | None:
 
 def _is_data_uri(source: ImageSource) -> bool:
     return isinstance(source, str) and source[:5].lower() == "data:"
-
-
-def _read_file_object(file: Any) -> bytes:
-    """All of an open binary file, from its beginning where it can go back to it."""
-    try:
-        if file.seekable():
-            file.seek(0)
-        data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError, io.UnsupportedOperation) as error:
-        raise ImageError(f"image file: cannot be read ({error})") from error
-    if not isinstance(data, bytes) or len(data) > MAX_FILE_BYTES:
-        expected = f"a binary file of at most {MAX_FILE_BYTES >> 20} MiB"
-        raise ImageError(
-            f"image file: found {type(data).__name__} of length {len(data)}, expected {expected}"
-        )
-    return data
 
 
 def _decode_data_uri(uri: str) -> bytes:

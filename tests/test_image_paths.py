@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketllava.chat.image_paths import Dropped, find_images, image_arguments, one_path
+from pocketllava.chat.image_paths import ImagePaths, find_images, image_arguments, one_path
 
 WINDOWS = os.name == "nt"
 NOT_IN_NAMES = '/\\<>:"|?*' if WINDOWS else "/"
@@ -58,7 +58,7 @@ def test_a_file_is_found_however_it_is_quoted(
         quoted, windows = style
         before = before if before != ["&"] else []  # PowerShell's, not a text
         found = find_images(" ".join([*before, quoted(str(path)), *after]), windows=windows)
-        assert found == Dropped(" ".join([*before, *after]), (path,))
+        assert found == ImagePaths(" ".join([*before, *after]), (path,))
         assert image_arguments(quoted(str(path)), windows=windows) == (path,)
         assert one_path(quoted(str(path)), windows=windows) == path
 
@@ -85,7 +85,7 @@ def test_a_file_is_found_however_it_is_quoted(
 def test_what_a_line_holds(here: Path, line: str, text: str, images: list[str]) -> None:
     place = here.as_posix() if not WINDOWS else "/" + here.as_posix()
     found = find_images(line.replace("localhostHERE", f"localhost{place}").replace("HERE", str(here)))
-    assert found == Dropped(text, tuple(Path(i.replace("HERE", str(here))) for i in images))
+    assert found == ImagePaths(text, tuple(Path(i.replace("HERE", str(here))) for i in images))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_drive_letters_are_read_without_escapes(here: Path) -> None:
         (here / r"C:\my files\a.png").touch()
         for line in (r"& 'C:\my files\a.png' what", r'"C:\my files\a.png" what', r"C:\my files\a.png what"):
             for windows in (True, False):
-                assert find_images(line, windows=windows) == Dropped("what", (Path(r"C:\my files\a.png"),))
+                assert find_images(line, windows=windows) == ImagePaths("what", (Path(r"C:\my files\a.png"),))
 
 
 @given(st.text())
