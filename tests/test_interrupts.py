@@ -21,11 +21,14 @@ from pocketllava.llamacpp.library import Node
 
 DEADLINE_S = 30  # far beyond what a busy machine takes: an interrupt that is lost never comes
 N_INTERRUPTS = 25
+# A shell that starts a program with & has it ignore SIGINT, and its children after it.
 ASKING = """
+import signal
 import sys
 import numpy as np
 from pocketllava import Llava, Options
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Llava.load(sys.argv[1]) as llava:
     rng, options = np.random.default_rng(0), Options(max_tokens=16)
     picture = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)

@@ -214,12 +214,17 @@ def test_errors_stay_one_line_elsewhere(capsys: Any) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
+# A shell that starts pytest with & has it ignore SIGINT, and its children after it.
+OBEDIENT = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from pocketllava.__main__ import main; main()"
+)
 LONG = ("--ctx", "4096", "-n", "4000")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
 def test_ctrl_c_ends_an_answer_with_exit_code_130(endless: Bundle) -> None:
-    command = [sys.executable, "-m", "pocketllava", "ask", str(endless.folder), "Count.", *LONG]
+    command = [sys.executable, "-c", OBEDIENT, "ask", str(endless.folder), "Count.", *LONG]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
