@@ -1,6 +1,6 @@
 """Writes docs/commands.md from the command line's own --help; tests/test_docs.py holds the page to it.
 
-    python docs/commands.py
+python docs/commands.py
 """
 
 from __future__ import annotations

@@ -13,11 +13,19 @@ DESCRIPTION = (
     "There is a large green number 1 at the top, a large green square at the left, a small blue square at the"
     " center and a small red square at the right on a gray background."
 )
-ANSWERS = ("What is at the center? a blue square", "How many objects are there? 4", "What number is written? 1")
+ANSWERS = (
+    "What is at the center? a blue square",
+    "How many objects are there? 4",
+    "What number is written? 1",
+)
 EXPECTED = {  # lines, or how they begin
     "ask": ("What is at the center? a blue square", "How big is it? small", "40 of 62 prompt tokens"),
     "async_stream": (DESCRIPTION, "the event loop stayed free: True"),
-    "cache_folder": ("first: a blue square (0 of ", "second: a blue square (40 of ", "in the folder: .cached, "),
+    "cache_folder": (
+        "first: a blue square (0 of ",
+        "second: a blue square (40 of ",
+        "in the folder: .cached, ",
+    ),
     "chat_handler": ("a blue square",),
     "errors": ("model: no-such-model", "image: ", "prompt: needs ", "other: ", "still loaded: a blue square"),
     "folder": ('{"image": "scene.png", "caption": "' + DESCRIPTION,),
