@@ -28,6 +28,7 @@ PAGES = [
 ]
 PROGRAMS = ("pocketllava", "make", "pip")
 FIRST_SCREEN = 15  # lines
+FOLDERS = ("runtime", "convert", "models", "tests", "examples", "benchmarks", "docs")
 
 
 def blocks(language: str) -> list[Any]:
@@ -154,8 +155,7 @@ def test_paths_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (page.parent / target).exists(), target
-    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
-    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
+    for path in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
 
 
