@@ -21,19 +21,25 @@ class Worker(threading.Thread):
 
     def __init__(self, llava: Llava, messages: list[Message]) -> None:
         super().__init__(daemon=True)
-        self.chunks: queue.Queue[Chunk] = queue.Queue()
+        self.chunks: queue.Queue[Chunk | Exception] = queue.Queue()
         self.cancel = threading.Event()
         self._llava, self._messages = llava, messages
 
     def run(self) -> None:
-        for chunk in self._llava.stream(self._messages, stop=self.cancel.is_set):
-            self.chunks.put(chunk)
+        try:
+            for chunk in self._llava.stream(self._messages, should_stop=self.cancel.is_set):
+                self.chunks.put(chunk)
+        except Exception as error:  # the GUI has to hear of any, or it would wait for ever
+            self.chunks.put(error)
 
 
 def poll(worker: Worker) -> bool:
-    """Show what has arrived; False after the last chunk. Never blocks the GUI."""
+    """Show what has arrived; False at the answer's end. Never blocks the GUI."""
     while not worker.chunks.empty():
         chunk = worker.chunks.get()
+        if isinstance(chunk, Exception):
+            print(f"\n[{chunk}]")
+            return False
         print(chunk.text, end="", flush=True)  # a GUI appends it to a text field
         if chunk.finish_reason:
             print(f"\n[{chunk.finish_reason}]")

@@ -43,7 +43,7 @@ def test_every_example_is_run() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_it_prints_what_it_should(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(EXPECTED[name]), done.stdout
