@@ -6,7 +6,7 @@ python examples/ask.py [MODEL IMAGE]
 import sys
 from pathlib import Path
 
-from pocketllava import Llava, Message, Options
+from pocketllava import Llava, Message
 
 DEFAULTS = ["demo", str(Path(__file__).with_name("scene.png"))]
 
@@ -15,17 +15,17 @@ def main(model: str, image: str) -> None:
     """The second answer is quick: the image stays in the KV cache."""
     with Llava.load(model) as llava:
         question = "What is at the center?"
-        first = llava.ask(image, question, options=Options(max_tokens=64))
+        first = llava.ask(image, question, max_tokens=64)
         print(question, first.text)
         conversation = [
-            Message("user", question, [image]),
+            Message("user", question, image),
             Message("assistant", first.text),
             Message("user", "How big is it?"),
         ]
         second = llava.chat(conversation)
         print("How big is it?", second.text)
-        timings = second.timings
-        print(f"{timings.kept_tokens} of {timings.prompt_tokens} prompt tokens were already evaluated")
+        usage = second.usage
+        print(f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens were already evaluated")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ async def main(model: str, image: str) -> None:
     stop = asyncio.Event()
     ticks = asyncio.create_task(count_ticks(stop))
     with await asyncio.to_thread(Llava.load, model) as llava:
-        messages = [Message("user", "Describe the image.", [image])]
+        messages = [Message("user", "Describe the image.", image)]
         async with aclosing(llava.astream(messages)) as chunks:
             async for chunk in chunks:
                 print(chunk.text, end="", flush=True)

@@ -19,8 +19,8 @@ def main(model: str, image: str) -> None:
         for run in ("first", "second"):
             with Llava.load(model, cache_dir=folder, cache_bytes=10**9, keep_prefixes=True) as llava:
                 answer = llava.ask(image, QUESTION)
-                timings = answer.timings
-                print(f"{run}: {answer.text} ({timings.kept_tokens} of {timings.prompt_tokens} tokens kept)")
+                usage = answer.usage
+                print(f"{run}: {answer.text} ({usage.cached_tokens} of {usage.prompt_tokens} tokens cached)")
         files = sorted(path.suffix for path in Path(folder).rglob("*.*") if path.is_file())
         print("in the folder:", ", ".join(files))
 

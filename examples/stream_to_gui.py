@@ -49,7 +49,7 @@ def poll(worker: Worker) -> bool:
 
 def main(model: str, image: str) -> None:
     with Llava.load(model) as llava:
-        worker = Worker(llava, [Message("user", "Describe the image.", [image])])
+        worker = Worker(llava, [Message("user", "Describe the image.", image)])
         worker.start()
         while poll(worker):
             time.sleep(0.02)  # 50 times a second, as a GUI's timer would
