@@ -1,4 +1,4 @@
-# make demo | test | check | reference: each sets up what it needs in .venv
+# make demo | test | check | docs | pyright | reference: each sets up what it needs in .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -6,7 +6,7 @@ ROOMS := runtime convert models $(wildcard runtime/*/ convert/*/ models/*/)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 2)")
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check reference record clean
+.PHONY: demo test check docs pyright reference record clean
 
 demo: .venv/core
 	$(BIN)/pocketllava demo
@@ -19,6 +19,16 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy examples docs/commands.py
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/docs
+	$(BIN)/python docs/commands.py
+	$(BIN)/mkdocs build --strict --quiet
+
+pyright: .venv/dev # on the examples; fetches the npm package of that name once
+	$(BIN)/pip install --quiet pyright
+	$(BIN)/pyright
 
 reference: .venv/reference
 	$(BIN)/pytest -m reference -s
@@ -34,6 +44,10 @@ record: .venv/reference
 
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+.venv/docs: .venv/core
+	$(BIN)/pip install --quiet -e ".[docs]"
 	touch $@
 
 .venv/reference: .venv/dev
