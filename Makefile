@@ -1,18 +1,23 @@
-# make demo | test | check | docs | pyright | reference: each sets up what it needs in .venv
+# make demo | test | test-fast | check | docs | pyright | reference: each sets up what it needs in .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 ROOMS := runtime convert models $(wildcard runtime/*/ convert/*/ models/*/)
-export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 2)")
+CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 2)")
+WORKERS ?= $(CORES)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(CORES)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check docs pyright reference record clean
+.PHONY: demo test test-fast check docs pyright reference record clean
 
 demo: .venv/core
 	$(BIN)/pocketllava demo
 
 test: .venv/dev
-	$(BIN)/pytest -m "not reference"
+	$(BIN)/pytest -n $(WORKERS) -m "not reference"
+
+test-fast: .venv/dev
+	$(BIN)/pytest -n $(WORKERS) -m "not reference and not slow"
 
 check: .venv/dev
 	$(BIN)/ruff check .
