@@ -26,6 +26,7 @@ F32 = 0  # enum ggml_type
 # Every type that ggml's CPU code can look rows up in and multiply with.
 MATRIX_TYPES = (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 29, 30, 34, 35, 39)
 MAX_LAYERS = 512  # llama-hparams.h, LLAMA_MAX_LAYERS
+MAX_CONTEXT = 1 << 24  # llama_cpp allocates so many ids for each text that it tokenizes
 MAX_TEMPLATE = 1 << 17  # characters; llama_cpp compiles each one when it loads a file
 MAX_TOKEN = 1024  # characters; Llama 3's longest has 128
 MAX_DECODED = 1 << 26  # libllama writes a whole token out once for each of its characters that is no byte's
@@ -91,7 +92,7 @@ RULES: dict[str, Rule] = {
     "general.alignment": Rule(U32, "a power of two"),  # the value is the container's, so gguf_header checks it
     "general.file_type": Rule(U32, "a number"),
     "split.count": Rule(U16, "one file, not a part of several", lambda n: n <= 1),
-    "llama.context_length": _size(required=True),
+    "llama.context_length": Rule(U32, f"1 to {MAX_CONTEXT}", lambda n: 0 < n <= MAX_CONTEXT, required=True),
     "llama.embedding_length": _size(required=True),
     "llama.block_count": Rule(U32, f"1 to {MAX_LAYERS}", lambda n: 0 < n <= MAX_LAYERS, required=True),
     "llama.vocab_size": Rule(U32, "a number"),
