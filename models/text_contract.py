@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,7 @@ RULES: dict[str, Rule] = {
     "llama.classifier.pooling_type": _only(U32, 0),
     "llama.embedding_length_out": _size(),
     "tokenizer.ggml.model": Rule(TEXT, "llama or gpt2", lambda t: t in ("llama", "gpt2"), required=True),
+    "tokenizer.ggml.pre": Rule(TEXT, "text"),
     "tokenizer.ggml.token_type_count": Rule(U32, "a number"),
     **{
         f"tokenizer.ggml.{name}": Rule(BOOL, "true or false")
@@ -135,6 +137,7 @@ RULES: dict[str, Rule] = {
         )
     },
 }  # fmt: skip
+TEMPLATE = Rule(TEXT, f"at most {MAX_TEMPLATE} characters", lambda t: len(t) <= MAX_TEMPLATE)
 TOKEN_IDS = tuple(
     f"tokenizer.ggml.{name}_token_id"
     for name in (
@@ -167,12 +170,8 @@ def _check_kind(header: Header) -> None:
     for name in header.keys:
         if not name or "\0" in name:  # C would take it for what stands before the zero
             raise _fault(header, f"a key is named {_shown(name)}", "a name without zero bytes")
-        if name.startswith("tokenizer.chat_template"):
-            _check_key(
-                header,
-                name,
-                Rule(TEXT, f"at most {MAX_TEMPLATE} characters", lambda t: len(t) <= MAX_TEMPLATE),
-            )
+        if f"{name}.".startswith("tokenizer.chat_template."):
+            _check_key(header, name, TEMPLATE)
 
 
 def _check_key(header: Header, name: str, rule: Rule) -> None:
@@ -283,10 +282,10 @@ def _check_texts(header: Header, tokens: list[str]) -> set[str]:
     """Every token's text as libllama keeps it; it asserts that all differ."""
     texts = set(tokens)
     if "" in texts:
-        texts = {text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)}
+        tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
+        texts = set(tokens)
     if len(texts) != len(tokens):
-        seen: set[str] = set()
-        double = next(text for text in tokens if text in seen or seen.add(text))  # type: ignore[func-returns-value]
+        double = Counter(tokens).most_common(1)[0][0]
         raise _fault(header, f"token {_shown(double)} is there twice", "tokens that differ")
     if max(map(len, tokens)) > MAX_TOKEN:
         raise _fault(header, f"a token has {max(map(len, tokens))} characters", f"at most {MAX_TOKEN}")
