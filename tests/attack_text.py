@@ -11,6 +11,7 @@ signal, a traceback, an error of several lines or a hang.
 from __future__ import annotations
 
 import json
+import os
 import random
 import select
 import struct
@@ -490,7 +491,8 @@ class Child:
 
 def serve() -> None:
     """Answer each path on stdin with one line of JSON."""
-    out = sys.stdout
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what C prints is no answer
     for line in sys.stdin:
         try:
             use(Path(line.rstrip("\n")))
