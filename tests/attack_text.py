@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import select
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped": ("F16", {"layers": 2, "ffn": 256, "kv_heads": 2, "kind": "mistral"}),
     "llama3": ("Q8_0", {"layers": 1, "ffn": 256, "llama3": True, "rope": "llama3"}),
 }
-NUMBERS = (0, 1, 2, 3, 4, 7, 11, 32, 64, 128, 255, 256, 511, 512, 513, 703, 704, 705, 960, 65535, 2**20 - 1,
+NUMBERS = (0, 1, 2, 3, 4, 7, 8, 11, 16, 32, 64, 128, 255, 256, 511, 512, 513, 703, 704, 705, 960, 65535, 2**20 - 1,
            2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, -1, -(2**31))  # fmt: skip
 REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e38, 1e4, 5e5, float("nan"), float("inf"), -float("inf"))
 WORDS = ("", "x", "llama", "gpt2", "bert", "none", "no_vocab", "t5", "rwkv", "gemma4", "hybriddna", "plamo2", "clip",
@@ -116,8 +116,13 @@ class File:
             dims = struct.pack(f"<I{len(t.dims)}Q", len(t.dims), *(d % 2**64 for d in t.dims))
             parts += [text(t.name), dims, struct.pack("<IQ", t.type % 2**32, t.offset % 2**64)]
         whole = b"".join(parts)
-        alignment = next((v for n, k, v, _ in self.keys if n == "general.alignment" and k == 4), 32)
-        return whole + bytes(-len(whole) % (alignment if 0 < alignment <= 1 << 16 else 32))
+        return whole + bytes(-len(whole) % self.alignment)
+
+    @property
+    def alignment(self) -> int:
+        """Bytes, as the file says, or 32 where that would be absurd."""
+        n = next((v for name, kind, v, _ in self.keys if name == "general.alignment" and kind == 4), 32)
+        return int(n) if 0 < n <= 1 << 16 else 32
 
     def lay_out(self) -> None:
         """Give every tensor the place and the data that its shape and type ask for, where they are few."""
@@ -125,7 +130,8 @@ class File:
         for t in self.tensors:
             block, n_bytes = {int(k): v for k, v in GGML_QUANT_SIZES.items()}.get(t.type, (1, 1))
             t.offset = end
-            end += -(-(int(np.prod([float(d) for d in t.dims])) // block * n_bytes) // 32) * 32
+            n = int(np.prod([float(d) for d in t.dims])) // block * n_bytes
+            end += -(-n // self.alignment) * self.alignment
         if end < 1 << 26:
             self.data = (self.data * (end // len(self.data) + 1))[:end]
 
@@ -431,10 +437,19 @@ def use(path: Path) -> None:
     from pocketllava.llamacpp.guard import translated
     from pocketllava.llamacpp.text_model import TextModel
 
+    settings: dict[str, Any] = {
+        "n_ctx": 256,
+        "n_batch": 64,
+        "n_ubatch": 64,
+        "n_threads": 1,
+        "n_threads_batch": 1,
+    }
+    settings |= {
+        "n_gpu_layers": 0,
+        "flash_attn": bool(path.stat().st_size // 32 % 2),
+    }  # both kinds, by chance
     with translated("using it"):
-        model, _ = TextModel.load(
-            path, n_ctx=256, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1, n_gpu_layers=0
-        )
+        model, _ = TextModel.load(path, **settings)
         try:
             ids = model.tokenize(TEXT)
             model._llama.tokenize(TEXT.encode(), add_bos=True, special=True)
@@ -468,15 +483,16 @@ class Child:
         assert self.process.stdout is not None
         self.process.stdin.write(f"{path}\n")
         self.process.stdin.flush()
-        ready = select.select([self.process.stdout], [], [], LOAD_S)[0]
-        answer = self.process.stdout.readline() if ready else ""
+        watch = threading.Timer(LOAD_S, self.process.kill)
+        watch.start()
+        answer = self.process.stdout.readline()
+        hung = not watch.is_alive()
+        watch.cancel()
         if answer:
             return str(json.loads(answer))
-        if not ready:
-            self.process.kill()
         code = self.process.wait()
         self.close()
-        return f"signal {-code}" if ready else "hang"
+        return "hang" if hung else f"signal {-code}"
 
     def close(self) -> None:
         """End the process."""
@@ -535,10 +551,11 @@ def cases(
         yield case, change, outcome, took
 
 
-def main(seed: str, number: int, folder: Path, max_loads: int = 1 << 30) -> dict[str, Any]:
-    """Try a number of mutants in a folder of ours."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {name: File.read(path) for name, path in whole_files(folder).items()}
+def attack(
+    seed: str, number: int, models: dict[str, Path], folder: Path, max_loads: int = 1 << 30
+) -> dict[str, Any]:
+    """Try a number of mutants of the models, at one place in the folder; load so many of those that pass."""
+    files = {name: File.read(path) for name, path in models.items()}
     counts = dict.fromkeys(("refused", "passed", "loaded", "failed"), 0)
     wrong, failures, slowest, child = [], [], 0.0, Child()
     try:
@@ -558,8 +575,15 @@ def main(seed: str, number: int, folder: Path, max_loads: int = 1 << 30) -> dict
     return {**counts, "slowest_s": round(slowest, 3), "wrong": wrong, "failures": failures}
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "--child":
+def main() -> None:
+    """The command line of this file's first lines, or a child's loop."""
+    if sys.argv[1:] == ["--child"]:
         serve()
-    else:
-        print(json.dumps(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])), indent=1))
+        return
+    seed, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    folder.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(attack(seed, number, whole_files(folder), folder), indent=1))
+
+
+if __name__ == "__main__":
+    main()
