@@ -125,6 +125,7 @@ RULES: dict[str, Rule] = {
     "llama.attention.causal": _only(BOOL, True),
     "llama.pooling_type": _only(U32, 0),
     "llama.classifier.pooling_type": _only(U32, 0),
+    "llama.classifier.output_labels": Rule(ARRAY, "no such key", lambda _labels: False),
     "llama.embedding_length_out": _size(),
     "tokenizer.ggml.model": Rule(TEXT, "llama or gpt2", lambda t: t in ("llama", "gpt2"), required=True),
     "tokenizer.ggml.pre": Rule(TEXT, "text"),
@@ -195,11 +196,10 @@ def _check_array(
     if name not in header.keys:
         return None
     value, kind, item = header.keys[name], header.key_types[name], header.item_types.get(name)
-    expected = f"an array of {' or '.join(TYPE_NAMES[t] for t in item_types)}"
     if kind != ARRAY or item not in item_types:
-        raise _fault(
-            header, f"key {name} is {_shown(value)} ({TYPE_NAMES[kind if item is None else item]})", expected
-        )
+        found = TYPE_NAMES[kind] if item is None else f"array of {TYPE_NAMES[item]}"
+        expected = " or ".join(TYPE_NAMES[t] for t in item_types)
+        raise _fault(header, f"key {name} is {_shown(value)} ({found})", f"an array of {expected}")
     if length is not None and len(value) != length:
         raise _fault(header, f"key {name} has {len(value)} items", f"{length}")
     return list(value)
@@ -213,30 +213,28 @@ def _shape(header: Header, n_vocab: int) -> TextInfo:
     head_size = keys.get(prefix + "key_length", n_embd // n_head)
     if n_head % n_head_kv:
         raise _fault(header, f"{n_head} heads share {n_head_kv} of keys", "a divisor of the number of heads")
-    for name in (prefix + "value_length", "llama.rope.dimension_count"):
-        if keys.get(name, n_embd // n_head if name.endswith("value_length") else head_size) != head_size:
-            raise _fault(
-                header, f"key {name} is {_shown(keys.get(name))}", f"{head_size}, the size of a head"
-            )
+    for name, default, expected in (
+        (prefix + "value_length", n_embd // n_head, head_size),
+        ("llama.rope.dimension_count", head_size, head_size),
+        ("llama.embedding_length_out", n_embd, n_embd),
+    ):
+        if (size := keys.get(name, default)) != expected:
+            raise _fault(header, f"key {name} is {size}", f"{expected}")
     if not head_size or head_size % 2:
         raise _fault(header, f"{n_head} heads of size {head_size}", "an even size, since RoPE turns pairs")
-    if keys.get("llama.embedding_length_out", n_embd) != n_embd:
-        raise _fault(
-            header, f"key llama.embedding_length_out is {keys['llama.embedding_length_out']}", f"{n_embd}"
-        )
     return TextInfo(
-        n_layer,
-        n_embd,
-        n_head,
-        n_head_kv,
-        head_size,
-        _same_in_all(header, "llama.feed_forward_length", n_layer),
-        n_vocab,
-        keys["llama.context_length"],
-        keys.get("llama.rope.freq_base", 10000.0),
-        keys.get("llama.rope.scaling.type", "linear"),
-        keys["tokenizer.ggml.model"],
-        "output.weight" not in header.tensors,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_size=head_size,
+        n_ff=_same_in_all(header, "llama.feed_forward_length", n_layer),
+        n_vocab=n_vocab,
+        n_ctx_train=keys["llama.context_length"],
+        rope_freq_base=keys.get("llama.rope.freq_base", 10000.0),
+        rope_scaling=keys.get("llama.rope.scaling.type", "linear"),
+        tokenizer=keys["tokenizer.ggml.model"],
+        tied="output.weight" not in header.tensors,
     )
 
 
