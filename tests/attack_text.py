@@ -37,6 +37,8 @@ from pocketllava.models.text_contract import PRE_TOKENIZERS, RULES, TOKEN_IDS, c
 Draw = random.Random
 CHECK_S, LOAD_S = 1.0, 30.0
 TEXT = "USER: <image>\nWhat is é 日本 🙂 \t\0 \x7f</s> here?  ASSISTANT:"
+N_LONG = 60_000  # twice what overflows std::regex on a stack of 8 MB
+LONG = (*(c * N_LONG for c in "a 1日\n!é"), "a b'll " * (N_LONG // 7))
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Q4_K_M", {"layers": 1, "ffn": 256}),
     "grouped": ("F16", {"layers": 2, "ffn": 256, "kv_heads": 2, "kind": "mistral"}),
@@ -48,7 +50,7 @@ REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e38, 1e4, 5e5, float("nan"), float("
 WORDS = ("", "x", "llama", "gpt2", "bert", "none", "no_vocab", "t5", "rwkv", "gemma4", "hybriddna", "plamo2", "clip",
          "linear", "yarn", "longrope", "su", "phi-3", "Phi3 mini", "modern-bert", "llama\0x", "a\0", "<s>", "</s>",
          "<0x0A>", "[EMPTY_5]", "[EMPTY_0]", "<unk>", "\ufffd", "日本", "é" * 300, "x" * 2000, "{{", "{% for x in",
-         "{{ " + "(" * 500, "<|end|>", "<|return|>", "<|call|>", "<|tool_response>", *PRE_TOKENIZERS.split())  # fmt: skip
+         "{{ " + "(" * 500, "<|end|>", "<|return|>", "<|call|>", "<|tool_response>", "tekken", "chatglm-bpe", *PRE_TOKENIZERS.split())  # fmt: skip
 OTHER_KEYS = (
     "llama.attention.sliding_window", "llama.attention.scale", "llama.logit_scale", "llama.expert_shared_count",
     "llama.expert_feed_forward_length", "llama.leading_dense_block_count", "llama.n_deepstack_layers",

@@ -243,7 +243,9 @@ FAULTS: list[tuple[str, Change, str]] = [
     ("llama", no_key("tokenizer.ggml.model"), "tokenizer.ggml.model is missing"),
     ("llama", key("tokenizer.ggml.model", "bert"), "tokenizer.ggml.model is 'bert' .* expected llama or gpt2"),
     ("llama", key("tokenizer.ggml.pre", 1, U32), r"tokenizer.ggml.pre is 1 \(uint32\)"),
-    ("llama3", key("tokenizer.ggml.pre", "nobody's"), "pre is \"nobody's\" .* expected a pre-tokenizer"),
+    ("llama3", key("tokenizer.ggml.pre", "nobody's"), "pre is \"nobody's\" .* expected one that splits safely"),
+    ("llama3", key("tokenizer.ggml.pre", "tekken"), "pre is 'tekken' .* expected one that splits safely"),
+    ("llama3", key("tokenizer.ggml.pre", "chatglm-bpe"), "pre is 'chatglm-bpe'"),
     ("llama3", no_key("tokenizer.ggml.merges"), "tokenizer.ggml.merges is missing"),
     ("llama3", key("tokenizer.ggml.merges", [1], ARRAY, I32), r"merges is \[1\] \(array of int32\), expected an array of string"),
     ("llama", no_key(TOKENS), "tokens has 0 tokens"),
@@ -315,6 +317,23 @@ def test_every_accepted_type_is_one_that_llama_cpp_computes_with(
             path.write_bytes(file.header() + file.data)
             assert attack_text.refused(path) == ""
             assert child.use(path) == "loaded", kind
+    finally:
+        child.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "pre"), [("llama", "default"), ("llama3", "llama-bpe"), ("llama3", "smaug-bpe")]
+)
+def test_long_runs_of_one_character_tokenize(
+    small: dict[str, Path], tmp_path: Path, model: str, pre: str
+) -> None:
+    file, path, child = File.read(small[model]), tmp_path / "long" / "x.gguf", attack_text.Child()
+    path.parent.mkdir()
+    key("tokenizer.ggml.pre", pre, STRING)(file)
+    path.write_bytes(file.header() + file.data)
+    try:
+        assert attack_text.refused(path) == ""
+        assert child.use(path) == "loaded"
     finally:
         child.close()
 
