@@ -302,7 +302,7 @@ def change_tensor(rng: Draw, file: File) -> str:
     if how == "name":
         t.name = rng.choice((t.name + "x", t.name[:-1], "x" * 64, "", t.name + "\0", "blk.9999.attn_q.weight",
                              t.name.replace("weight", "bias"), t.name.replace("weight", "scale")))  # fmt: skip
-    elif how == "dims":
+    elif how == "dims" and t.dims:
         i = rng.randrange(len(t.dims))
         t.dims = rng.choice(
             (t.dims[::-1], [*t.dims, 1], [*t.dims, 2], t.dims[:-1], t.dims * 3,
@@ -365,7 +365,7 @@ def change_shape(rng: Draw, file: File) -> str:
 
 def change_data(rng: Draw, file: File) -> str:
     """Weights: noise, NaN, infinities."""
-    at, n = rng.randrange(len(file.data)), rng.choice((8, 4096, len(file.data)))
+    at, n = rng.randrange(len(file.data) or 1), rng.choice((8, 4096, len(file.data)))
     noise = rng.choice((b"\xff" * 8, b"\0\x7c" * 4, b"\0\0\xc0\x7f" * 2, rng.randbytes(8)))
     file.data = (file.data[:at] + (noise * (n // 8 + 1))[:n] + file.data[at + n :])[: len(file.data)]
     return f"data: {n} bytes at {at}"
