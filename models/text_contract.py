@@ -26,6 +26,7 @@ TYPE_NAMES = (
 F32 = 0  # enum ggml_type
 # Every type that ggml's CPU code can look rows up in and multiply with.
 MATRIX_TYPES = (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 29, 30, 34, 35, 39)
+MIN_ALIGNMENT = 32  # ggml-cpu's TENSOR_ALIGNMENT
 MAX_LAYERS = 512  # llama-hparams.h, LLAMA_MAX_LAYERS
 MAX_CONTEXT = 1 << 24  # llama_cpp allocates so many ids for each text that it tokenizes
 MAX_TEMPLATE = 1 << 17  # characters; llama_cpp compiles each one when it loads a file
@@ -89,7 +90,8 @@ def _only(kind: int, value: Any) -> Rule:
 
 RULES: dict[str, Rule] = {
     "general.name": Rule(TEXT, "text"),
-    "general.alignment": Rule(U32, "a power of two"),  # the value is the container's, so gguf_header checks it
+    # That it is a power of two is the container's affair; mapped tensors must lie where ggml's vector code can load.
+    "general.alignment": Rule(U32, f"{MIN_ALIGNMENT} or a larger power of two", lambda n: n >= MIN_ALIGNMENT),
     "general.file_type": Rule(U32, "a number"),
     "split.count": Rule(U16, "one file, not a part of several", lambda n: n <= 1),
     "llama.context_length": Rule(U32, f"1 to {MAX_CONTEXT}", lambda n: 0 < n <= MAX_CONTEXT, required=True),

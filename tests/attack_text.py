@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -436,34 +437,32 @@ def refused(path: Path) -> str:
 
 def use(path: Path) -> None:
     """Load a text model and do all that a conversation does with one. Raises BackendError."""
+    from llama_cpp import llama_cpp
+
     from pocketllava.llamacpp.guard import translated
     from pocketllava.llamacpp.text_model import TextModel
 
-    settings: dict[str, Any] = {
-        "n_ctx": 256,
-        "n_batch": 64,
-        "n_ubatch": 64,
-        "n_threads": 1,
-        "n_threads_batch": 1,
-    }
-    settings |= {
-        "n_gpu_layers": 0,
-        "flash_attn": bool(path.stat().st_size // 32 % 2),
-    }  # both kinds, by chance
+    settings: dict[str, Any] = dict.fromkeys(("n_threads", "n_threads_batch"), 1)
+    settings |= {"n_ctx": 256, "n_batch": 64, "n_ubatch": 64, "n_gpu_layers": 0}
+    settings["flash_attn"] = bool(path.stat().st_size // 32 % 2)  # both kinds, by chance
     with translated("using it"):
         model, _ = TextModel.load(path, **settings)
         try:
-            ids = model.tokenize(TEXT)
-            model._llama.tokenize(TEXT.encode(), add_bos=True, special=True)
-            model.decode_tokens(ids[:40] or [0])
+            raw, out = TEXT.encode(), (llama_cpp.llama_token * 512)()
+            vocab = llama_cpp.llama_model_get_vocab(model.model)
+            llama_cpp.llama_tokenize(vocab, raw, len(raw), out, 512, True, True)  # BOS, special tokens
+            ids = model.tokenize(TEXT)[:40] or [0]
+            for run in LONG if path.parent.name == "long" else ():
+                assert model.tokenize(run)
+            model.decode_tokens(ids)
             model.decode_features(np.ones((4, model.n_embd), np.float32), 0)
             model.decode_tokens([0, model.n_vocab - 1])
             model.logits()
             words = model.vocabulary
             n = sum(len(words.piece(i)) + words.is_end(i) for i in range(model.n_vocab))
-            assert (
-                n + len(words.special()) + model._llama.sample(temp=0.0) + model._llama.sample(temp=0.8) > 0
-            )
+            for temperature in (0.0, 0.8):
+                n += sum(1 for _ in islice(model.generate(ids, seed=1, temp=temperature), 2))
+            assert n + len(words.special()) > 0
         finally:
             model.close()
 

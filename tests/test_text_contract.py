@@ -202,6 +202,8 @@ FAULTS: list[tuple[str, Change, str]] = [
     ("llama", key("general.name", ["x"], ARRAY, STRING), r"general.name is \['x'\] \(array\)"),
     ("llama", key("general.name", "LLaVA-Phi-3-mini"), "token '<|endoftext|>' is missing"),
     ("llama", key("general.alignment", 32, 10), r"general.alignment is 32 \(uint64\), expected .* \(uint32\)"),
+    ("llama", key("general.alignment", 8, U32), "general.alignment is 8 .* expected 32 or a larger"),
+    ("llama", key("general.alignment", 16, U32), "general.alignment is 16"),
     ("llama", key("general.file_type", "F16", STRING), r"general.file_type is 'F16' \(string\)"),
     ("llama", key("general.name\0x", 1), r"a key is named 'general.name\\x00x'"),
     ("llama", key("split.count", 2, U16), "split.count is 2 .* expected one file"),
