@@ -62,13 +62,15 @@ class _Reader:
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self.path, self.file, self.file_bytes = path, file, file_bytes
+        self.at = 0  # counted here: asking a file where it is takes longer than reading a token from it
         self.item_type = 0  # of the array read last
 
     def fail(self, fault: str) -> BundleError:
         return BundleError(f"{self.path}: not a whole GGUF file: {fault}; convert or download it again")
 
     def take(self, n: int) -> bytes:
-        if n > self.file_bytes - self.file.tell():
+        self.at += n
+        if self.at > self.file_bytes:
             raise self.fail(f"ends after {self.file_bytes} bytes, in the middle of its header")
         return self.file.read(n)
 
@@ -82,7 +84,7 @@ class _Reader:
         return n
 
     def string(self) -> str:
-        n = int(self.scalar("Q"))
+        n = int.from_bytes(self.take(8), "little")
         if n > MAX_STRING_BYTES:
             raise self.fail(f"a text of {n} bytes")
         return self.take(n).decode("utf-8", "replace")
@@ -126,7 +128,7 @@ class _Reader:
         alignment = keys.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise self.fail(f"general.alignment {alignment!r}")
-        start = -(-self.file.tell() // alignment) * alignment
+        start = -(-self.at // alignment) * alignment
         tensors = {info.name: info for info in infos}
         if len(tensors) != len(infos):
             raise self.fail("two tensors of one name")

@@ -18,13 +18,13 @@ from pocketllava.llamacpp.devices import cores, gpus
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
 from pocketllava.models.memory import (
-    DEFAULT_CONTEXT,
     available_bytes,
     batch_size,
     better_in_memory,
     context_size,
     memory,
 )
+from pocketllava.models.text_contract import check_text
 from pocketllava.types import GIGA, LoadOptions
 
 logger = logging.getLogger(__name__)
@@ -77,12 +77,12 @@ def or_on_cpu(load: Callable[[int], T], layers: int, bundle: Bundle, devices: li
 
 
 def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextModel, str]:
-    """The text model, and where it is. Raises UnsupportedOption, BackendError."""
+    """The text model, and where it is. Raises UnsupportedOption, BundleError, BackendError."""
     threads = options.n_threads if options.n_threads is not None else cores()
-    trained = int(bundle.model_header.keys.get("llama.context_length", DEFAULT_CONTEXT))
+    info = check_text(bundle.model_header)
     in_memory = _in_memory(bundle, layers != 0, options)
     settings: dict[str, Any] = {
-        "n_ctx": context_size(options.n_ctx, trained),
+        "n_ctx": context_size(options.n_ctx, info.n_ctx_train),
         "n_batch": batch_size(bundle),
         "n_ubatch": batch_size(bundle),
         "n_threads": threads,
@@ -93,7 +93,9 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
     if options.kv_type == "q8_0":  # llama.cpp quantizes values only with flash attention
         settings |= {"type_k": Q8_0, "type_v": Q8_0, "flash_attn": True}
     # config.json may name several ends; a GGUF file holds one
-    text, lines = TextModel.load(bundle.model, bundle.manifest.eos_token_ids, n_gpu_layers=layers, **settings)
+    text, lines = TextModel.load(
+        bundle.model, bundle.manifest.eos_token_ids, info=info, n_gpu_layers=layers, **settings
+    )
     return text, f"{device_of(lines, gpus(), threads)}, weights {'in memory' if in_memory else 'mapped'}"
 
 

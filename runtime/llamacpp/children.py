@@ -174,7 +174,9 @@ def last_line(text: str) -> str:
     """The last line with words in it, or ggml's last assertion, printable and without folders of source files."""
     lines = [line.strip() for line in map(printable, text.splitlines()) if line.strip()]
     asserted = [line for line in lines if "GGML_ASSERT" in line]
-    line = (asserted or lines or [""])[-1][: 2 * MAX_LINE]  # before the pattern, whose time grows with its square
+    line = (asserted or lines or [""])[-1][
+        : 2 * MAX_LINE
+    ]  # before the pattern, whose time grows with its square
     return SOURCE_FILE.sub("", line)[:MAX_LINE]
 
 

@@ -23,6 +23,8 @@ from pocketllava.llamacpp.guard import ShouldStop, deferred_interrupts, interrup
 from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
 from pocketllava.llamacpp.private import check_llama
 from pocketllava.llamacpp.vocabulary import Vocabulary
+from pocketllava.models.gguf_header import Header
+from pocketllava.models.text_contract import TextInfo, check_text
 
 State = npt.NDArray[np.uint8]
 
@@ -62,13 +64,18 @@ class TextModel:
         self.n_embd, self.n_vocab = int(llama.n_embd()), int(llama.n_vocab())
 
     @classmethod
-    def load(cls, path: Path, end_ids: Iterable[int] = (), **settings: Any) -> tuple[TextModel, list[str]]:
+    def load(
+        cls, path: Path, end_ids: Iterable[int] = (), *, info: TextInfo | None = None, **settings: Any
+    ) -> tuple[TextModel, list[str]]:
         """Load a GGUF file; also what llama.cpp logged meanwhile. settings: llama_cpp.Llama's.
 
-        Raises BackendError.
+        info: what check_text gave for the file; it is checked here unless given, because llama.cpp ends the
+        process on what it does not expect. Raises BundleError, BackendError.
         """
         from llama_cpp import Llama
 
+        if info is None:
+            check_text(Header.read(path))
         with (
             translated(f"{path}: loading the text model"),
             log_lines() as lines,
