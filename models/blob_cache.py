@@ -82,11 +82,16 @@ class BlobCache:
         return self.folder / (name + SUFFIX)
 
     def _prune(self) -> None:
-        files = sorted(self._files(), key=lambda entry: entry[1], reverse=True)
+        """Drop the blobs used longest ago, and what a process that died left; others may be writing theirs."""
+        blobs = sorted(self._files(), key=lambda blob: blob[1], reverse=True)
         total = 0
-        for path, used, n_bytes in files:
-            total += n_bytes
-            if total > self.max_bytes or (path.suffix == PART and time.time() - used > STALE_S):
+        for path, used, n_bytes in blobs:
+            if path.suffix == PART:
+                drop = time.time() - used > STALE_S
+            else:
+                total += n_bytes
+                drop = total > self.max_bytes
+            if drop:
                 with contextlib.suppress(OSError):  # in use elsewhere, or gone already
                     path.unlink()
 

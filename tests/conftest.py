@@ -27,6 +27,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+# What takes longest, left out by `make test-fast`: whole conversions, children, every type of quantization.
+SLOW = (
+    "attack", "bad_checkpoints", "bench", "cache", "chat", "children", "cli", "convert", "damage", "demo", "docs",
+    "examples", "imatrix", "interrupts", "original", "prefixes", "quantize", "scale", "text_contract", "usage",
+    "variants",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow files' tests."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--record: write what transformers gives (with `-m reference`)."""
     parser.addoption("--record", action="store_true", help="write transformers' results to tests/recorded/")
