@@ -48,12 +48,12 @@ class ImageProcessor:
     ) -> None:
         """encoder: names what will encode the pixels, so that keys of different towers differ."""
         self.preprocessing, self.max_pixels, self._encoder = preprocessing, max_pixels, encoder
-        self._digests: _Recent[sources.FileState, str] = _Recent(4 * REMEMBERED)
+        self._digests: _Recent[sources.FileState | str, str] = _Recent(4 * REMEMBERED)
         self._images: _Recent[str, PreparedImage] = _Recent(REMEMBERED)
 
     def process(self, source: ImageSource) -> PreparedImage:
         """Decode, resize and crop, unless that was done for the same content. Raises ImageError."""
-        state, digest = self._known(source)
+        identity, digest = self._known(source)
         if digest is not None and (image := self._images.get(digest)) is not None:
             return image
         content, digest = self._read(source)
@@ -62,21 +62,21 @@ class ImageProcessor:
             pixels = resize_and_crop(picture, self.preprocessing)
             image = PreparedImage(pixels, key_of(pixels, self._encoder))
             self._images.put(digest, image)
-        if state is not None:
-            self._digests.put(state, digest)
+        if identity is not None:
+            self._digests.put(identity, digest)
         return image
 
     def digest(self, source: ImageSource) -> str | None:
         """What tells a source's content from any other, or None where it cannot be read."""
-        state, digest = self._known(source)
+        identity, digest = self._known(source)
         if digest is not None:
             return digest
         try:
             _, digest = self._read(source)
         except ImageError:
             return None
-        if state is not None:
-            self._digests.put(state, digest)
+        if identity is not None:
+            self._digests.put(identity, digest)
         return digest
 
     def _read(self, source: ImageSource) -> tuple[sources.Content, str]:
@@ -86,11 +86,10 @@ class ImageProcessor:
         with pillow_errors(name):  # a lazily opened picture is decoded here
             return content, sources.digest(content)
 
-    def _known(self, source: ImageSource) -> tuple[sources.FileState | None, str | None]:
-        """A file's state before it is read, and the digest of its content if it had that state before."""
-        path = sources.path_of(source)
-        state = sources.FileState.of(path) if path is not None else None
-        return state, self._digests.get(state) if state is not None else None
+    def _known(self, source: ImageSource) -> tuple[sources.FileState | str | None, str | None]:
+        """A source's identity before it is read, and the digest of its content if it was read before."""
+        identity = sources.identity(source)
+        return identity, self._digests.get(identity) if identity is not None else None
 
 
 def key_of(pixels: Pixels, encoder: str = "") -> str:

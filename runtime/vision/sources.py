@@ -49,6 +49,14 @@ class FileState:
         return cls(os.fspath(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
+def identity(source: ImageSource) -> FileState | str | None:
+    """What tells a source's content without reading or decoding it: a file's state, a data URI's hash; or None."""
+    if _is_data_uri(source):
+        return hashlib.sha256(str(source).encode("utf-8", "surrogatepass")).hexdigest()
+    path = path_of(source)
+    return FileState.of(path) if path is not None else None
+
+
 def path_of(source: ImageSource) -> Path | None:
     """The file that a source names, or None for one that is not a path. Raises ImageError for a URL."""
     if not isinstance(source, str | os.PathLike) or _is_data_uri(source):
