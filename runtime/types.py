@@ -276,7 +276,7 @@ class Trace:
     """One picture followed through the model, from a real evaluation.
 
     pixel_shape (3, H, W); grid (rows, columns); vision_shape (n_patches, vision width);
-    feature_shape (n_patches, text width); image_positions: first and last position in the prompt;
+    feature_shape (image tokens, text width); image_positions: first and last position in the prompt;
     token_ids: the whole prompt, image positions filled with the image token's id;
     embeddings_match: whether the text model's input embeddings at those positions, read from its own
     graph, are the projected image features, and max_difference the largest absolute difference.

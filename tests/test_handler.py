@@ -135,5 +135,14 @@ def test_a_llama_without_close_is_freed(bundle: Bundle) -> None:
     assert gone() is None
 
 
+def test_options_of_the_llama_are_not_the_handlers(bundle: Bundle) -> None:
+    with pytest.raises(
+        UnsupportedOption, match=r"^n_ctx: expected one of max_pixels, .* llama_cpp\.Llama's own"
+    ):
+        LlavaChatHandler(bundle.folder, n_ctx=512)
+    with pytest.raises(UnsupportedOption, match=r"^keep_prefixes: "):
+        LlavaChatHandler(bundle.folder, keep_prefixes=True)
+
+
 def test_the_demo_by_name() -> None:
     assert LlavaChatHandler("demo").bundle is not None

@@ -65,6 +65,10 @@ def _download(source: str, revision: str | None, weights: bool) -> tuple[Path, d
         folder = _snapshot(source, revision, PATTERNS if weights else ["*.json"])
         if weights and not has_weights(folder, (SAFETENSORS,)):
             folder = _snapshot(source, folder.name, PICKLED_PATTERNS)
+    except ModuleNotFoundError as error:
+        raise ConvertError(
+            f'{source}: no such folder, and asking the hub needs {error.name}; pip install "pocketllava[convert]"'
+        ) from error
     except Exception as error:  # network, hub and file errors share no base class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConvertError(

@@ -22,7 +22,9 @@ from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
 from pocketllava.names import open_bundle
 from pocketllava.prompt.openai import as_messages
-from pocketllava.types import GIGA, LoadOptions
+from pocketllava.types import load_options
+
+OWN_OPTIONS = ("max_pixels", "cache_dir", "cache_bytes", "keep_prefixes")
 
 
 class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
@@ -42,10 +44,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         verbose: bool = False,
         *,
         use_gpu: bool = True,
-        max_pixels: int | None = None,
-        cache_dir: str | PathLike[str] | None = None,
-        cache_bytes: int = 4 * GIGA,
-        keep_prefixes: bool = False,
+        **load: Any,
     ) -> None:
         """Find the files; the vision tower itself is loaded with the first call.
 
@@ -54,7 +53,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
                 the chat template is the text model's own, and images are prepared as llava-1.5 prepares them).
             verbose: As in llama_cpp.
             use_gpu: Whether the vision tower may be on a GPU.
-            max_pixels: As in Llava.load, with cache_dir, cache_bytes and keep_prefixes.
+            **load: max_pixels, cache_dir, cache_bytes and keep_prefixes, as in Llava.load; the others are the Llama's.
 
         Raises:
             ModelNotFound, BundleError, UnsupportedOption.
@@ -66,13 +65,15 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             raise BundleError(f"{mmproj}: no such file, expected an mmproj or a bundle's folder")
         super().__init__(clip_model_path=str(mmproj), verbose=verbose)
         self.use_gpu = use_gpu
-        self.options = LoadOptions(
-            max_pixels=max_pixels, cache_dir=cache_dir, cache_bytes=cache_bytes, keep_prefixes=keep_prefixes
-        )
+        if others := set(load) - set(OWN_OPTIONS):
+            raise UnsupportedOption(
+                f"{min(others)}: expected one of {', '.join(OWN_OPTIONS)}; other options are llama_cpp.Llama's own"
+            )
+        self.options = load_options(**load)
         self._session: Session | None = None
         self._llama: weakref.ref[Llama] | None = None
 
-    def __call__(self, *, llama: Llama, messages: list[dict[str, Any]], **options: Any) -> Any:
+    def __call__(self, *, llama: Llama, messages: Any, **options: Any) -> Any:
         """Answer an OpenAI-style chat request, as Llama.create_chat_completion passes it on.
 
         Images are data URIs. Raises InputError and its kinds before anything is evaluated.

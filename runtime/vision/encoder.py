@@ -104,7 +104,7 @@ class VisionEncoder:
     @property
     def image_tokens(self) -> int:
         """Positions that one picture takes in the prompt."""
-        return self.info.n_patches
+        return self.info.image_tokens
 
     def encode(self, pixels: npt.NDArray[np.uint8], should_stop: ShouldStop | None = None) -> Features:
         """(image_size, image_size, 3) uint8 -> (n_tokens, projected_width) float32.

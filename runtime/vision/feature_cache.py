@@ -17,7 +17,7 @@ MAX_BYTES = 64 << 20  # six images of a 7B model
 
 
 class FeatureCache:
-    """Key -> (n_patches, n_embd) float32. With a store, rounded to F16, so that it never matters who encoded."""
+    """Key -> (n_tokens, n_embd) float32. With a store, rounded to F16, so that it never matters who encoded."""
 
     def __init__(self, max_bytes: int = MAX_BYTES, store: BlobCache | None = None) -> None:
         self.max_bytes, self.n_bytes = max_bytes, 0
