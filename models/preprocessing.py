@@ -85,13 +85,13 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
         sides = _sides(size, "size")
         _expect(sides == crop, "size", sides, f"{crop}")
     else:
-        _expect(type(edge) is int and 0 < edge < 1 << 16, "shortest_edge", edge, "a positive whole number")
+        _expect(_is_whole(edge) and 0 < edge < 1 << 16, "shortest_edge", edge, "a positive whole number")
     resample = p.get("resample", 3)
-    _expect(type(resample) is int and 0 <= resample <= 5, "resample", resample, "0 to 5")
+    _expect(_is_whole(resample) and 0 <= resample <= 5, "resample", resample, "0 to 5")
     return Preprocessing(
         shortest_edge=edge,
         crop_size=image_size,
-        resample=resample,
+        resample=int(resample),
         mean=_three(p.get("image_mean", CLIP_MEAN)),
         std=_three(p.get("image_std", CLIP_STD), positive=True),
         pad_to_square=kind.startswith("Llava") and bool(p.get("do_pad")),
@@ -121,3 +121,8 @@ def _three(values: Any, *, positive: bool = False) -> tuple[float, float, float]
 def _expect(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
         raise UnsupportedCheckpoint(f"preprocessor: {name} is {value!r}, expected {expected}")
+
+
+def _is_whole(value: Any) -> bool:
+    """An integer, Pillow's Resampling among them, and no boolean."""
+    return isinstance(value, int) and not isinstance(value, bool)
