@@ -30,8 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 # What takes longest, left out by `make test-fast`: whole conversions, children, every type of quantization.
 SLOW = (
     "attack", "bad_checkpoints", "bench", "cache", "chat", "children", "cli", "convert", "damage", "demo", "docs",
-    "examples", "imatrix", "interrupts", "original", "prefixes", "quantize", "scale", "text_contract", "usage",
-    "variants",
+    "evaluation", "examples", "imatrix", "interrupts", "manifest", "original", "pickled", "prefixes", "quantize",
+    "repair", "scale", "streams", "text_contract", "usage", "variants",
 )  # fmt: skip
 
 
