@@ -18,6 +18,7 @@ from stock import stock_answers, stock_features
 
 from pocketllava import Bundle, Llava, Message, Options
 from pocketllava.convert import convert
+from pocketllava.prompt.items import shared
 from pocketllava.vision import image
 
 pytestmark = [
@@ -245,8 +246,8 @@ def test_answers(make_checkpoint: Any, make_bundle: Any, name: str, record: bool
         ]
     stock = stock_answers(bundle, pictures.four(), recorded.QUESTION, recorded.N_TOKENS)
     ids = [ids for ids, _ in expected]
-    total, ours = sum(map(len, ids)), sum(_equal(f, e) for f, e in zip(found, ids, strict=True))
-    theirs = sum(_equal(s, e) for s, e in zip(stock, ids, strict=True))
+    total, ours = sum(map(len, ids)), sum(shared(f, e) for f, e in zip(found, ids, strict=True))
+    theirs = sum(shared(s, e) for s, e in zip(stock, ids, strict=True))
     print(f"\n{name}: {ours} of {total} tokens equal transformers', stock handler {theirs} of {total}")
     for answer, (wanted, logits) in zip(found, expected, strict=True):
         recorded.assert_equal_or_tie(answer, wanted, recorded.ties_of(logits))
@@ -271,13 +272,3 @@ def test_a_conversation_about_two_images(make_checkpoint: Any, make_bundle: Any)
     conversation = [Message(role, said, tuple(next(pair) for _ in range(n))) for role, said, n in turns]  # type: ignore[arg-type]
     with Llava.load(bundle.folder) as llava:
         assert list(llava.chat(conversation, options=GREEDY).token_ids) == expected
-
-
-def _equal(found: list[int], expected: list[int]) -> int:
-    """Tokens before the first difference."""
-    n = 0
-    for a, b in zip(found, expected, strict=False):
-        if a != b:
-            break
-        n += 1
-    return n

@@ -51,7 +51,7 @@ def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
     if options.n_gpu_layers > 0 and not devices:
         raise UnsupportedOption(
             f"n_gpu_layers: found {options.n_gpu_layers}, but this llama-cpp-python was built for CPUs only;"
-            " install a Metal or CUDA build (README.md) or leave it out"
+            " install a Metal or CUDA build (docs/devices.md) or leave it out"
         )
     layers = options.n_gpu_layers if devices else 0
     text, device = or_on_cpu(lambda n: _load_text(bundle, n, options), layers, bundle, devices)

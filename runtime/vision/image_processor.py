@@ -27,7 +27,7 @@ from pocketllava.vision.image import (
     resize_and_crop,
 )
 
-REMEMBERED = 64  # pictures; 0.3 MB each at 336 x 336 pixels
+REMEMBERED = 16  # pictures, 0.3 MB each at 336 x 336 pixels: few conversations show more
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -56,35 +56,33 @@ class ImageProcessor:
         identity, digest = self._known(source)
         if digest is not None and (image := self._images.get(digest)) is not None:
             return image
-        content, digest = self._read(source)
+        content, digest = self._read(source, identity)
         if (image := self._images.get(digest)) is None:
             picture = decode(content, sources.name_of(source), self.max_pixels)
             pixels = resize_and_crop(picture, self.preprocessing)
             image = PreparedImage(pixels, key_of(pixels, self._encoder))
             self._images.put(digest, image)
-        if identity is not None:
-            self._digests.put(identity, digest)
         return image
 
     def digest(self, source: ImageSource) -> str | None:
         """What tells a source's content from any other, or None where it cannot be read."""
         identity, digest = self._known(source)
-        if digest is not None:
-            return digest
         try:
-            _, digest = self._read(source)
+            return digest or self._read(source, identity)[1]
         except ImageError:
             return None
-        if identity is not None:
-            self._digests.put(identity, digest)
-        return digest
 
-    def _read(self, source: ImageSource) -> tuple[sources.Content, str]:
-        """A source's content and its digest. Raises ImageError."""
+    def _read(
+        self, source: ImageSource, identity: sources.FileState | str | None
+    ) -> tuple[sources.Content, str]:
+        """A source's content and its digest, which is remembered for its identity. Raises ImageError."""
         content, name = sources.read(source), sources.name_of(source)
         check_pixels(content, name, self.max_pixels)
         with pillow_errors(name):  # a lazily opened picture is decoded here
-            return content, sources.digest(content)
+            digest = sources.digest(content)
+        if identity is not None:
+            self._digests.put(identity, digest)
+        return content, digest
 
     def _known(self, source: ImageSource) -> tuple[sources.FileState | str | None, str | None]:
         """A source's identity before it is read, and the digest of its content if it was read before."""
