@@ -20,14 +20,14 @@ from pocketllava.models.mmproj_contract import check_mmproj
 
 def test_it_reads_what_ggufs_reader_reads(bundle: Bundle) -> None:
     for path in (bundle.model, bundle.mmproj):
-        ours, theirs = Header.read(path), GGUFReader(path)
+        header, reader = Header.read(path), GGUFReader(path)
         assert [
-            (t.name, t.shape[::-1], t.type, t.n_bytes, ours.data_start + t.offset) for t in ours.tensors.values()
+            (t.name, t.shape[::-1], t.type, t.n_bytes, header.data_start + t.offset) for t in header.tensors.values()
         ] == [
-            (t.name, tuple(map(int, t.shape)), int(t.tensor_type), t.n_bytes, t.data_offset) for t in theirs.tensors
+            (t.name, tuple(map(int, t.shape)), int(t.tensor_type), t.n_bytes, t.data_offset) for t in reader.tensors
         ]  # fmt: skip
-        for name, value in ours.keys.items():
-            assert theirs.fields[name].contents() == value
+        for name, value in header.keys.items():
+            assert reader.fields[name].contents() == value
 
 
 def test_a_header_is_written_again_as_it_was(bundle: Bundle) -> None:

@@ -60,7 +60,7 @@ def made_up(half: Header, path: Path, **changes: Any) -> Path:
 
 
 def llama_quantize(source: Path, quant: str, path: Path, matrix: Path) -> Header:
-    """llama.cpp's own quantizer with the same matrix, read by ourselves."""
+    """llama.cpp's own quantizer with the same matrix, read by our own reader."""
     from llama_cpp import llama_cpp
 
     read = read_matrix(matrix, quant)
@@ -74,12 +74,12 @@ def llama_quantize(source: Path, quant: str, path: Path, matrix: Path) -> Header
     return Header.read(path)
 
 
-def same(ours: Header, theirs: Header, quant: str) -> None:
+def same(converted: Header, expected: Header, quant: str) -> None:
     """Types, shapes and every byte."""
-    types = [(name, T(t.type).name, t.shape) for name, t in ours.tensors.items()]
-    assert types == [(name, T(t.type).name, t.shape) for name, t in theirs.tensors.items()], quant
-    for name in ours.tensors:
-        assert tensor_bytes(ours, name) == tensor_bytes(theirs, name), (quant, name)
+    types = [(name, T(t.type).name, t.shape) for name, t in converted.tensors.items()]
+    assert types == [(name, T(t.type).name, t.shape) for name, t in expected.tensors.items()], quant
+    for name in converted.tensors:
+        assert tensor_bytes(converted, name) == tensor_bytes(expected, name), (quant, name)
 
 
 @pytest.mark.parametrize(("layout", "quants"), CASES.values(), ids=list(CASES))
@@ -90,8 +90,8 @@ def test_bytes_equal_llama_cpps_with_a_matrix(
     half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
     matrix = made_up(half, tmp_path / "m.gguf")
     for quant in quants:
-        ours = model_file(checkpoint, quant, tmp_path / "ours.gguf", matrix)
-        same(ours, llama_quantize(half.path, quant, tmp_path / "theirs.gguf", matrix), quant)
+        converted = model_file(checkpoint, quant, tmp_path / "converted.gguf", matrix)
+        same(converted, llama_quantize(half.path, quant, tmp_path / "expected.gguf", matrix), quant)
 
 
 def test_the_tool_itself_gives_the_same_file(make_checkpoint: Any, tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_the_tool_itself_gives_the_same_file(make_checkpoint: Any, tmp_path: Pat
     checkpoint = make_checkpoint(layers=1, ffn=256)
     half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
     matrix = made_up(half, tmp_path / "m.gguf")
-    ours = model_file(checkpoint, "IQ3_XXS", tmp_path / "ours.gguf", matrix)
-    command = [tool, "--imatrix", "m.gguf", "f16.gguf", "theirs.gguf", "IQ3_XXS", "2"]
+    converted = model_file(checkpoint, "IQ3_XXS", tmp_path / "converted.gguf", matrix)
+    command = [tool, "--imatrix", "m.gguf", "f16.gguf", "expected.gguf", "IQ3_XXS", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    theirs = Header.read(tmp_path / "theirs.gguf")
-    same(ours, theirs, "IQ3_XXS")
-    assert (ours.keys, ours.key_types) == (theirs.keys, theirs.key_types)
+    expected = Header.read(tmp_path / "expected.gguf")
+    same(converted, expected, "IQ3_XXS")
+    assert (converted.keys, converted.key_types) == (expected.keys, expected.key_types)
 
 
 def test_types_that_need_a_matrix_are_refused_without(make_checkpoint: Any) -> None:
@@ -238,7 +238,7 @@ def test_sums_equal_llama_cpps_tool(llava: Llava, bundle: Bundle, tmp_path: Path
         "-f",
         str(text),
         "-o",
-        str(tmp_path / "theirs.gguf"),
+        str(tmp_path / "expected.gguf"),
         "-c",
         "128",
     ]
@@ -258,12 +258,12 @@ def test_sums_equal_llama_cpps_tool(llava: Llava, bundle: Bundle, tmp_path: Path
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
-    ours = tmp_path / "ours.gguf"
-    collect(llava, text, ours, chunk=128)
-    found, expected = read_matrix(ours, "Q4_0"), read_matrix(tmp_path / "theirs.gguf", "Q4_0")
-    assert found
+    collected = tmp_path / "collected.gguf"
+    collect(llava, text, collected, chunk=128)
+    matrix, expected = read_matrix(collected, "Q4_0"), read_matrix(tmp_path / "expected.gguf", "Q4_0")
+    assert matrix
     assert expected
-    assert set(found.values) == set(expected.values)
-    assert found.chunks == expected.chunks
+    assert set(matrix.values) == set(expected.values)
+    assert matrix.chunks == expected.chunks
     for name, value in expected.values.items():
-        assert np.linalg.norm(found.values[name] - value) <= 1e-4 * np.linalg.norm(value), name
+        assert np.linalg.norm(matrix.values[name] - value) <= 1e-4 * np.linalg.norm(value), name

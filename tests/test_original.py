@@ -126,16 +126,16 @@ def test_a_system_message_replaces_the_system_line(make_bundle: Any) -> None:
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0", "Q4_K_M", "Q2_K"])
 def test_tensors_are_those_of_the_hub_layout(make_bundle: Any, quant: str) -> None:
     """Byte for byte; the hub's vocabulary has rows more, at its end."""
-    ours, hub = (
+    original, hub = (
         make_bundle(quant, "F16", naming="original", weights="bin", tower="folder"),
         make_bundle(quant, "F16"),
     )
     for name in ("model.gguf", "mmproj.gguf"):
-        mine, theirs = tensors_of(ours.folder / name), tensors_of(hub.folder / name)
-        assert list(mine) == list(theirs)
-        for tensor, data in mine.items():
-            assert theirs[tensor][: len(data)] == data, tensor
-            assert len(theirs[tensor]) == len(data) or tensor in ("token_embd.weight", "output.weight")
+        converted, expected = tensors_of(original.folder / name), tensors_of(hub.folder / name)
+        assert list(converted) == list(expected)
+        for tensor, data in converted.items():
+            assert expected[tensor][: len(data)] == data, tensor
+            assert len(expected[tensor]) == len(data) or tensor in ("token_embd.weight", "output.weight")
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:

@@ -30,9 +30,9 @@ from pocketllava.errors import ConvertError, UnsupportedOption
 from pocketllava.llamacpp.log import capture_log
 from pocketllava.models.gguf_header import Header
 
+QUANTS = sorted(set(TEXT_TYPES) - set(NEED_MATRIX))  # the others: test_imatrix.py
 DEEP = {"layers": 16, "ffn": 256}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "16 layers": DEEP,
     "grouped queries, 8 layers": {"layers": 8, "ffn": 256, "kv_heads": 1},
     "tied embeddings": {"layers": 2, "ffn": 256, "tied": True},
     "rows of 288": {"layers": 2, "ffn": 288},
@@ -66,28 +66,35 @@ def tensor_bytes(header: Header, name: str) -> bytes:
         return file.read(info.n_bytes)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+CASES = [pytest.param(layout, QUANTS, id=name) for name, layout in LAYOUTS.items()]
+# Mixes that give some layers more bits: which layers, a deeper model shows.
+CASES.append(
+    pytest.param(DEEP, [q for q in QUANTS if q.endswith(("_S", "_M", "_L", "Q2_K"))], id="16 layers")
+)
+
+
+@pytest.mark.parametrize(("layout", "quants"), CASES)
 def test_bytes_equal_llama_model_quantize(
-    make_checkpoint: Any, tmp_path: Path, layout: dict[str, Any]
+    make_checkpoint: Any, tmp_path: Path, layout: dict[str, Any], quants: list[str]
 ) -> None:
     checkpoint = make_checkpoint(**layout)
     half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
-    for quant in sorted(set(TEXT_TYPES) - set(NEED_MATRIX)):  # those: test_imatrix.py
-        ours = model_file(checkpoint, quant, tmp_path / "ours.gguf")
-        theirs = llama_quantize(half.path, quant, tmp_path / "theirs.gguf")
-        types = [(name, T(t.type).name, t.shape) for name, t in ours.tensors.items()]
-        assert types == [(name, T(t.type).name, t.shape) for name, t in theirs.tensors.items()], quant
-        for name in ours.tensors:
-            assert tensor_bytes(ours, name) == tensor_bytes(theirs, name), (quant, name)
+    for quant in quants:
+        converted = model_file(checkpoint, quant, tmp_path / "converted.gguf")
+        expected = llama_quantize(half.path, quant, tmp_path / "expected.gguf")
+        types = [(name, T(t.type).name, t.shape) for name, t in converted.tensors.items()]
+        assert types == [(name, T(t.type).name, t.shape) for name, t in expected.tensors.items()], quant
+        for name in converted.tensors:
+            assert tensor_bytes(converted, name) == tensor_bytes(expected, name), (quant, name)
 
 
 def test_keys_equal_llama_model_quantize(make_checkpoint: Any, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(layers=2, ffn=256)
     half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
-    ours = model_file(checkpoint, "Q4_K_M", tmp_path / "ours.gguf")
-    theirs = llama_quantize(half.path, "Q4_K_M", tmp_path / "theirs.gguf")
-    assert ours.keys == theirs.keys
-    assert ours.key_types == theirs.key_types
+    converted = model_file(checkpoint, "Q4_K_M", tmp_path / "converted.gguf")
+    expected = llama_quantize(half.path, "Q4_K_M", tmp_path / "expected.gguf")
+    assert converted.keys == expected.keys
+    assert converted.key_types == expected.key_types
 
 
 # A block's scale is F16, whose smallest step is 2^-24: half of it, times Q6_K's largest multipliers (127 and 32).

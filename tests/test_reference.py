@@ -181,17 +181,17 @@ def test_what_ggml_rounds(make_checkpoint: Any, make_bundle: Any) -> None:
     model, processor = model_of(folder), processor_of(folder)
     picture = pictures.four()[0]
     with Llava.load(bundle.folder) as llava:
-        ours = llava.image_features(picture)
-    errors = {"exact": recorded.relative_error(ours, features_of(model, processor, picture))}
+        features = llava.image_features(picture)
+    errors = {"exact": recorded.relative_error(features, features_of(model, processor, picture))}
     model.model.multi_modal_projector.act = torch.nn.GELU(approximate="tanh")
-    errors["tanh"] = recorded.relative_error(ours, features_of(model, processor, picture))
+    errors["tanh"] = recorded.relative_error(features, features_of(model, processor, picture))
     model.model.multi_modal_projector.act = f16_table()
     for block in model.modules():
         if hasattr(block, "activation_fn"):
             block.activation_fn = f16_table(quick=True)
-    errors["F16 tables"] = recorded.relative_error(ours, features_of(model, processor, picture))
+    errors["F16 tables"] = recorded.relative_error(features, features_of(model, processor, picture))
     found = features_of(model, processor, picture, rounded=True)
-    errors["F16 tables and pixels"] = recorded.relative_error(ours, found)
+    errors["F16 tables and pixels"] = recorded.relative_error(features, found)
     print("\nF32 mmproj against transformers: " + ", ".join(f"{name} {e:.2e}" for name, e in errors.items()))
     assert errors["F16 tables and pixels"] <= 1e-4
 
@@ -246,9 +246,9 @@ def test_answers(make_checkpoint: Any, make_bundle: Any, name: str, record: bool
         ]
     stock = stock_answers(bundle, pictures.four(), recorded.QUESTION, recorded.N_TOKENS)
     ids = [ids for ids, _ in expected]
-    total, ours = sum(map(len, ids)), sum(shared(f, e) for f, e in zip(found, ids, strict=True))
-    theirs = sum(shared(s, e) for s, e in zip(stock, ids, strict=True))
-    print(f"\n{name}: {ours} of {total} tokens equal transformers', stock handler {theirs} of {total}")
+    total, equal = sum(map(len, ids)), sum(shared(f, e) for f, e in zip(found, ids, strict=True))
+    stock_equal = sum(shared(s, e) for s, e in zip(stock, ids, strict=True))
+    print(f"\n{name}: {equal} of {total} tokens equal transformers', stock handler {stock_equal} of {total}")
     for answer, (wanted, logits) in zip(found, expected, strict=True):
         recorded.assert_equal_or_tie(answer, wanted, recorded.ties_of(logits))
     judge(f"answers, {name}", ids, record)

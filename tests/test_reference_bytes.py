@@ -63,15 +63,15 @@ def test_tensors(make_checkpoint: Any, tmp_path: Path, name: str) -> None:
         [*command, folder, "--outtype", outtype, "--outfile", whole], check=True, capture_output=True
     )
     for quant in TYPES:
-        theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
-        subprocess.run([QUANTIZE, whole, theirs, quant, "2"], check=True, capture_output=True)
+        expected, converted = tmp_path / "expected.gguf", tmp_path / "converted.gguf"
+        subprocess.run([QUANTIZE, whole, expected, quant, "2"], check=True, capture_output=True)
         with SourceReader() as reader:
-            write(plan(checkpoint, quant=quant).text, ours, reader, 2, lambda n: None)
-        assert tensors(ours) == tensors(theirs), quant
+            write(plan(checkpoint, quant=quant).text, converted, reader, 2, lambda n: None)
+        assert tensors(converted) == tensors(expected), quant
     if name.startswith("Llama"):
-        mine, their = Header.read(ours).keys, Header.read(whole).keys
+        keys, expected_keys = Header.read(converted).keys, Header.read(whole).keys
         for key in ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id"):
-            assert mine[f"tokenizer.ggml.{key}"] == their[f"tokenizer.ggml.{key}"], key
+            assert keys[f"tokenizer.ggml.{key}"] == expected_keys[f"tokenizer.ggml.{key}"], key
 
 
 def tensors(path: Path) -> list[tuple[str, int, bytes]]:
