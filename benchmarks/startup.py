@@ -1,4 +1,4 @@
-"""Start-up times: `import pocketllava` and `pocketllava --help`, medians of N fresh processes.
+"""Start-up times: `import pocketllava`, its class Llava, and `pocketllava --help`, medians of N fresh processes.
 
 python benchmarks/startup.py [N]
 """
@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 
-IMPORT = "import time; start = time.perf_counter(); import pocketllava; print(time.perf_counter() - start)"
+IMPORTS = ("import pocketllava", "from pocketllava import Llava")
+TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 
 
 def timed(*command: str) -> tuple[float, str]:
@@ -21,10 +22,11 @@ def timed(*command: str) -> tuple[float, str]:
 
 
 def main(n: int) -> None:
-    """Print both medians."""
-    imports = [float(timed(sys.executable, "-c", IMPORT)[1]) for _ in range(n)]
+    """Print the medians."""
+    for statement in IMPORTS:
+        times = [float(timed(sys.executable, "-c", TIMED.format(statement))[1]) for _ in range(n)]
+        print(f"{statement}: {statistics.median(times):.3f} s")
     helps = [timed(sys.executable, "-m", "pocketllava.cli", "--help")[0] for _ in range(n)]
-    print(f"import pocketllava: {statistics.median(imports):.3f} s")
     print(f"pocketllava --help: {statistics.median(helps):.3f} s, whole process")
 
 

@@ -24,7 +24,7 @@ def data_uri(image: str) -> str:
 
 def main(model: str, image: str) -> None:
     bundle = open_bundle(model)
-    handler: Any = LlavaChatHandler(bundle.folder)
+    handler = LlavaChatHandler(bundle.folder)
     llama = Llama(str(bundle.model), chat_handler=handler, n_ctx=2048, n_batch=1024, verbose=False)
     content = [
         {"type": "image_url", "image_url": {"url": data_uri(image)}},

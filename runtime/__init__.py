@@ -1,29 +1,36 @@
 """pocketllava: LLaVA-1.5 with llama.cpp, with the original model's own answers.
 
-Importing it is quick: llama_cpp, numpy and Pillow are imported by the first call that needs them. Programs that hold a
-llama_cpp.Llama take LlavaChatHandler from `pocketllava.integrations.llama_cpp`.
+Importing it takes no time: a public name's module is imported when the name is first used (PEP 562), and llama_cpp,
+numpy and Pillow by the first call that needs them. Programs that hold a llama_cpp.Llama take LlavaChatHandler from
+`pocketllava.integrations.llama_cpp`.
 """
 
-from pocketllava.engine.preparation import Preparation
-from pocketllava.errors import (
-    BackendError,
-    BundleError,
-    ContextOverflow,
-    ConvertError,
-    DiskFull,
-    ImageError,
-    InputError,
-    ModelNotFound,
-    PocketLlavaError,
-    StateError,
-    TensorMismatch,
-    UnsupportedCheckpoint,
-    UnsupportedOption,
-)
-from pocketllava.llava import Llava
-from pocketllava.models import Bundle
-from pocketllava.types import Answer, Chunk, LoadOptions, Message, Options, Timings, Trace, Usage
+from __future__ import annotations
+
 from pocketllava.version import __version__
+
+TYPE_CHECKING = False  # what type checkers take for true; importing typing would take half of the time
+
+if TYPE_CHECKING:
+    from pocketllava.engine.preparation import Preparation
+    from pocketllava.errors import (
+        BackendError,
+        BundleError,
+        ContextOverflow,
+        ConvertError,
+        DiskFull,
+        ImageError,
+        InputError,
+        ModelNotFound,
+        PocketLlavaError,
+        StateError,
+        TensorMismatch,
+        UnsupportedCheckpoint,
+        UnsupportedOption,
+    )
+    from pocketllava.llava import Llava
+    from pocketllava.models import Bundle
+    from pocketllava.types import Answer, Chunk, LoadOptions, Message, Options, Timings, Trace, Usage
 
 __all__ = [
     "Answer",
@@ -52,3 +59,24 @@ __all__ = [
     "Usage",
     "__version__",
 ]
+
+if not TYPE_CHECKING:
+    _HOMES = {
+        "Bundle": "models",
+        "Llava": "llava",
+        "Preparation": "engine.preparation",
+        **dict.fromkeys(
+            ("Answer", "Chunk", "LoadOptions", "Message", "Options", "Timings", "Trace", "Usage"), "types"
+        ),
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

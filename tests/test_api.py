@@ -283,3 +283,22 @@ def test_the_examples_in_docstrings_run(tmp_path: Path, monkeypatch: pytest.Monk
         "Llava", "load", "ask", "chat", "stream", "astream", "prefill", "image_features", "count_tokens", "Message",
         "Options",
     }  # fmt: skip
+
+
+LIGHT = """
+import sys
+before = set(sys.modules)
+import pocketllava
+print(*sorted(m for m in set(sys.modules) - before if m.startswith("pocketllava")))
+from pocketllava import *
+assert all(name in globals() for name in pocketllava.__all__)
+assert set(pocketllava.__all__) <= set(dir(pocketllava))
+assert not {"asyncio", "numpy", "PIL", "llama_cpp", "click"} & set(sys.modules)
+"""
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("pocketllava pocketllava.version\n", "")
+    with pytest.raises(AttributeError, match="module 'pocketllava' has no attribute 'Lava'"):
+        pocketllava.Lava  # noqa: B018

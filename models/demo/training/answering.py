@@ -1,4 +1,4 @@
-"""The text model's lessons, on what a trained tower sees: words for patches, then questions, easy ones first."""
+"""Training stages of the text model, on a trained tower's features: a caption per patch, then questions, easy kinds first."""
 
 import random
 from typing import Any
@@ -47,7 +47,7 @@ class Answering:
         return [code.to(self.device) for code in found]
 
     def align_loss(self, k: int) -> Tensor:
-        """Of 256 pictures: the projector turns each patch into the sum of the words that say what it holds."""
+        """Loss over 256 pictures: the projector maps each patch to the summed embeddings of the words that name its contents."""
         seeds = np.random.default_rng((self.seed, 4, k)).integers(0, len(self.cached), 256)
         labels = by_patch(labels_of(seeds.tolist())).to(self.device)
         wanted = torch.stack([code[labels[..., h]] for h, code in enumerate(self.codes)]).sum(0)
@@ -68,7 +68,7 @@ class Answering:
         return self.model.lm_head(out.last_hidden_state[where]), batch.labels[where]
 
     def asked(self, rng: np.random.Generator, share: dict[str, float]) -> tuple[list[int], batches.Batch]:
-        """Seeds of the pool and their questions."""
+        """Random seeds of the pool and their questions."""
         seeds, draw = (
             rng.integers(0, len(self.cached), PICTURES).tolist(),
             random.Random(int(rng.integers(1 << 30))),
@@ -84,19 +84,19 @@ class Answering:
         ).sum() / weight.sum()
 
     def loss(self, k: int) -> Tensor:
-        """What things are (6 % of the steps), then lookups (10 %), then everything."""
+        """Loss of one step: names of things (the first 6 % of the steps), lookups (the next 10 %), then every kind."""
         part = k / self.steps
         share = EASY if part < 0.06 else LOOKUPS if part < 0.16 else EVERY
         seeds, batch = self.asked(np.random.default_rng((self.seed, 2, k)), share)
         return self._loss(self.cached[seeds].to(self.device).float(), batch)
 
     def joint_loss(self, k: int) -> Tensor:
-        """Everything, through the tower too."""
+        """Loss over every kind, with gradients through the tower."""
         seeds, batch = self.asked(np.random.default_rng((self.seed, 3, k)), EVERY)
         return self._loss(llava.vision_features(self.model, self.seeing.pictures(seeds)), batch)
 
     def measured(self) -> dict[str, Any]:
-        """Share of conversations right by kind on validation pictures: every token, given those before."""
+        """Share of validation conversations answered right, by kind; teacher-forced: every token given those before it."""
         rows: list[tuple[str, bool]] = []
         for k in range(0, len(VALIDATION), 64):
             qas = [scenes.questions(scenes.scene(s)) for s in VALIDATION[k : k + 64]]
@@ -108,7 +108,7 @@ class Answering:
         return measure.table(rows)
 
     def watch(self) -> str:
-        """The same in one line."""
+        """The shares on one line."""
         found = self.measured()
         return f"all {found['accuracy']:.3f} " + " ".join(f"{k} {v:.2f}" for k, v in found["by_type"].items())
 

@@ -1,4 +1,4 @@
-"""Runs a stage of training so that it can stop anywhere and go on; knows nothing of what is learned."""
+"""Runs one training stage, resumable at any step; knows nothing of the loss."""
 
 import math
 import time
@@ -15,7 +15,7 @@ SAVE_EVERY_S = 120.0
 
 @dataclass(frozen=True)
 class Stage:
-    """Minimise loss(k) for k = 0 .. steps - 1; watch() says how it goes, every hundred steps."""
+    """Minimize loss(k) for k = 0 .. steps - 1; watch() describes the progress, every hundred steps."""
 
     name: str
     steps: int
@@ -43,13 +43,13 @@ class Loop:
             self.done, self.optimizer_state = state["done"], state["optimizer"]
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
-        """Replace the state file in one move."""
+        """Replace the state file atomically."""
         state = {"kept": self.kept.state_dict(), "done": self.done, "optimizer": optimizer.state_dict()}
         torch.save(state, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)
 
     def run(self, stage: Stage) -> None:
-        """The stage, from the step after the last saved one."""
+        """Run the stage from the step after the last saved one."""
         first = self.done.get(stage.name, 0)
         if first >= stage.steps:
             return

@@ -1,4 +1,4 @@
-"""The demo LLaVA's geometry, its start, and its checkpoint folder; knows nothing of scenes or of how it is trained."""
+"""The demo LLaVA's geometry, initialization and checkpoint folder; knows nothing of scenes or training."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A pool of training pictures on disk and what their cells hold; numpy and Pillow only, knows nothing of models.
+"""A pool of training pictures on disk and the labels of their cells; numpy and Pillow only, knows nothing of models.
 
 Pictures are drawn once, some of them worn (JPEG, 256 colors, resized): drawing costs more than a training step.
 """
@@ -46,7 +46,7 @@ def cells(s: world.Scene) -> Bytes:
 
 
 def worn(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture as it comes back from the world: mostly unchanged, else recompressed, in 256 colors or resized."""
+    """Augment a picture: mostly unchanged, else recompressed, reduced to 256 colors or resized."""
     way = rng.random()
     if way < 0.15:
         file = io.BytesIO()
@@ -63,7 +63,7 @@ def worn(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def draw(path: Path, n: int, progress: Callable[[int], None]) -> None:
-    """n pictures of seeds 0..n-1 as raw (n, 336, 336, 3) bytes; goes on where it stopped."""
+    """Write the pictures of seeds 0..n-1 as raw (n, 336, 336, 3) bytes; resumes after the last complete one."""
     nbytes = drawing.SIDE**2 * 3
     with path.open("ab") as file:
         done = file.tell() // nbytes

@@ -1,4 +1,4 @@
-"""The tower's own lesson: every patch names what its cell holds; knows nothing of words or of the text model."""
+"""Training stage of the vision tower: classify every patch by the contents of its cell; knows nothing of the text model."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ VALIDATION = scenes.TRAIN_SEEDS[-256:]  # watched while training; the held-out s
 
 
 def labels_of(seeds: Iterable[int]) -> pool.Bytes:
-    """What these scenes' cells hold (n, 9, heads)."""
+    """Labels of these scenes' cells (n, 9, heads)."""
     return np.stack([pool.cells(scenes.scene(int(s))) for s in seeds])
 
 
@@ -28,7 +28,7 @@ def by_patch(labels: pool.Bytes) -> Tensor:
 
 
 class Seeing:
-    """The tower, a linear head for each thing to know, and the pool."""
+    """The tower, a linear head for each label, and the pool."""
 
     def __init__(self, model: LlavaForConditionalGeneration, path: Path, n: int, seed: int,
                  device: torch.device) -> None:  # fmt: skip
@@ -48,7 +48,7 @@ class Seeing:
         return list(torch.split(found, list(pool.HEADS.values()), -1))
 
     def loss(self, k: int) -> Tensor:
-        """Of 64 pictures whose cells are shuffled, so that no picture comes twice."""
+        """Loss over 64 pictures with shuffled cells, so that no picture repeats."""
         rng = np.random.default_rng((self.seed, 1, k))
         seeds = rng.integers(0, self.n, 64).tolist()
         pictures, labels = pool.shuffled(pool.read(self.path, seeds), labels_of(seeds), rng)
@@ -59,7 +59,7 @@ class Seeing:
         return torch.stack(losses).sum() + losses[0]  # shapes are the hardest
 
     def watch(self) -> str:
-        """Share of patches right by head, where something is."""
+        """Share of nonempty patches classified right, by head."""
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             values = self.values(self.validation[:128])
         wanted = by_patch(labels_of(VALIDATION[:128])).to(self.device)
@@ -68,12 +68,12 @@ class Seeing:
         return " ".join(f"{head} {share:.3f}" for head, share in zip(pool.HEADS, right, strict=True))
 
     def features(self, pictures: Tensor) -> Tensor:
-        """What the tower sees (n, 36, width) in F16, without learning."""
+        """Features (n, 36, width) in F16, without gradients."""
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             return llava.vision_features(self.model, pictures).half().cpu()
 
     def cache(self, path: Path) -> Tensor:
-        """Features of the whole pool (n, 36, width), computed once; to be called when the tower is trained."""
+        """Features of the whole pool (n, 36, width), computed once; call it after the tower is trained."""
         if not path.exists():
             parts = [range(k, min(k + 128, self.n)) for k in range(0, self.n, 128)]
             found = torch.cat([self.features(self.pictures(part)) for part in parts])

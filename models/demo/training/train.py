@@ -27,7 +27,7 @@ from training.seeing import Seeing
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does; how long it takes on two cores stands in the model card."""
+    """Steps of each stage; the model card gives the time on two cores."""
 
     out: Path
     pictures: int
@@ -40,7 +40,7 @@ class Plan:
 
 
 def train(plan: Plan) -> LlavaForConditionalGeneration:
-    """Every stage in turn, from where the last run stopped."""
+    """Run every stage in turn, from where the last run stopped."""
     plan.out.mkdir(parents=True, exist_ok=True)
     pictures = plan.out / "pool.rgb"
     pool.draw(pictures, plan.pictures, lambda n: say(f"pool {n}/{plan.pictures}"))
