@@ -1,4 +1,4 @@
-"""Training stage of the vision tower: classify every patch by the contents of its cell; knows nothing of the text model."""
+"""Training stage of the vision tower: classify every patch by the contents of its cell."""
 
 from collections.abc import Iterable
 from pathlib import Path
