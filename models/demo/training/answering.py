@@ -1,4 +1,4 @@
-"""Training stages of the text model, on a trained tower's features: captions of patches, then questions, easy first."""
+"""Training stages of the text model on a trained tower's features: captions of patches, then questions, easy first."""
 
 import random
 from typing import Any
@@ -47,7 +47,7 @@ class Answering:
         return [code.to(self.device) for code in found]
 
     def align_loss(self, k: int) -> Tensor:
-        """Loss over 256 pictures: each patch is mapped to the summed embeddings of the words that name its contents."""
+        """Loss over 256 pictures: each patch maps to the summed embeddings of the words that name its contents."""
         seeds = np.random.default_rng((self.seed, 4, k)).integers(0, len(self.cached), 256)
         labels = by_patch(labels_of(seeds.tolist())).to(self.device)
         wanted = torch.stack([code[labels[..., h]] for h, code in enumerate(self.codes)]).sum(0)
