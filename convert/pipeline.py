@@ -134,6 +134,7 @@ def _open(folder: Path, identity: dict[str, str | None], tower: str | None) -> O
     config = LlavaConfig.from_json(checkpoint.config)
     _check_counts(checkpoint, config)
     prepared = preprocessing(checkpoint.files, config.vision.image_size)
+    prepared = replace(prepared, tiling=config.tiling)
     vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
     if checkpoint.original is not None:
         prepared, vocab = as_original(checkpoint, config, prepared, vocab)
@@ -283,7 +284,7 @@ def _manifest(planned: ConvertPlan) -> Manifest:
         types=Types(planned.quant, planned.mmproj_quant),
         image_token=token,
         image_token_id=token_id,
-        image_tokens=config.vision.image_tokens,
+        n_patches=config.vision.n_patches,
         vision_width=config.vision.n_embd,
         projected_width=config.text.n_embd,
         space_prefix=opened.vocab.space_prefix,

@@ -7,6 +7,7 @@ and the header that bundle.json recorded after they were verified.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -102,8 +103,8 @@ class Bundle:
 
     @property
     def image_tokens(self) -> int:
-        """Positions that one picture takes in a prompt: 576 for LLaVA-1.5."""
-        return self.manifest.image_tokens
+        """Positions that one picture takes in a prompt: 576 for LLaVA-1.5; at most 2,928 for LLaVA-1.6."""
+        return self.preprocessing.most_tokens(math.isqrt(self.manifest.n_patches))
 
     def check_hashes(self) -> None:
         """Compare both files' SHA-256 with the recorded ones (reads them whole). Raises BundleError."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pocketllava.errors import BundleError
 from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.models.tiling import MAX_PINPOINTS, MAX_TILES, MERGE_TYPES, Tiling
 
 MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"
 FORMAT = 1
@@ -67,8 +68,8 @@ class Manifest:
     """bundle.json's content.
 
     version: of the pocketllava that converted. image_token: the text that stands for an image in the template;
-    image_token_id: its row of the vocabulary, None where it has none. image_tokens: positions that one picture
-    takes in a prompt. vision_width, projected_width: columns of the tower's features, before and after the
+    image_token_id: its row of the vocabulary, None where it has none. n_patches: of one picture, or of one tile where
+    pictures are tiled. vision_width, projected_width: columns of the tower's features, before and after the
     projector. space_prefix: which text between special tokens gets a leading space: "every" run, only the
     "first", "none", or "chunk" (the first and those after an image).
     """
@@ -79,7 +80,7 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     image_token: str
     image_token_id: int | None
-    image_tokens: int
+    n_patches: int
     vision_width: int
     projected_width: int
     space_prefix: str
@@ -113,7 +114,7 @@ class Manifest:
             files={name: _file(files.section(name)) for name in (MODEL, MMPROJ)},
             image_token=image.text("token"),
             image_token_id=image.get("token_id", _optional(_id), "a token id or null"),
-            image_tokens=image.count("n_patches"),
+            n_patches=image.get("n_patches", _square, f"a square number from 1 to {MAX_DIMENSION}"),
             vision_width=image.count("vision_width"),
             projected_width=image.count("projected_width"),
             space_prefix=top.section("tokenizer").get(
@@ -140,7 +141,7 @@ class Manifest:
             "image": {
                 "token": self.image_token,
                 "token_id": self.image_token_id,
-                "n_patches": self.image_tokens,
+                "n_patches": self.n_patches,
                 "vision_width": self.vision_width,
                 "projected_width": self.projected_width,
             },
@@ -227,6 +228,24 @@ def _preprocessing(section: _Section) -> Preprocessing:
         mean=section.get("mean", _three(positive=False), "three finite numbers"),
         std=section.get("std", _three(positive=True), "three finite positive numbers"),
         pad_to_square=section.get("pad_to_square", _one_of((False, True)), "true or false"),
+        tiling=_tiling(section) if section.value.get("tiling") is not None else None,
+    )
+
+
+def _tiling(preprocessing: _Section) -> Tiling:
+    section, side = preprocessing.section("tiling"), preprocessing.count("crop_size")
+
+    def pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
+        sizes = tuple((_dimension(width), _dimension(height)) for width, height in value)
+        if not 0 < len(sizes) <= MAX_PINPOINTS or any(
+            width % side or height % side or width * height > MAX_TILES * side**2 for width, height in sizes
+        ):
+            raise ValueError
+        return sizes
+
+    return Tiling(
+        section.get("pinpoints", pinpoints, f"widths and heights that are multiples of {side}"),
+        section.get("merge", _one_of(MERGE_TYPES), f"one of {', '.join(MERGE_TYPES)}"),
     )
 
 
@@ -242,6 +261,12 @@ def _size(value: Any) -> int:
 
 def _dimension(value: Any) -> int:
     return _whole(value, 1, MAX_DIMENSION)
+
+
+def _square(value: Any) -> int:
+    if math.isqrt(_dimension(value)) ** 2 != value:
+        raise ValueError
+    return int(value)
 
 
 def _id(value: Any) -> int:

@@ -14,7 +14,8 @@ from pocketllava.errors import UnsupportedOption
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.gguf_header import Header
 
-DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens; less if trained on less
+DEFAULT_CONTEXT = 2048  # less if trained on less
+DEFAULT_ROOM = 1472  # beside one picture: a conversation, and an answer of 512 tokens
 CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must agree
 MIN_BATCH = 512  # llama.cpp's default; an image's tokens go in one batch if there are more
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # a value; ggml's block_q8_0 is 32 values in 34 bytes
@@ -41,10 +42,13 @@ class Memory:
         return self.text + self.vision + self.kv_cache + self.buffers
 
 
-def context_size(n_ctx: int | None, trained: int) -> int:
-    """n_ctx rounded up as llama.cpp needs it. Raises UnsupportedOption outside what the model was trained on."""
+def context_size(n_ctx: int | None, trained: int, image_tokens: int) -> int:
+    """n_ctx rounded up as llama.cpp needs it; by default enough for a picture of image_tokens and a conversation.
+
+    Raises UnsupportedOption outside what the model was trained on.
+    """
     if n_ctx is None:
-        n_ctx = min(DEFAULT_CONTEXT, trained)
+        n_ctx = min(max(DEFAULT_CONTEXT, image_tokens + DEFAULT_ROOM), trained)
     if not 1 <= n_ctx <= trained:
         raise UnsupportedOption(
             f"n_ctx: found {n_ctx}, expected 1 to {trained}, the context of the model's training"
@@ -53,15 +57,16 @@ def context_size(n_ctx: int | None, trained: int) -> int:
 
 
 def batch_size(bundle: Bundle) -> int:
-    """Positions that are evaluated at once: at least an image's."""
-    return max(MIN_BATCH, bundle.image_tokens)
+    """Positions that are evaluated at once: at least those of an image or a tile."""
+    return max(MIN_BATCH, bundle.manifest.n_patches)
 
 
 def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Memory:
     """The memory that loading would take. Raises UnsupportedOption for a context the model was not trained on."""
     text = bundle.model_header
     keys = {name.removeprefix("llama."): value for name, value in text.keys.items()}
-    context = context_size(n_ctx, int(keys.get("context_length", DEFAULT_CONTEXT)))
+    trained = int(keys.get("context_length", DEFAULT_CONTEXT))
+    context = context_size(n_ctx, trained, bundle.image_tokens)
     batch = min(batch_size(bundle), context)
     position = _kv_bytes_per_position(keys, kv_type)
     return Memory(

@@ -1,4 +1,4 @@
-"""Checks that a GGUF file is a LLaVA-1.5 mmproj as libmtmd expects it: keys, tensor names, shapes, types.
+"""Checks that a GGUF file is a LLaVA mmproj as libmtmd expects it: keys, tensor names, shapes, types.
 
 libmtmd crashes on most faults, or silently misreads the file, so every file is checked here before libmtmd gets
 it. Knows the mmproj contract, no engine.
@@ -9,24 +9,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pocketllava.errors import BundleError
-from pocketllava.models.gguf_header import ARRAY, BF16, BOOL, F16, F32, FLOAT, STRING, U32, Header
+from pocketllava.errors import BundleError, UnsupportedCheckpoint
+from pocketllava.models.gguf_header import ARRAY, BF16, BOOL, F16, F32, FLOAT, I32, STRING, U32, Header
 from pocketllava.models.preprocessing import PatchGrid
+from pocketllava.models.tiling import Tiling, tiling
 
 MATRIX_TYPES = (F32, F16, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, BF16)
 CLIP_L_BLOCKS_STORED = 23  # what published files hold of CLIP ViT-L's 24 blocks
 PREFIX = "clip.vision."
 CLASS_EMBEDDING, PATCH_BIAS = "v.class_embd", "v.patch_embd.bias"  # CLIP has the one, SigLIP the other
+NEWLINES = ("v.image_newline", "model.image_newline")  # gguf's name, and that of llama.cpp's first script
+PINPOINTS = PREFIX + "image_grid_pinpoints"  # (width, height) in pixels, flattened
+MERGE_TYPE, ASPECT_RATIO = PREFIX + "mm_patch_merge_type", PREFIX + "image_aspect_ratio"
+ANYRES = "anyres"
 
 
 @dataclass(frozen=True)
 class MmprojInfo(PatchGrid):
-    """The dimensions of a vision tower and projector, as the file's keys give them."""
+    """The dimensions of a vision tower and projector, as the file's keys give them.
+
+    tiling: of LLaVA-1.6, whose newline embedding is the tensor `newline`.
+    """
 
     n_blocks: int
     vision_width: int
     projected_width: int
     class_token: bool = True
+    tiling: Tiling | None = None
+    newline: str | None = None
 
 
 def check_mmproj(header: Header) -> MmprojInfo:
@@ -64,7 +74,13 @@ def check_mmproj(header: Header) -> MmprojInfo:
         _array(header, PREFIX + name, 3)
     n_layers = _check_depth(header, dims["block_count"])
     _check_age(header, dims)
-    _check_tensors(header, dims, n_layers, class_token)
+    tiles = _check_tiling(header, dims["image_size"])
+    newline = next((name for name in NEWLINES if name in header.tensors), None)
+    if tiles is not None and tiles.merge == "spatial_unpad" and newline is None:
+        raise BundleError(
+            f"{header.path}: no tensor {NEWLINES[0]!r}, which ends a row of a LLaVA-1.6 picture; download it again"
+        )
+    _check_tensors(header, dims, n_layers, class_token, newline)
     return MmprojInfo(
         dims["image_size"],
         dims["patch_size"],
@@ -72,7 +88,23 @@ def check_mmproj(header: Header) -> MmprojInfo:
         dims["embedding_length"],
         dims["projection_dim"],
         class_token,
+        tiles,
+        newline,
     )
+
+
+def _check_tiling(header: Header, side: int) -> Tiling | None:
+    """How the file's pictures are tiled; None for LLaVA-1.5's, and for a 1.6 file of another aspect ratio."""
+    pinpoints, merge = header.keys.get(PINPOINTS), header.keys.get(MERGE_TYPE, "spatial_unpad")
+    if pinpoints is None or header.keys.get(ASPECT_RATIO, ANYRES) != ANYRES:
+        return None
+    if not isinstance(pinpoints, list) or header.item_types.get(PINPOINTS) != I32 or len(pinpoints) % 2:
+        raise BundleError(f"{header.path}: key {PINPOINTS} is not an array of pairs of 32-bit whole numbers")
+    sizes = list(zip(pinpoints[::2], pinpoints[1::2], strict=True))
+    try:
+        return tiling(sizes, merge, side, height_first=False)
+    except UnsupportedCheckpoint as error:
+        raise BundleError(f"{header.path}: {str(error).removeprefix('config.json: ')}") from error
 
 
 def _check_depth(header: Header, n_blocks: int) -> int:
@@ -106,8 +138,12 @@ def _check_age(header: Header, dims: dict[str, int]) -> None:
         )
 
 
-def _check_tensors(header: Header, dims: dict[str, int], n_layers: int, class_token: bool) -> None:
+def _check_tensors(
+    header: Header, dims: dict[str, int], n_layers: int, class_token: bool, newline: str | None
+) -> None:
     expected = dict(_expected(dims, n_layers, class_token))
+    if newline is not None:
+        expected[newline] = ((dims["projection_dim"],), (F32,))
     tensors = {name: t for name, t in header.tensors.items() if not name.startswith("v.post_ln.")}
     for name in sorted(set(expected) ^ set(tensors)):
         state = "missing" if name in expected else "unexpected"

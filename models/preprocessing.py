@@ -13,6 +13,7 @@ from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 from pocketllava.models.siglip import image_processor
+from pocketllava.models.tiling import Tiling
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,18 +36,14 @@ class PatchGrid:
         """Patches of one picture: 24 * 24 = 576."""
         return self.grid**2
 
-    @property
-    def image_tokens(self) -> int:
-        """Positions of one picture in a prompt: LLaVA-1.5 takes every patch."""
-        return self.n_patches
-
 
 @dataclass(frozen=True)
 class Preprocessing:
     """The steps from a picture to pixels: [pad to a square,] resize, center crop, normalize by mean and std.
 
     shortest_edge: resize so that the shorter side has that many pixels; None resizes to
-    (crop_size, crop_size) without keeping the aspect ratio. resample: Pillow's code, 3 is bicubic.
+    (crop_size, crop_size) without keeping the aspect ratio. resample: Pillow's code, 3 is bicubic. tiling: cut the
+    picture into tiles of (crop_size, crop_size) instead, as LLaVA-1.6 does.
     """
 
     shortest_edge: int | None = 336
@@ -55,6 +52,14 @@ class Preprocessing:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     pad_to_square: bool = False
+    tiling: Tiling | None = None
+
+    def most_tokens(self, grid: int) -> int:
+        """Positions of one picture in a prompt, at most: every patch of it, or of all tiles and their newlines.
+
+        grid: patches along one side of a (crop_size, crop_size) picture.
+        """
+        return self.tiling.most_tokens(self.crop_size, grid) if self.tiling else grid**2
 
 
 def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Preprocessing:
@@ -67,9 +72,10 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
     if not p:
         return Preprocessing(shortest_edge=image_size, crop_size=image_size)
     kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
-    if not kind.startswith(("CLIP", "Llava", "SiglipImageProcessor")) or "Next" in kind:
+    if not kind.startswith(("CLIP", "Llava", "SiglipImageProcessor")):
         raise UnsupportedCheckpoint(
-            f"preprocessor: {kind!r}, expected CLIPImageProcessor, LlavaImageProcessor or SiglipImageProcessor"
+            f"preprocessor: {kind!r}, expected CLIPImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor or"
+            " SiglipImageProcessor"
         )
     if kind.startswith("Siglip"):
         p = image_processor(p, image_size)
@@ -94,7 +100,8 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
         resample=int(resample),
         mean=_three(p.get("image_mean", CLIP_MEAN)),
         std=_three(p.get("image_std", CLIP_STD), positive=True),
-        pad_to_square=kind.startswith("Llava") and bool(p.get("do_pad")),
+        # LlavaNextImageProcessor's do_pad is about batches
+        pad_to_square=kind.startswith("Llava") and "Next" not in kind and bool(p.get("do_pad")),
     )
 
 

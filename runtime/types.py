@@ -275,8 +275,10 @@ class Answer:
 class Trace:
     """One picture followed through the model, from a real evaluation.
 
-    pixel_shape (3, H, W); grid (rows, columns); vision_shape (n_patches, vision width);
-    feature_shape (image tokens, text width); image_positions: first and last position in the prompt;
+    pixel_shape (3, H, W); grid (rows, columns) of patches; vision_shape (n_patches, vision width);
+    feature_shape (image tokens, text width); tiles (rows, columns) of a tiled picture, whose base comes first;
+    unpadded (rows, columns) of the tiles' patches without padding; image_positions: first and last position in the
+    prompt;
     token_ids: the whole prompt, image positions filled with the image token's id;
     embeddings_match: whether the text model's input embeddings at those positions, read from its own
     graph, are the projected image features, and max_difference the largest absolute difference.
@@ -292,6 +294,8 @@ class Trace:
     embeddings_match: bool
     max_difference: float
     class_token_corrected: bool
+    tiles: tuple[int, int] | None = None
+    unpadded: tuple[int, int] | None = None
 
 
 def sampling(options: Options | None = None, **changes: Any) -> Options:

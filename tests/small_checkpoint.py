@@ -1,4 +1,4 @@
-"""Small LLaVA-1.5 checkpoints with random weights, in every layout that the converter accepts.
+"""Small LLaVA-1.5 and 1.6 checkpoints with random weights, in every layout that the converter accepts.
 
 numpy only. The weights mean nothing; what the files hold, and every number computed from them, is real.
 Widths are multiples of 256 so that K-quants are used, unless a test asks for others.
@@ -39,6 +39,9 @@ LLAMA31 = {  # Llama-3.1-8B's
 }  # fmt: skip
 
 
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # every published LLaVA-1.6's
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a checkpoint looks like. naming: "old" (hub), "new" (>= 4.52) or "newest" (>= 5.6)."""
@@ -68,6 +71,8 @@ class Layout:
     weights: str = "safetensors"  # or "bin"
     tower: str = "inside"  # naming "original": "inside" the checkpoint, or a CLIP "folder" alone
     aspect: str = "pad"
+    tiled: bool = False  # LLaVA-1.6: pictures in tiles, rows of patches that end with image_newline
+    pinpoints: tuple[tuple[int, int], ...] = PINPOINTS  # (height, width), as transformers counts them
     endless: bool = False  # greedy answers never end: the end token's logit is 0, and another one is larger
 
     @property
@@ -144,6 +149,8 @@ def rows(c: Layout) -> Iterator[Row]:
         yield from linear(block + "mlp.fc2", v, c.vision_ffn)
         yield from norm(block + "layer_norm2", v)
     yield from norm("V.post_layernorm", v)
+    if c.tiled:
+        yield "N.image_newline", (c.hidden,), 0, 1.0
     yield from linear("P.linear_1", c.hidden, v * c.n_feature_layers)
     yield from linear("P.linear_2", c.hidden, c.hidden)
     yield "T.embed_tokens.weight", (c.vocab, c.hidden), 0, 1.0
@@ -164,13 +171,13 @@ def rows(c: Layout) -> Iterator[Row]:
 
 PREFIXES = {
     "old": {"V": "vision_tower.vision_model", "P": "multi_modal_projector", "T": "language_model.model",
-            "H": "language_model.lm_head"},
+            "H": "language_model.lm_head", "N": ""},
     "new": {"V": "model.vision_tower.vision_model", "P": "model.multi_modal_projector", "T": "model.language_model",
-            "H": "lm_head"},
+            "H": "lm_head", "N": "model"},
     "original": {"V": "model.vision_tower.vision_tower.vision_model", "P": "model.mm_projector", "T": "model",
-                 "H": "lm_head"},
+                 "H": "lm_head", "N": "model"},
     "newest": {"V": "model.vision_tower", "P": "model.multi_modal_projector", "T": "model.language_model",
-               "H": "lm_head"},
+               "H": "lm_head", "N": "model"},
 }  # fmt: skip
 
 
@@ -178,7 +185,7 @@ def _named(name: str, naming: str) -> str:
     part, dot, rest = name.partition(".")
     if naming == "original":
         rest = rest.replace("linear_1", "0").replace("linear_2", "2")
-    return PREFIXES[naming][part] + dot + rest
+    return (PREFIXES[naming][part] + dot + rest).removeprefix(".")
 
 
 def values(c: Layout) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
@@ -281,11 +288,11 @@ def _write_configs(folder: Path, c: Layout) -> None:
         "vision_feature_layer": list(c.feature_layer) if c.n_feature_layers > 1 else c.feature_layer,
         "vision_feature_select_strategy": "full" if c.siglip else "default", "tie_word_embeddings": c.tied,
         "torch_dtype": torch_dtype, "text_config": text,
-        "vision_config": _vision(c),
+        "vision_config": _vision(c), **(_tiling(c) if c.tiled else {}),
     })  # fmt: skip
     dump(folder / "preprocessor_config.json", _preprocessor(c))
     dump(folder / "processor_config.json", {
-        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": PATCH,
+        "processor_class": "LlavaNextProcessor" if c.tiled else "LlavaProcessor", "image_token": "<image>", "patch_size": PATCH,
         "num_additional_image_tokens": 0 if c.siglip else 1,
         "vision_feature_select_strategy": "full" if c.siglip else "default",
     })  # fmt: skip
@@ -305,8 +312,19 @@ def _vision(c: Layout) -> dict[str, Any]:
     return {"model_type": "clip_vision_model", **shape, "projection_dim": 32, "vocab_size": 32000}
 
 
+def _tiling(c: Layout) -> dict[str, Any]:
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
+        "image_grid_pinpoints": [list(size) for size in c.pinpoints], "use_image_newline_parameter": True,
+    }  # fmt: skip
+
+
 def _preprocessor(c: Layout) -> dict[str, Any]:
     side = {"height": c.image_size, "width": c.image_size}
+    tiled = {
+        "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor", "do_pad": True,
+        "aspect_ratio_setting": "anyres", "image_grid_pinpoints": [list(size) for size in c.pinpoints],
+    }  # fmt: skip
     if c.siglip:
         return {
             "image_processor_type": "SiglipImageProcessor", "processor_class": "LlavaProcessor", "do_resize": True,
@@ -318,7 +336,7 @@ def _preprocessor(c: Layout) -> dict[str, Any]:
         "do_resize": True, "size": {"shortest_edge": IMAGE}, "resample": 3, "do_center_crop": True,
         "crop_size": side, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_std": [0.26862954, 0.26130258, 0.27577711], **(tiled if c.tiled else {}),
     }  # fmt: skip
 
 

@@ -288,11 +288,12 @@ def test_pieces_of_bytes_join_to_the_text_before_the_first_stop(
 
 
 def test_context_sizes() -> None:
-    assert [context_size(n, 4096) for n in (1, 256, 257, 4096)] == [256, 256, 512, 4096]
-    assert [context_size(None, trained) for trained in (4096, 512)] == [2048, 512]
+    assert [context_size(n, 4096, 576) for n in (1, 256, 257, 4096)] == [256, 256, 512, 4096]
+    assert [context_size(None, trained, 576) for trained in (4096, 512)] == [2048, 512]
+    assert [context_size(None, 32768, most) for most in (36, 2928)] == [2048, 4608]
     for n in (0, 4097):
         with pytest.raises(UnsupportedOption, match=f"n_ctx: found {n}, expected 1 to 4096"):
-            context_size(n, 4096)
+            context_size(n, 4096, 576)
 
 
 def test_gpu_layers_without_a_gpu_build(bundle: Bundle) -> None:

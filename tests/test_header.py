@@ -39,7 +39,8 @@ def test_a_header_is_written_again_as_it_was(bundle: Bundle) -> None:
 
 def test_the_converters_mmproj_passes_the_check(bundle: Bundle) -> None:
     info = check_mmproj(Header.read(bundle.mmproj))
-    assert info.image_tokens == bundle.image_tokens == 576
+    assert info.tiling is None
+    assert info.n_patches == bundle.image_tokens == 576
     assert (info.n_patches, info.n_blocks, info.vision_width, info.projected_width) == (576, 2, 64, 256)
 
 

@@ -76,7 +76,7 @@ def test_what_a_callback_raises_comes_out_of_c(llava: Llava, monkeypatch: pytest
     picture = pictures.four()[0]
     with llava.session() as session:
         image = session.images.process(picture)
-        expected = session.vision.encode(image.pixels)
+        expected = session.vision.encode(image.tiles[0])
 
         def interrupted(node: Node) -> bool:
             raise KeyboardInterrupt
@@ -84,19 +84,19 @@ def test_what_a_callback_raises_comes_out_of_c(llava: Llava, monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(session.vision.correction, "wants", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                session.vision.encode(image.pixels)
-        assert np.array_equal(session.vision.encode(image.pixels), expected)
+                session.vision.encode(image.tiles[0])
+        assert np.array_equal(session.vision.encode(image.tiles[0]), expected)
 
 
 def test_encoding_can_be_stopped(llava: Llava) -> None:
     with llava.session() as session:
         image = session.images.process(pictures.four()[0])
-        expected = session.vision.encode(image.pixels)
+        expected = session.vision.encode(image.tiles[0])
         for after in (0, 1, 50):
             left = iter(range(after))
             with pytest.raises(Interrupted):
-                session.vision.encode(image.pixels, lambda left=left: next(left, None) is None)  # type: ignore[misc]
-        assert np.array_equal(session.vision.encode(image.pixels), expected)
+                session.vision.encode(image.tiles[0], lambda left=left: next(left, None) is None)  # type: ignore[misc]
+        assert np.array_equal(session.vision.encode(image.tiles[0]), expected)
 
 
 def test_an_error_of_should_stop_is_the_callers(llava: Llava) -> None:

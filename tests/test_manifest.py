@@ -125,8 +125,8 @@ def test_damaged_bytes_are_refused_in_one_line(bundle: Bundle, tmp_path: Path, d
             r"files.model.gguf.header_bytes is 1099511627776, .*1 to",
         ),
         (("files", "model.gguf", "sha256"), "zz", "files.model.gguf.sha256 is 'zz', expected 64 hexadecimal"),
-        (("image", "n_patches"), 0, "image.n_patches is 0, expected a whole number from 1 to"),
-        (("image", "n_patches"), 1e300, "image.n_patches is 1e[+]300, expected a whole number"),
+        (("image", "n_patches"), 0, "image.n_patches is 0, expected a square number from 1 to"),
+        (("image", "n_patches"), 1e300, "image.n_patches is 1e[+]300, expected a square number"),
         (
             ("preprocessing", "std"),
             [0.2, 0.2, float("nan")],

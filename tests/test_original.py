@@ -79,7 +79,7 @@ def rendered(llava: Llava, turns: list[Turn]) -> str:
     with llava.session() as session:
         template = session.template
     names = {i: text for text, i in template.special.items() if text != "<image>"}
-    pieces = template.pieces(as_messages(turns), placeholders(sum(n for *_, n in turns), 576))
+    pieces = template.pieces(as_messages(turns), placeholders([576] * sum(n for *_, n in turns)))
     return "".join(
         "<image>" if isinstance(p, ImageSpan) else names[p] if isinstance(p, int) else p for p in pieces
     )

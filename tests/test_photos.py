@@ -37,7 +37,7 @@ def saved(path: Path, color: str, seconds: float = LONG_AGO) -> Path:
 
 @pytest.fixture
 def processor() -> ImageProcessor:
-    return ImageProcessor(Preprocessing(), encoder="an encoder")
+    return ImageProcessor(Preprocessing(), grid=24, encoder="an encoder")
 
 
 def test_a_photo_is_decoded_once(processor: ImageProcessor, tmp_path: Path) -> None:
@@ -98,11 +98,11 @@ def test_a_file_that_changes_right_now_is_never_taken_for_its_past(
     script=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["red", "lime", "blue"])), max_size=12)
 )
 def test_any_order_of_writing_and_showing(tmp_path: Path, script: list[tuple[str, str]]) -> None:
-    processor, moment = ImageProcessor(Preprocessing()), LONG_AGO
+    processor, moment = ImageProcessor(Preprocessing(), grid=24), LONG_AGO
     for name, color in script:
         moment += 0.01
         path = saved(tmp_path / f"{name}.png", color, moment)
-        assert np.array_equal(processor.process(path).pixels, preprocess(path, Preprocessing()))
+        assert np.array_equal(processor.process(path).tiles[0], preprocess(path, Preprocessing()))
 
 
 def test_many_pictures_are_forgotten_in_turn(processor: ImageProcessor) -> None:
@@ -157,10 +157,10 @@ def test_odd_metadata_changes_nothing_but_the_orientation(processor: ImageProces
     picture.save(data, "PNG", exif=exif)
     turned = processor.process(data.getvalue())
     assert np.array_equal(
-        turned.pixels, preprocess(picture.transpose(Image.Transpose.ROTATE_270), Preprocessing())
+        turned.tiles[0], preprocess(picture.transpose(Image.Transpose.ROTATE_270), Preprocessing())
     )
     assert turned.key != plain.key
     for damaged in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + b"\xff" * 40):
         data = io.BytesIO()
         picture.save(data, "JPEG", quality=100, exif=damaged)
-        assert processor.process(data.getvalue()).pixels.shape == (336, 336, 3)
+        assert processor.process(data.getvalue()).tiles[0].shape == (336, 336, 3)

@@ -90,7 +90,7 @@ def test_user_text_stays_text(texts: list[str]) -> None:
     """Whatever users write, the pieces hold it unchanged, and only the template's special tokens count."""
     roles = ("user", "assistant")
     turns = [Message(roles[n % 2], t, (b"",) if n % 2 == 0 else ()) for n, t in enumerate(texts)]  # type: ignore[arg-type]
-    spans = placeholders(len(texts[::2]), 576)
+    spans = placeholders([576] * len(texts[::2]))
     pieces = template().pieces(turns, spans)
     assert [p for p in pieces if isinstance(p, ImageSpan)] == spans
     assert [p for p in pieces if isinstance(p, int)] == [1]
@@ -134,7 +134,7 @@ def test_templates_and_conversations_that_fail(
     source: str, turns: list[Message], error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        template(source).pieces(turns, placeholders(sum(len(m.images) for m in turns), 576))
+        template(source).pieces(turns, placeholders(576 for m in turns for _ in m.images))
 
 
 @pytest.mark.parametrize(

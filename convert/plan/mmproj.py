@@ -18,7 +18,9 @@ from pocketllava.convert.read.checkpoint import Checkpoint
 from pocketllava.convert.read.config import LlavaConfig, VisionConfig
 from pocketllava.convert.read.sources import SourceTensor
 from pocketllava.models.gguf_writer import Key
+from pocketllava.models.mmproj_contract import ANYRES, ASPECT_RATIO, MERGE_TYPE, NEWLINES, PINPOINTS
 from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.models.tiling import flattened
 
 ARCHITECTURE = "clip"
 PROJECTOR_TYPE = "mlp"  # gguf has no constant for it
@@ -50,6 +52,11 @@ def plan_mmproj(
     vision.drop("vision.post_layernorm.", "not applied to patch features", dropped)
     if not config.vision.class_token:
         vision.drop("vision.head.", "pools patches, which LLaVA takes one by one", dropped)
+    newline = list(_newline(projector, config, preprocessing))
+    if not newline:
+        projector.drop(
+            "projector.image_newline", "ends the rows of tiled pictures, which this model has not", dropped
+        )
     order = {"mm.0.weight": config.vision.layer_order}
     tensors = tuple(
         PlannedTensor(
@@ -59,7 +66,7 @@ def plan_mmproj(
             source,
             column_groups=order.get(name, (0,)),
         )
-        for name, source in (*_vision(vision, config.vision), *_projector(projector, config))
+        for name, source in (*_vision(vision, config.vision), *_projector(projector, config), *newline)
     )
     vision.finish()
     projector.finish()
@@ -94,6 +101,12 @@ def _projector(taker: TensorTaker, c: LlavaConfig) -> Iterator[tuple[str, Source
     """linear_1 and linear_2 are mm.0 and mm.2: the GELU between them is number 1."""
     yield from _pair(taker, "projector.linear_1", "mm.0", (c.text.n_embd, c.vision.n_features))
     yield from _pair(taker, "projector.linear_2", "mm.2", (c.text.n_embd, c.text.n_embd))
+
+
+def _newline(taker: TensorTaker, c: LlavaConfig, p: Preprocessing) -> Iterator[tuple[str, SourceTensor]]:
+    """LLaVA-1.6's embedding behind each row of patches."""
+    if p.tiling is not None and p.tiling.merge == "spatial_unpad":
+        yield NEWLINES[0], taker.take("projector.image_newline", (c.text.n_embd,))
 
 
 def _pair(
@@ -136,3 +149,7 @@ def _keys(checkpoint: Checkpoint, c: LlavaConfig, p: Preprocessing, quant: str) 
     yield Key("clip.vision.feature_layer", list(v.feature_layers), V.ARRAY, V.INT32)
     yield Key("clip.vision.image_mean", list(p.mean), V.ARRAY, V.FLOAT32)
     yield Key("clip.vision.image_std", list(p.std), V.ARRAY, V.FLOAT32)
+    if p.tiling is not None:
+        yield Key(PINPOINTS, flattened(p.tiling.pinpoints), V.ARRAY, V.INT32)
+        yield Key(MERGE_TYPE, p.tiling.merge, V.STRING)
+        yield Key(ASPECT_RATIO, ANYRES, V.STRING)

@@ -176,6 +176,8 @@ def canonical(name: str) -> str | None:
     (transformers 5.4): the rest after the last one counts.
     """
     name = name.removeprefix("model.")
+    if name == "image_newline":
+        return "projector.image_newline"
     if (at := name.rfind("multi_modal_projector.")) >= 0:
         return "projector." + name[at + len("multi_modal_projector.") :]
     if name.startswith("vision_tower."):

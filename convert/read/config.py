@@ -1,7 +1,7 @@
 """config.json -> typed dimensions of both models, with transformers' defaults; unknown settings are refused by name.
 
-Knows config.json of LlavaForConditionalGeneration; no tensor data, no GGUF.
-Defaults are those of transformers' LlamaConfig, MistralConfig, CLIPVisionConfig and LlavaConfig.
+Knows config.json of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration; no tensor data, no GGUF.
+Defaults are those of transformers' LlamaConfig, MistralConfig, CLIPVisionConfig, LlavaConfig and LlavaNextConfig.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pocketllava.models.siglip import ACTIVATIONS as SIGLIP_ACTIVATIONS
 from pocketllava.models.siglip import DEFAULTS as SIGLIP_DEFAULTS
 from pocketllava.models.siglip import MODEL_TYPE as SIGLIP
 from pocketllava.models.siglip import check_strategy
+from pocketllava.models.tiling import Tiling, tiling
 
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -42,6 +43,17 @@ CLIP_DEFAULTS: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+ARCHITECTURES = {  # model_type -> architecture
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+}
+NEXT_PINPOINTS = [
+    [336, 672],
+    [672, 336],
+    [672, 672],
+    [1008, 336],
+    [336, 1008],
+]  # (height, width): LlavaNextConfig
 LLAVA_CLIP: dict[str, Any] = {  # LlavaConfig's vision tower when config.json has no vision_config
     **CLIP_DEFAULTS,
     "hidden_size": 1024,
@@ -116,18 +128,24 @@ class VisionConfig(PatchGrid):
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A LLaVA-1.5 model: vision tower, two-layer GELU projector, text model."""
+    """A LLaVA model: vision tower, two-layer GELU projector, text model. tiling: of LLaVA-1.6."""
 
     text: TextConfig
     vision: VisionConfig
     image_token_id: int
+    tiling: Tiling | None = None
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> LlavaConfig:
         """Read config.json's content. Raises UnsupportedCheckpoint or ConvertError, naming the value."""
         _refuse_other_architectures(config)
-        text = _text(config)
-        return cls(text, _vision(config), _whole(config, ("image_token_index", "image_token_id"), 32000))
+        text, vision = _text(config), _vision(config)
+        image_token_id = _whole(config, ("image_token_index", "image_token_id"), 32000)
+        if config.get("model_type") != "llava_next":
+            return cls(text, vision, image_token_id)
+        pinpoints = config.get("image_grid_pinpoints", NEXT_PINPOINTS)
+        tiles = tiling(pinpoints, "spatial_unpad", vision.image_size, height_first=True)
+        return cls(text, vision, image_token_id, tiles)
 
 
 def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
@@ -138,10 +156,12 @@ def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
         raise UnsupportedCheckpoint(
             f"config.json: the checkpoint is already quantized ({method}); convert the F16 or BF16 original"
         )
-    if kind != "llava" or ("LlavaForConditionalGeneration" not in architectures and architectures != "llava"):
+    expected = ARCHITECTURES.get(kind)
+    if expected is None or (expected not in architectures and architectures != kind):
         raise UnsupportedCheckpoint(
             f"config.json: found {architectures} (model_type {kind!r}), expected LlavaForConditionalGeneration"
-            " (model_type 'llava'); pocketllava converts LLaVA-1.5 in the Hugging Face layout"
+            " (model_type 'llava') or LlavaNextForConditionalGeneration ('llava_next'); pocketllava converts LLaVA-1.5"
+            " and LLaVA-1.6"
         )
     act = config.get("projector_hidden_act", "gelu")
     if act != "gelu":

@@ -80,6 +80,7 @@ def trace_lines(t: Trace) -> list[str]:
     place = "moved to the front" if t.class_token_corrected else "in front already"
     verdict = "are" if t.embeddings_match else "ARE NOT"
     return [
+        *_tile_lines(t),
         f"pixel_values ({channels}, {height}, {width})",
         f"  -> {rows} x {columns} = {rows * columns} patches",
         f"  -> vision tower {t.vision_shape} (class token {place})",
@@ -89,6 +90,19 @@ def trace_lines(t: Trace) -> list[str]:
         f"after:  {_tokens(t, last + 1, last + 1 + NEIGHBORS)}",
         f"the embeddings at positions {first}..{last} {verdict} the image features"
         f" (largest difference {t.max_difference:.1e} after the first RMS norm)",
+    ]
+
+
+def _tile_lines(t: Trace) -> list[str]:
+    """How a tiled picture becomes its image tokens."""
+    if t.tiles is None or t.unpadded is None:
+        return []
+    (rows, columns), (patch_rows, patch_columns) = t.tiles, t.unpadded
+    tokens, base = t.feature_shape[0], t.grid[0] * t.grid[1]
+    return [
+        f"the whole picture as one tile, and {rows} x {columns} tiles: {1 + rows * columns} times the pixels below",
+        f"  {patch_rows} x {patch_columns} patches without padding: {tokens} image tokens, {base} of them the whole"
+        " picture's",
     ]
 
 
@@ -140,6 +154,17 @@ def _vision_facts(header: Header) -> list[str]:
         f"{k['block_count']} CLIP blocks, width {k['embedding_length']}, {k['attention.head_count']} heads,"
         f" feed-forward {k['feed_forward_length']}",
         f"{k['image_size']} x {k['image_size']} pixels, patches of {k['patch_size']}: {grid} x {grid} = {grid**2}",
+        *_tiling_facts(k),
+    ]
+
+
+def _tiling_facts(k: dict[str, Any]) -> list[str]:
+    edges = k.get("image_grid_pinpoints")
+    if not edges:
+        return []
+    sizes = ", ".join(f"{w} x {h}" for w, h in zip(edges[::2], edges[1::2], strict=True))
+    return [
+        f"tiles of a picture fitted to {sizes} pixels, and the whole picture; {k.get('mm_patch_merge_type')}"
     ]
 
 

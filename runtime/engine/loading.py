@@ -82,7 +82,7 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
     info = check_text(bundle.model_header)
     in_memory = _in_memory(bundle, layers != 0, options)
     settings: dict[str, Any] = {
-        "n_ctx": context_size(options.n_ctx, info.n_ctx_train),
+        "n_ctx": context_size(options.n_ctx, info.n_ctx_train, bundle.image_tokens),
         "n_batch": batch_size(bundle),
         "n_ubatch": batch_size(bundle),
         "n_threads": threads,

@@ -32,6 +32,7 @@ from pocketllava.vision.encoder import ENCODER_VERSION, VisionEncoder
 from pocketllava.vision.feature_cache import FeatureCache, Features
 from pocketllava.vision.image import MAX_PIXELS
 from pocketllava.vision.image_processor import ImageProcessor, PreparedImage
+from pocketllava.vision.tiles import pack
 
 IMAGE_TOKEN = "<image>"
 
@@ -89,8 +90,10 @@ class Session:
         )
         side = self.vision.info.image_size
         encoder = f"{self._identity(mmproj, header)} {ENCODER_VERSION} {library_version()}"
+        alone = Preprocessing(shortest_edge=side, crop_size=side, tiling=self.vision.info.tiling)
         self.images = ImageProcessor(
-            bundle.preprocessing if bundle else Preprocessing(shortest_edge=side, crop_size=side),
+            bundle.preprocessing if bundle else alone,
+            grid=self.vision.info.grid,
             max_pixels=options.max_pixels or MAX_PIXELS,
             encoder=encoder,
         )
@@ -172,15 +175,16 @@ class Session:
         return self._encoded(self.images.process(image))
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Positions that a conversation takes; no image is opened. Raises InputError."""
+        """Positions that a conversation takes; of tiled images the size is read, no image is decoded.
+
+        Raises InputError.
+        """
         return n_positions(self.count(messages))
 
     def count(self, messages: Sequence[Message]) -> list[PromptItem]:
         """A conversation's prompt, with placeholders for its images. Raises InputError."""
-        n_images = sum(len(message.images) for message in messages)
-        return self.template.prompt(
-            messages, placeholders(n_images, self.vision.image_tokens), self.text.tokenize
-        )
+        counts = (self.images.n_tokens(image) for message in messages for image in message.images)
+        return self.template.prompt(messages, placeholders(counts), self.text.tokenize)
 
     def clear(self) -> None:
         """Evaluate the next prompt from its beginning; features and what is on disk stay."""
@@ -216,17 +220,19 @@ class Session:
             _check(should_stop)
             images.append(self.images.process(source))
         _check(should_stop)
-        spans = [ImageSpan(image.key, self.vision.image_tokens) for image in images]
+        spans = [ImageSpan(image.key, image.n_tokens) for image in images]
         return fill(counted, spans), {image.key: image for image in images}
 
     def _encoded(self, image: PreparedImage, should_stop: ShouldStop | None = None) -> Features:
-        """(n_tokens, n_embd) float32, encoded unless it is remembered."""
-        _check(should_stop)
-        shape = (self.vision.image_tokens, self.vision.info.projected_width)
-        features = self._features.get(image.key, shape)
-        if features is None:
-            features = self._features.put(image.key, self.vision.encode(image.pixels, should_stop))
-        return features
+        """(n_tokens, n_embd) float32; each tile is encoded unless it is remembered."""
+        tiles = []
+        for key, pixels in zip(image.tile_keys, image.tiles, strict=True):
+            _check(should_stop)
+            features = self._features.get(key, self.vision.shape)
+            if features is None:
+                features = self._features.put(key, self.vision.encode(pixels, should_stop))
+            tiles.append(features)
+        return pack(tiles, image.layout, self.vision.newline)
 
     def _identity(self, path: Path, header: Header | None = None) -> str:
         """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""

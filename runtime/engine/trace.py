@@ -15,9 +15,11 @@ from pocketllava.errors import BackendError, InputError
 from pocketllava.llamacpp.guard import EvalCallback, translated
 from pocketllava.llamacpp.library import Node
 from pocketllava.llamacpp.second_context import SecondContext
+from pocketllava.models.tiling import TileLayout
 from pocketllava.prompt.items import ImageSpan, PromptItem, n_positions, position_ids, runs
 from pocketllava.types import Message, Trace
 from pocketllava.vision.feature_cache import Features
+from pocketllava.vision.tiles import pack
 
 FIRST_NORM = b"norm-0"  # llm_graph_context::build_norm names the node "norm", block 0
 TOLERANCE = 1e-4
@@ -53,7 +55,7 @@ def trace(session: Session, messages: Sequence[Message]) -> Trace:
     image = session.images.process(images[0])
     vision, text = session.vision, session.text
     corrected = vision.correction.corrected
-    features = vision.encode(image.pixels)
+    features = pack([vision.encode(tile) for tile in image.tiles], image.layout, vision.newline)
     prompt = session.count(messages)
     first = next(n for n, item in enumerate(prompt) if isinstance(item, ImageSpan))
     last = first + len(features) - 1
@@ -66,7 +68,7 @@ def trace(session: Session, messages: Sequence[Message]) -> Trace:
     ids = position_ids(prompt, session.image_id)
     info = vision.info
     return Trace(
-        pixel_shape=(3, *image.pixels.shape[:2]),
+        pixel_shape=(3, *image.tiles[0].shape[:2]),
         grid=(info.grid, info.grid),
         vision_shape=(info.n_patches, info.vision_width),
         feature_shape=(features.shape[0], features.shape[1]),
@@ -76,7 +78,14 @@ def trace(session: Session, messages: Sequence[Message]) -> Trace:
         embeddings_match=difference <= TOLERANCE,
         max_difference=difference,
         class_token_corrected=vision.correction.corrected > corrected,
+        tiles=(image.layout.rows, image.layout.columns) if image.layout else None,
+        unpadded=_unpadded(image.layout) if image.layout else None,
     )
+
+
+def _unpadded(layout: TileLayout) -> tuple[int, int]:
+    top, bottom, left, right = layout.patches
+    return bottom - top, right - left
 
 
 def _first_norm(session: Session, prompt: list[PromptItem], features: Features) -> Features:

@@ -21,9 +21,9 @@ class ImageSpan:
 PromptItem = int | ImageSpan
 
 
-def placeholders(n_images: int, n_tokens: int) -> list[ImageSpan]:
-    """Spans for images that were not opened yet: enough to count a prompt."""
-    return [ImageSpan(f"image {n}", n_tokens) for n in range(n_images)]
+def placeholders(n_tokens: Iterable[int]) -> list[ImageSpan]:
+    """Spans for images that were not prepared yet, from their positions: enough to count a prompt."""
+    return [ImageSpan(f"image {n}", count) for n, count in enumerate(n_tokens)]
 
 
 def fill(items: Sequence[PromptItem], spans: Iterable[ImageSpan]) -> list[PromptItem]:

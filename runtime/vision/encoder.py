@@ -1,4 +1,4 @@
-"""Pixels -> image features (n_tokens, n_embd) by libmtmd, with its class-token order corrected.
+"""Pixels of a picture or tile -> its features (n_patches, n_embd) by libmtmd, with its class-token order corrected.
 
 libmtmd puts the class token after the patches, while the position table and everything behind it have it
 in front (llama.cpp #25814). The scheduler's callback lets us roll the rows once, after they were
@@ -89,6 +89,7 @@ class VisionEncoder:
                 " it belongs to another model"
             )
         self.correction = ClassTokenCorrection(_class_embedding(header, self.info), self.info.n_patches)
+        self.newline = _vector(header, self.info.newline) if self.info.newline else None
         self._lock = threading.Lock()
         self._context = MtmdContext(
             mmproj,
@@ -102,12 +103,12 @@ class VisionEncoder:
         self.device = self._context.device
 
     @property
-    def image_tokens(self) -> int:
-        """Positions that one picture takes in the prompt."""
-        return self.info.image_tokens
+    def shape(self) -> tuple[int, int]:
+        """Of what encode() gives: (n_patches, projected_width)."""
+        return self.info.n_patches, self.info.projected_width
 
     def encode(self, pixels: npt.NDArray[np.uint8], should_stop: ShouldStop | None = None) -> Features:
-        """(image_size, image_size, 3) uint8 -> (n_tokens, projected_width) float32.
+        """One picture or tile, (image_size, image_size, 3) uint8 -> (n_patches, projected_width) float32.
 
         Raises InputError for other pixels, StateError after close(), Interrupted once should_stop() is true.
         """
@@ -118,7 +119,7 @@ class VisionEncoder:
             if self._context.closed:
                 raise StateError("vision encoder: used after close(); load the model again")
             self.correction.should_stop = should_stop
-            return self._context.encode(pixels, (self.image_tokens, self.info.projected_width))
+            return self._context.encode(pixels, self.shape)
 
     def close(self) -> None:
         """Free the tower; calling it again does nothing."""
@@ -128,9 +129,12 @@ class VisionEncoder:
 
 def _class_embedding(header: Header, info: MmprojInfo) -> Features:
     """(n_embd,) float32; empty for a tower without a class token (SigLIP), whose rows libmtmd has right."""
-    if not info.class_token:
-        return np.empty(0, np.float32)
-    tensor = header.tensors[CLASS_EMBEDDING]
+    return _vector(header, CLASS_EMBEDDING) if info.class_token else np.empty(0, np.float32)
+
+
+def _vector(header: Header, name: str) -> Features:
+    """A tensor of F32."""
+    tensor = header.tensors[name]
     with header.path.open("rb") as file:
         file.seek(header.data_start + tensor.offset)
         return np.frombuffer(file.read(tensor.n_bytes), "<f4")

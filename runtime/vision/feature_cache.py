@@ -1,4 +1,4 @@
-"""Image features that were computed already: in memory, least recently used first out, and in a BlobCache.
+"""Features of images, or of tiles, that were computed already: in memory, the last used ones, and in a BlobCache.
 
 Knows arrays and their keys; no engine.
 """
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pocketllava.models.blob_cache import BlobCache
 
 Features = npt.NDArray[np.float32]
-MAX_BYTES = 64 << 20  # six images of a 7B model
+MAX_BYTES = 128 << 20  # thirteen images, or tiles, of a 7B model
 
 
 class FeatureCache:

@@ -80,6 +80,17 @@ def check_pixels(content: sources.Content, name: str, max_pixels: int = MAX_PIXE
         _check_size((content.shape[1], content.shape[0]), name, max_pixels)
 
 
+def size_of(content: sources.Content, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of what sources.read() gave, upright; of a file only the header is read. Raises ImageError."""
+    check_pixels(content, name, max_pixels)
+    if isinstance(content, np.ndarray):
+        return _from_array(content).size
+    with pillow_errors(name):
+        image = Image.open(io.BytesIO(content), formats=FORMATS) if isinstance(content, bytes) else content
+        lies = (sources.orientation_of(image) or 0) >= 5
+    return image.size[::-1] if lies else image.size
+
+
 @contextmanager
 def pillow_errors(name: str) -> Iterator[None]:
     """Whatever Pillow's decoders raise inside the block is an ImageError; their remarks on metadata are not."""

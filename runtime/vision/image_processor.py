@@ -1,4 +1,4 @@
-"""An image's source -> its prepared pixels and its key, decoded once for as long as they are remembered.
+"""An image's source -> its tiles' pixels, its key and its count of tokens, decoded once while it is remembered.
 
 Every turn of a conversation shows all of its pictures again: a file is known by its size, inode and time of
 change, then by its bytes. Knows sources, Preprocessing and Pillow's pixels; no model.
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.models.tiling import TileLayout
 from pocketllava.types import ImageSource
 from pocketllava.vision import sources
 from pocketllava.vision.image import (
@@ -25,7 +27,9 @@ from pocketllava.vision.image import (
     decode,
     pillow_errors,
     resize_and_crop,
+    size_of,
 )
+from pocketllava.vision.tiles import cut
 
 REMEMBERED = 16  # pictures, 0.3 MB each at 336 x 336 pixels: few conversations show more
 K = TypeVar("K")
@@ -34,22 +38,47 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """What the vision tower is shown, (crop_size, crop_size, 3) uint8, and what tells it from other pictures."""
+    """What the vision tower is shown of a picture, and what tells it from other pictures.
 
-    pixels: Pixels
+    tiles: (crop_size, crop_size, 3) uint8 each; a single one where pictures are not tiled. tile_keys: of each, key: of
+    the picture. layout: where the tiles lie, None where there is one.
+    """
+
+    tiles: tuple[Pixels, ...]
+    tile_keys: tuple[str, ...]
     key: str
+    n_tokens: int
+    layout: TileLayout | None = None
 
 
 class ImageProcessor:
     """Prepares images as one checkpoint's own processor does. Threads may share it."""
 
     def __init__(
-        self, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS, encoder: str = ""
+        self, preprocessing: Preprocessing, *, grid: int, max_pixels: int = MAX_PIXELS, encoder: str = ""
     ) -> None:
-        """encoder: names what will encode the pixels, so that keys of different towers differ."""
-        self.preprocessing, self.max_pixels, self._encoder = preprocessing, max_pixels, encoder
+        """grid: patches along a tile's side. encoder: names what will encode the pixels: keys of towers differ."""
+        self.preprocessing, self.max_pixels = preprocessing, max_pixels
+        self._grid, self._encoder = grid, encoder
         self._digests: _Recent[sources.FileState | str, str] = _Recent(4 * REMEMBERED)
+        self._counts: _Recent[str, int] = _Recent(4 * REMEMBERED)
         self._images: _Recent[str, PreparedImage] = _Recent(REMEMBERED)
+
+    def n_tokens(self, source: ImageSource) -> int:
+        """Positions that an image takes in a prompt; at most its size is read, of its file's header.
+
+        Raises ImageError where that is needed and cannot be read.
+        """
+        if self.preprocessing.tiling is None:
+            return self._grid**2
+        identity, digest = self._known(source)
+        count = self._counts.get(digest) if digest is not None else None
+        if count is None:
+            content, digest = self._read(source, identity)
+            size = size_of(content, sources.name_of(source), self.max_pixels)
+            count = self.preprocessing.tiling.layout(size, self.preprocessing.crop_size, self._grid).n_tokens
+            self._counts.put(digest, count)
+        return count
 
     def process(self, source: ImageSource) -> PreparedImage:
         """Decode, resize and crop, unless that was done for the same content. Raises ImageError."""
@@ -59,10 +88,21 @@ class ImageProcessor:
         content, digest = self._read(source, identity)
         if (image := self._images.get(digest)) is None:
             picture = decode(content, sources.name_of(source), self.max_pixels)
-            pixels = resize_and_crop(picture, self.preprocessing)
-            image = PreparedImage(pixels, key_of(pixels, self._encoder))
+            image = self._prepared(picture)
             self._images.put(digest, image)
         return image
+
+    def _prepared(self, picture: Image.Image) -> PreparedImage:
+        if (tiling := self.preprocessing.tiling) is None:
+            pixels = resize_and_crop(picture, self.preprocessing)
+            key = key_of(pixels, self._encoder)
+            return PreparedImage((pixels,), (key,), key, self._grid**2)
+        layout = tiling.layout(picture.size, self.preprocessing.crop_size, self._grid)
+        tiles = tuple(cut(picture, layout, self.preprocessing.resample))
+        keys = tuple(key_of(tile, self._encoder) for tile in tiles)
+        # tiles of other sizes can be equal, and what is unpadded depends on the size
+        key = hashlib.sha256(repr((layout, keys)).encode()).hexdigest()
+        return PreparedImage(tiles, keys, key, layout.n_tokens, layout)
 
     def digest(self, source: ImageSource) -> str | None:
         """What tells a source's content from any other, or None where it cannot be read."""
