@@ -18,6 +18,7 @@ MAX_PINPOINTS = 64
 MAX_TILES = 36  # of one picture: 6 x 6, the largest grid that was published
 
 Size = tuple[int, int]  # (width, height) in pixels
+Box = tuple[int, int, int, int]  # (top, bottom, left, right) in patches, ends excluded
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class TileLayout:
         return (full_width - width) // 2, (full_height - height) // 2
 
     @property
-    def patches(self) -> tuple[int, int, int, int]:
+    def patches(self) -> Box:
         """(top, bottom, left, right) of the picture on the grid of all tiles' patches, ends excluded: unpad_image."""
         height, width = self.rows * self.grid, self.columns * self.grid
         if not self.newline:
@@ -116,6 +117,24 @@ class TileLayout:
             return padding, height - padding, 0, width
         padding = (width - int(round(picture_width * (height / picture_height), 7))) // 2
         return 0, height, padding, width - padding
+
+    @property
+    def boxes(self) -> list[Box]:
+        """What is picture on each tile, the base first; a tile of padding has an empty box."""
+        top, bottom, left, right = self.patches
+        boxes = [(0, self.grid, 0, self.grid)]
+        for row in range(self.rows):
+            for column in range(self.columns):
+                first, start = row * self.grid, column * self.grid
+                edges = (top - first, bottom - first, left - start, right - start)
+                upper, lower, west, east = (min(max(edge, 0), self.grid) for edge in edges)
+                boxes.append((upper, lower, west, east))
+        return boxes
+
+    @property
+    def candidates(self) -> list[int]:
+        """Patches of each tile that are picture."""
+        return [(bottom - top) * (right - left) for top, bottom, left, right in self.boxes]
 
     @property
     def n_tokens(self) -> int:

@@ -20,7 +20,7 @@ from pocketllava.engine.preparation import Preparation
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
 from pocketllava.prompt.openai import as_messages
-from pocketllava.settings import Setting, checked
+from pocketllava.settings import Setting, checked, settings
 from pocketllava.types import (
     Answer,
     Chunk,
@@ -38,10 +38,13 @@ from pocketllava.types import (
 )
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pocketllava.engine.session import Prefilled, Session
     from pocketllava.vision.feature_cache import Features
 
 ROOM = 4  # the part of the context that Options.truncate makes free for an answer
+IMAGE_TOKENS = settings(Options)["image_tokens"]
 QUEUE_TIMEOUT = Setting("number", "How long a call waits for those before it.", (), low=0, optional=True)
 
 
@@ -281,7 +284,13 @@ class Llava:
         chunks = self.astream(messages, options=options, queue_timeout_s=queue_timeout_s, **changes)
         return _joined([chunk async for chunk in chunks])
 
-    def prefill(self, image: ImageSource | Sequence[ImageSource], *, after: Messages = ()) -> Preparation:
+    def prefill(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        *,
+        after: Messages = (),
+        image_tokens: int | None = None,
+    ) -> Preparation:
         """Encode an image and evaluate the prompt up to it in the background, before its question is known.
 
         A question about the image then waits only for the rest. A question about other images, or another call of
@@ -290,6 +299,7 @@ class Llava:
         Args:
             image: One image, or several.
             after: The conversation before them.
+            image_tokens: As in Options; give a question the same.
 
         Returns:
             The running work. Its wait() raises the image's errors.
@@ -304,22 +314,24 @@ class Llava:
         """
         self._lock.check()
         messages = [*as_messages(after), Message("user", "", as_images(image))]
+        most = _checked_tokens(image_tokens)
         self._make_way(messages)
 
         def work(should_stop: Callable[[], bool]) -> None:
             with self._lock.lease(should_stop):
-                self._session.prefill(messages, should_stop=should_stop, to_sample=False)
+                self._session.prefill(messages, should_stop=should_stop, to_sample=False, image_tokens=most)
 
         self._preparation = Preparation(work, self._digests(messages))
         return self._preparation
 
     prepare = prefill  # its name in 0.1
 
-    def image_features(self, image: ImageSource) -> Features:
+    def image_features(self, image: ImageSource, *, image_tokens: int | None = None) -> Features:
         """The features that the text model gets for an image, equal to the reference's.
 
         Args:
             image: One image.
+            image_tokens: As in Options.
 
         Returns:
             (n_tokens, n_embd) float32.
@@ -337,13 +349,14 @@ class Llava:
         if len(images) != 1:
             raise InputError(f"image: found {len(images)} images, expected one")
         with self.session() as session:
-            return session.image_features(images[0])
+            return session.image_features(images[0], image_tokens=_checked_tokens(image_tokens))
 
-    def count_tokens(self, messages: Messages) -> int:
-        """The positions of the context that a conversation takes, images included; no image is opened.
+    def count_tokens(self, messages: Messages, *, image_tokens: int | None = None) -> int:
+        """The positions of the context that a conversation takes, images included; no image is decoded.
 
         Args:
             messages: Message objects or OpenAI's dicts.
+            image_tokens: As in Options.
 
         Returns:
             Tokens of the prompt; an answer needs at least one more.
@@ -354,20 +367,41 @@ class Llava:
         """
         messages = as_messages(messages)
         with self.session() as session:
-            return session.count_tokens(messages)
+            return session.count_tokens(messages, image_tokens=_checked_tokens(image_tokens))
 
     def clear_cache(self) -> None:
         """Evaluate the next prompt from its beginning. Encoded images, and what a cache folder holds, stay."""
         with self.session() as session:
             session.clear()
 
-    def trace(self, image: ImageSource, question: str) -> Trace:
-        """Follow one picture through the model, from a real evaluation of the prompt."""
+    def trace(self, image: ImageSource, question: str, *, image_tokens: int | None = None) -> Trace:
+        """Follow one picture through the model, from a real evaluation of the prompt. image_tokens: as in Options."""
         from pocketllava.engine.trace import trace
 
-        messages = conversation(image, question)
+        messages, most = conversation(image, question), _checked_tokens(image_tokens)
         with self.session() as session:
-            return trace(session, messages)
+            return trace(session, messages, image_tokens=most)
+
+    def view(self, image: ImageSource, *, image_tokens: int | None = None) -> Image.Image:
+        """The picture as the model sees it: tiles and patches, those that image_tokens leaves out dimmed.
+
+        Args:
+            image: One image.
+            image_tokens: As in Options.
+
+        Returns:
+            An RGB picture, twice the size of the tower's.
+
+        Raises:
+            ImageError: The image cannot be used.
+
+        Example:
+            >>> llava.view("scene.png", image_tokens=12).size
+            (672, 672)
+        """
+        most = _checked_tokens(image_tokens)
+        with self.session() as session:
+            return session.view(image, image_tokens=most)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -427,7 +461,12 @@ class Llava:
         queue_s = time.perf_counter() - call.start
         try:
             room = min(call.options.max_tokens, self.n_ctx // ROOM) if call.options.truncate else None
-            prefilled = self._session.prefill(messages, should_stop=call.should_stop, truncate_for=room)
+            prefilled = self._session.prefill(
+                messages,
+                should_stop=call.should_stop,
+                truncate_for=room,
+                image_tokens=call.options.image_tokens,
+            )
             yield from self._answer(lease, prefilled, call, queue_s)
         except PrefillInterrupted as interrupted:
             yield Chunk("", (), "cancelled", self._timings(interrupted.prefilled, queue_s))
@@ -482,10 +521,17 @@ class Llava:
             decode_s=last_s - first_s,
             prompt_tokens=prefilled.prompt_tokens,
             image_tokens=prefilled.image_tokens,
+            all_image_tokens=prefilled.all_image_tokens,
             cached_tokens=prefilled.cached_tokens,
             answer_tokens=n_tokens,
             left_out=prefilled.left_out,
         )
+
+
+def _checked_tokens(image_tokens: object) -> int | None:
+    """Raises InputError."""
+    most: int | None = checked("image_tokens", IMAGE_TOKENS, image_tokens)
+    return most
 
 
 def _joined(chunks: Iterable[Chunk]) -> Answer:

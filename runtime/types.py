@@ -86,6 +86,7 @@ class Options:
         repeat_penalty: Above 1, tokens that were used lately become less likely.
         seed: Repeats what was sampled; None draws a new one for every call.
         stop: A text, or several, that end the answer; they are not part of it.
+        image_tokens: Show each picture by at most so many tokens, as in Llava.load; None: as it was loaded.
         truncate: "oldest" leaves out the oldest turns of a conversation that does not fit the context, never the
             system message nor the turn of the last images; None raises ContextOverflow.
 
@@ -123,6 +124,9 @@ class Options:
     stop: Sequence[str] = option(
         (), "texts", "--stop", "Ends the answer where it would appear; repeatable.", metavar="TEXT"
     )
+    image_tokens: int | None = option(
+        None, "whole", "", "Show each picture by at most so many tokens.", low=1, high=MAX_INT, optional=True
+    )
     truncate: Truncation | None = option(
         None, "choice", "--truncate", "Leave out the oldest turns once the conversation does not fit.",
         choices=("oldest",), optional=True,
@@ -144,6 +148,9 @@ class LoadOptions:
         n_gpu_layers: Layers of the text model on the GPU: -1 for all that fit, 0 for none (and the vision tower on
             the CPU).
         max_pixels: Refuse larger images. None: 50 megapixels.
+        image_tokens: Show each picture by at most so many tokens, the most telling ones (SCOPE): 128 of LLaVA-1.5's
+            576 are answered about three times sooner, and keep 97.5 to 97.8 % of the published accuracy. Not for
+            coordinates, dense text or counting. None: all of them, the faithful answer.
         kv_type: Type of the KV cache: "f16", or "q8_0" for half the memory.
         weights: "memory" reads them, "mapped" maps the file, "auto" does what suits the device and the free memory.
         cache_dir: A folder to keep encoded images in, for the next time they are shown.
@@ -168,6 +175,12 @@ class LoadOptions:
     max_pixels: int | None = option(
         None, "whole", "--max-pixels", "Refuse larger images.",
         low=1, optional=True, default_text="50 million",
+    )  # fmt: skip
+    image_tokens: int | None = option(
+        None, "whole", "--image-tokens",
+        "Show each picture by at most so many tokens; 128 of 576 answer three times sooner, but are bad at"
+        " coordinates, dense text and counting.",
+        low=1, high=MAX_INT, optional=True, default_text="all",
     )  # fmt: skip
     kv_type: str = option(
         KV_TYPES[0], "choice", "--kv-type", "Type of the KV cache; q8_0 takes half the memory of f16.",
@@ -202,7 +215,8 @@ class Timings:
 
     queue_s is the wait for calls that came before; preprocess_s decodes and resizes images, encode_s computes their
     features; prompt_s is prompt evaluation (text and image positions) without image encoding;
-    prompt_tokens counts the whole prompt, cached_tokens those that were evaluated for an earlier call;
+    prompt_tokens counts the whole prompt, image_tokens its image positions, all_image_tokens those that its pictures
+    take when none are left out, cached_tokens those that were evaluated for an earlier call;
     first_token_s runs from the call to the first token, all of these included; devices names what evaluated the text
     model and the vision tower; left_out counts the messages that truncate="oldest" left out.
     """
@@ -216,6 +230,7 @@ class Timings:
     decode_s: float = 0.0
     prompt_tokens: int = 0
     image_tokens: int = 0
+    all_image_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0
     devices: tuple[str, str] = ("", "")

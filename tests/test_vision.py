@@ -14,7 +14,7 @@ from stock import stock_features
 from pocketllava import BackendError, Bundle, BundleError, InputError, Llava, ModelNotFound
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
 from pocketllava.vision import image
-from pocketllava.vision.encoder import ClassTokenCorrection
+from pocketllava.vision.class_token import ClassTokenCorrection
 
 
 @pytest.mark.parametrize(("mmproj", "bound"), [("F16", 1e-3), ("F32", 1e-3), ("Q8_0", 2e-2)])

@@ -91,7 +91,8 @@ def load_options(command: Command) -> Command:
 
 def sampling_options(*without: str) -> Callable[[Command], Command]:
     """How tokens are chosen, handed to the command as one dictionary of Options' fields, `sampling`."""
-    names = tuple(name for name in settings(Options) if name not in without)
+    named = (name for name, setting in settings(Options).items() if setting.flags)
+    names = tuple(name for name in named if name not in without)
     return _with_options(Options, names, "sampling")
 
 

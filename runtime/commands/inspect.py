@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pocketllava.commands.common import image_argument, refuse, setting_option
 from pocketllava.commands.show import memory_line, trace_lines, tree
+from pocketllava.errors import InputError
+from pocketllava.models.files import atomic_write
 from pocketllava.types import LoadOptions
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @click.command()
@@ -18,19 +25,31 @@ from pocketllava.types import LoadOptions
 @click.option(
     "--question", default="What is in the image?", show_default=True, help="The question asked with --image."
 )
+@setting_option(LoadOptions, "image_tokens")
+@click.option(
+    "--save", metavar="FILE", help="Draw the picture of --image as the model sees it, patch by patch, in PNG."
+)
 @click.option("--check", is_flag=True, help="Compare both files' SHA-256 with the recorded ones.")
 @setting_option(LoadOptions, "n_ctx")
 @setting_option(LoadOptions, "kv_type")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
-    model: str, image: str | None, question: str, check: bool, n_ctx: int | None, kv_type: str, as_json: bool
-) -> None:  # fmt: skip
+    model: str,
+    image: str | None,
+    question: str,
+    image_tokens: int | None,
+    save: str | None,
+    check: bool,
+    n_ctx: int | None,
+    kv_type: str,
+    as_json: bool,
+) -> None:
     """Show a bundle's three parts with shapes and types and the memory that it takes, or follow one picture."""
     from pocketllava.models.memory import available_bytes, memory
     from pocketllava.names import open_bundle
 
     if image is None:
-        refuse("without --image IMAGE", "question")
+        refuse("without --image IMAGE", "question", "image_tokens", "save")
     else:
         refuse("with --image: it shows the memory that a context takes", "n_ctx", "kv_type")
     bundle = open_bundle(model)
@@ -40,7 +59,10 @@ def inspect(
         from pocketllava import Llava
 
         with Llava.load(model, n_gpu_layers=0) as llava:
-            trace = llava.trace(image_argument(image), question)
+            source = image_argument(image)
+            trace = llava.trace(source, question, image_tokens=image_tokens)
+            if save is not None:
+                _save(llava.view(source, image_tokens=image_tokens), Path(save))
         click.echo(json.dumps(asdict(trace)) if as_json else "\n".join(trace_lines(trace)))
         return
     needed = memory(bundle, n_ctx, kv_type)
@@ -51,3 +73,12 @@ def inspect(
     click.echo(memory_line(needed, available_bytes()))
     if check:
         click.echo("SHA-256 of both files: as recorded")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG; an older file is replaced once it is whole. Raises InputError."""
+    try:
+        with atomic_write(path) as part:
+            picture.save(part, format="PNG")
+    except OSError as error:
+        raise InputError(f"--save {path}: cannot be written ({error.strerror or error})") from error

@@ -35,6 +35,8 @@ def timing_line(t: Timings) -> str:
     """An answer's timings and devices."""
     cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
     left_out = f" | {t.left_out} oldest messages left out" if t.left_out else ""
+    if t.image_tokens < t.all_image_tokens:
+        cached += f", {t.image_tokens} of {t.all_image_tokens} image tokens,"
     devices = f"text: {t.devices[0]} | vision: {t.devices[1]}"
     queue = f"queue {t.queue_s:.2f} s | " if t.queue_s >= SHOWN_S else ""
     return (

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pocketllava.engine.kv_cache import KvCache
 from pocketllava.engine.prefix_cache import PrefixCache
@@ -29,10 +31,15 @@ from pocketllava.prompt.template import Template
 from pocketllava.prompt.truncation import without_oldest
 from pocketllava.types import ImageSource, LoadOptions, Message, Options
 from pocketllava.vision.encoder import ENCODER_VERSION, VisionEncoder
-from pocketllava.vision.feature_cache import FeatureCache, Features
+from pocketllava.vision.feature_cache import FeatureCache, Features, Order
 from pocketllava.vision.image import MAX_PIXELS
 from pocketllava.vision.image_processor import ImageProcessor, PreparedImage
+from pocketllava.vision.selection import METHOD, chosen, select
 from pocketllava.vision.tiles import pack
+from pocketllava.vision.view import draw
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_TOKEN = "<image>"
 
@@ -42,13 +49,15 @@ class Prefilled:
     """A prompt that the KV cache now holds.
 
     token_ids: one a position, the image token's id at image positions. cached_tokens: positions at the
-    start that the cache held already, or that were restored. left_out: messages that did not fit. Seconds
+    start that the cache held already, or that were restored. all_image_tokens: what the pictures would take if none
+    were left out. left_out: messages that did not fit. Seconds
     are wall time.
     """
 
     token_ids: list[int]
     prompt_tokens: int
     image_tokens: int
+    all_image_tokens: int
     cached_tokens: int
     preprocess_s: float
     encode_s: float
@@ -97,6 +106,7 @@ class Session:
             max_pixels=options.max_pixels or MAX_PIXELS,
             encoder=encoder,
         )
+        self.image_tokens = options.image_tokens
         self.template = _template(text, bundle)
         store = (
             BlobCache(Path(options.cache_dir), options.cache_bytes) if options.cache_dir is not None else None
@@ -118,16 +128,20 @@ class Session:
         should_stop: ShouldStop | None = None,
         to_sample: bool = True,
         truncate_for: int | None = None,
+        image_tokens: int | None = None,
     ) -> Prefilled:
         """Bring a conversation into the KV cache, ready for sampling; what the cache holds of it stays.
 
         should_stop: ends it with PrefillInterrupted once it is true. to_sample=False: no further than the last
         image. truncate_for: leave out the oldest turns of a conversation that has no room for that many tokens more.
+        image_tokens: show each picture by that many tokens at most; None: as the session was loaded.
         Raises InputError (ContextOverflow, ImageError) before the cache is touched, BackendError after.
         """
         work = _Work()
         try:
-            self._prefill(work, messages, should_stop, to_sample, truncate_for)
+            self._prefill(
+                work, messages, should_stop, to_sample, truncate_for, image_tokens or self.image_tokens
+            )
         except Interrupted as error:
             raise PrefillInterrupted(work.prefilled([])) from error
         return work.prefilled(self.text.token_ids)
@@ -139,13 +153,17 @@ class Session:
         should_stop: ShouldStop | None,
         to_sample: bool,
         truncate_for: int | None,
+        image_tokens: int | None,
     ) -> None:
         """prefill(), noting what is done as it goes."""
         n_messages = len(messages)
         with work.timed("preprocess"):
-            messages, work.prompt = self._fitting(messages, truncate_for)
+            messages, work.prompt = self._fitting(messages, truncate_for, image_tokens)
             work.left_out = n_messages - len(messages)
-            work.prompt, images = self._prompt(messages, work.prompt, should_stop)
+            work.prompt, images = self._prompt(messages, work.prompt, image_tokens, should_stop)
+            work.all_image_tokens = sum(
+                images[item.key].all_tokens for item in work.prompt if isinstance(item, ImageSpan)
+            )
             if not to_sample:
                 work.prompt = work.prompt[: next(iter(image_ends(work.prompt)), 0)]
         with work.timed("prompt"), translated("restoring the prompt"):
@@ -170,20 +188,28 @@ class Session:
                 repeat_penalty=options.repeat_penalty,
             )
 
-    def image_features(self, image: ImageSource) -> Features:
+    def image_features(self, image: ImageSource, *, image_tokens: int | None = None) -> Features:
         """What the text model sees of an image, (n_tokens, n_embd) float32. Raises ImageError, BackendError."""
-        return self._encoded(self.images.process(image))
+        return self._encoded(self.images.process(image).with_tokens(image_tokens or self.image_tokens))
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def view(self, image: ImageSource, *, image_tokens: int | None = None) -> Image.Image:
+        """The picture as the model sees it, patches that are left out dimmed. Raises ImageError, BackendError."""
+        prepared = self.images.process(image).with_tokens(image_tokens or self.image_tokens)
+        fewer = prepared.n_tokens < prepared.all_tokens
+        kept = chosen(self._ranked(prepared, None)[1], prepared.n_tokens) if fewer else None
+        return draw(prepared, self.vision.info.grid, kept)
+
+    def count_tokens(self, messages: Sequence[Message], *, image_tokens: int | None = None) -> int:
         """Positions that a conversation takes; of tiled images the size is read, no image is decoded.
 
         Raises InputError.
         """
-        return n_positions(self.count(messages))
+        return n_positions(self.count(messages, image_tokens=image_tokens))
 
-    def count(self, messages: Sequence[Message]) -> list[PromptItem]:
+    def count(self, messages: Sequence[Message], *, image_tokens: int | None = None) -> list[PromptItem]:
         """A conversation's prompt, with placeholders for its images. Raises InputError."""
-        counts = (self.images.n_tokens(image) for message in messages for image in message.images)
+        most = image_tokens or self.image_tokens
+        counts = (self.images.n_tokens(image, most) for message in messages for image in message.images)
         return self.template.prompt(messages, placeholders(counts), self.text.tokenize)
 
     def clear(self) -> None:
@@ -197,13 +223,14 @@ class Session:
         self.text.close()
 
     def _fitting(
-        self, messages: Sequence[Message], truncate_for: int | None
+        self, messages: Sequence[Message], truncate_for: int | None, image_tokens: int | None
     ) -> tuple[Sequence[Message], list[PromptItem]]:
         """A conversation that fits the context, and its prompt as it was counted. Raises InputError."""
-        counted = self.count(messages)
+        counted = self.count(messages, image_tokens=image_tokens)
         if truncate_for is not None and n_positions(counted) > self.text.n_ctx - truncate_for:
-            messages = without_oldest(messages, self.count_tokens, self.text.n_ctx - truncate_for)
-            counted = self.count(messages)
+            count = partial(self.count_tokens, image_tokens=image_tokens)
+            messages = without_oldest(messages, count, self.text.n_ctx - truncate_for)
+            counted = self.count(messages, image_tokens=image_tokens)
         if not counted or isinstance(counted[-1], ImageSpan):  # an image gives no logits to sample from
             end = "an image" if counted else "nothing"
             raise InputError(f"chat template: the prompt ends in {end}, expected text before the answer")
@@ -212,19 +239,35 @@ class Session:
         return messages, counted
 
     def _prompt(
-        self, messages: Sequence[Message], counted: list[PromptItem], should_stop: ShouldStop | None
+        self,
+        messages: Sequence[Message],
+        counted: list[PromptItem],
+        image_tokens: int | None,
+        should_stop: ShouldStop | None,
     ) -> tuple[list[PromptItem], dict[str, PreparedImage]]:
         """The prompt with the keys of its images, and these by key. Raises ImageError, Interrupted."""
         images = []
         for source in (image for message in messages for image in message.images):
             _check(should_stop)
-            images.append(self.images.process(source))
+            images.append(self.images.process(source).with_tokens(image_tokens))
         _check(should_stop)
         spans = [ImageSpan(image.key, image.n_tokens) for image in images]
         return fill(counted, spans), {image.key: image for image in images}
 
+    def encode_anew(self, image: PreparedImage) -> Features:
+        """(n_tokens, n_embd) float32, encoded even if it is remembered; nothing is kept."""
+        if image.n_tokens == image.all_tokens:
+            return pack([self.vision.encode(tile) for tile in image.tiles], image.layout, self.vision.newline)
+        boxes = image.boxes(self.vision.info.grid)
+        ranked = [self.vision.encode_ranked(tile, box) for tile, box in zip(image.tiles, boxes, strict=True)]
+        tiles, orders = zip(*ranked, strict=True)
+        return select(tiles, orders, image.layout, image.n_tokens)
+
     def _encoded(self, image: PreparedImage, should_stop: ShouldStop | None = None) -> Features:
         """(n_tokens, n_embd) float32; each tile is encoded unless it is remembered."""
+        if image.n_tokens < image.all_tokens:
+            tiles, orders = self._ranked(image, should_stop)
+            return select(tiles, orders, image.layout, image.n_tokens)
         tiles = []
         for key, pixels in zip(image.tile_keys, image.tiles, strict=True):
             _check(should_stop)
@@ -233,6 +276,26 @@ class Session:
                 features = self._features.put(key, self.vision.encode(pixels, should_stop))
             tiles.append(features)
         return pack(tiles, image.layout, self.vision.newline)
+
+    def _ranked(
+        self, image: PreparedImage, should_stop: ShouldStop | None
+    ) -> tuple[list[Features], list[Order]]:
+        """Every tile's features, (n_patches, n_embd), and the order of its patches that are picture."""
+        n_patches, boxes = self.vision.info.n_patches, image.boxes(self.vision.info.grid)
+        tiles: list[Features] = []
+        orders: list[Order] = []
+        for key, pixels, box in zip(image.tile_keys, image.tiles, boxes, strict=True):
+            _check(should_stop)
+            name, n = f"{key} {METHOD} {box}", (box[1] - box[0]) * (box[3] - box[2])
+            features = self._features.get(key, self.vision.shape)
+            order = self._features.order(name, n, n_patches)
+            if features is None or order is None:
+                features, order = self.vision.encode_ranked(pixels, box, should_stop)
+                features = self._features.put(key, features)
+                self._features.put_order(name, order)
+            tiles.append(features)
+            orders.append(order)
+        return tiles, orders
 
     def _identity(self, path: Path, header: Header | None = None) -> str:
         """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""
@@ -270,7 +333,7 @@ class _Work:
 
     def __init__(self) -> None:
         self.prompt: list[PromptItem] = []
-        self.n_reused = self.left_out = 0
+        self.n_reused = self.left_out = self.all_image_tokens = 0
         self._seconds = {"preprocess": 0.0, "encode": 0.0, "prompt": 0.0}
 
     @contextmanager
@@ -288,6 +351,7 @@ class _Work:
             token_ids=token_ids,
             prompt_tokens=n_positions(self.prompt),
             image_tokens=n_positions([item for item in self.prompt if isinstance(item, ImageSpan)]),
+            all_image_tokens=self.all_image_tokens,
             cached_tokens=n_positions(self.prompt[: self.n_reused]),
             preprocess_s=self._seconds["preprocess"],
             encode_s=self._seconds["encode"],

@@ -19,7 +19,6 @@ from pocketllava.models.tiling import TileLayout
 from pocketllava.prompt.items import ImageSpan, PromptItem, n_positions, position_ids, runs
 from pocketllava.types import Message, Trace
 from pocketllava.vision.feature_cache import Features
-from pocketllava.vision.tiles import pack
 
 FIRST_NORM = b"norm-0"  # llm_graph_context::build_norm names the node "norm", block 0
 TOLERANCE = 1e-4
@@ -47,16 +46,16 @@ class FirstNorm(EvalCallback):
         self.rows = np.concatenate([self.rows, node.rows(self.rows.shape[1])])
 
 
-def trace(session: Session, messages: Sequence[Message]) -> Trace:
+def trace(session: Session, messages: Sequence[Message], *, image_tokens: int | None = None) -> Trace:
     """Evaluate a conversation with one picture in a context of its own. Raises InputError, BackendError."""
     images = [image for message in messages for image in message.images]
     if len(images) != 1:
         raise InputError(f"trace: found {len(images)} images, expected 1")
-    image = session.images.process(images[0])
+    image = session.images.process(images[0]).with_tokens(image_tokens or session.image_tokens)
     vision, text = session.vision, session.text
     corrected = vision.correction.corrected
-    features = pack([vision.encode(tile) for tile in image.tiles], image.layout, vision.newline)
-    prompt = session.count(messages)
+    features = session.encode_anew(image)
+    prompt = session.count(messages, image_tokens=image_tokens)
     first = next(n for n, item in enumerate(prompt) if isinstance(item, ImageSpan))
     last = first + len(features) - 1
     with translated("tracing the image"):

@@ -1,9 +1,6 @@
-"""Pixels of a picture or tile -> its features (n_patches, n_embd) by libmtmd, with its class-token order corrected.
+"""Pixels of a picture or tile -> its features (n_patches, n_embd) by libmtmd, and the order in which patches matter.
 
-libmtmd puts the class token after the patches, while the position table and everything behind it have it
-in front (llama.cpp #25814). The scheduler's callback lets us roll the rows once, after they were
-concatenated and before the positions are added; a library that has it right is left alone. Knows mmproj
-files; no text model, no prompt.
+Knows mmproj files and what is read and corrected in the tower's graph; no text model, no prompt.
 """
 
 from __future__ import annotations
@@ -14,53 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketllava.errors import BackendError, BundleError, InputError, StateError
-from pocketllava.llamacpp.guard import EvalCallback, ShouldStop, translated
-from pocketllava.llamacpp.library import Node
+from pocketllava.errors import BundleError, InputError, StateError
+from pocketllava.llamacpp.guard import ShouldStop, translated
 from pocketllava.llamacpp.mtmd import MtmdContext
 from pocketllava.models.gguf_header import F32, Header
-from pocketllava.models.mmproj_contract import CLASS_EMBEDDING, MmprojInfo, check_mmproj
-from pocketllava.vision.feature_cache import Features
+from pocketllava.models.mmproj_contract import CLASS_EMBEDDING, PREFIX, MmprojInfo, check_mmproj
+from pocketllava.models.tiling import Box
+from pocketllava.vision.feature_cache import Features, Order
+from pocketllava.vision.last_block import LastBlock
+from pocketllava.vision.selection import scope_order
 
 ENCODER_VERSION = 1  # counts changes to what encode() gives for the same pixels and file
-
-
-class ClassTokenCorrection(EvalCallback):
-    """Watches a graph's nodes and moves the class token's row to the front, if it stands at the end.
-
-    The rows it looks at are those of the first CONCAT with n_patches + 1 rows. `corrected` and
-    `left_alone` count the images for which it did and did not have to act.
-    """
-
-    def __init__(self, class_embedding: Features, n_patches: int) -> None:
-        """class_embedding: (n_embd,) float32, the file's `v.class_embd`."""
-        super().__init__()
-        self.class_embedding, self.n_rows = class_embedding, n_patches + 1
-        self.corrected = self.left_alone = 0
-        self.enabled = True  # measurements of libmtmd as it is switch it off
-        self._waiting = False
-
-    def begin(self) -> None:
-        """Before each image; a tower without a class token (SigLIP) has nothing to wait for."""
-        self._waiting = self.enabled and self.class_embedding.size > 0
-
-    def wants(self, node: Node) -> bool:
-        """The first concatenation of the patches and the class token."""
-        return self._waiting and node.operation == b"CONCAT" and node.n_rows == self.n_rows
-
-    def see(self, node: Node) -> None:
-        """Roll its rows. Raises BackendError where no class token stands at either end."""
-        self._waiting = False
-        rows = node.rows(self.class_embedding.size)
-        if np.array_equal(rows[-1], self.class_embedding):
-            node.write(np.roll(rows, 1, axis=0))
-            self.corrected += 1
-        elif np.array_equal(rows[0], self.class_embedding):
-            self.left_alone += 1
-        else:
-            raise BackendError(
-                "libmtmd: no class token at either end of the patch embeddings; upgrade pocketllava"
-            )
 
 
 class VisionEncoder:
@@ -88,9 +49,15 @@ class VisionEncoder:
                 f"{mmproj}: projects to width {self.info.projected_width}, the text model has {n_embd};"
                 " it belongs to another model"
             )
-        self.correction = ClassTokenCorrection(_class_embedding(header, self.info), self.info.n_patches)
+        self.correction = LastBlock(
+            _class_embedding(header, self.info),
+            self.info.n_patches,
+            block=_last_block(header, self.info),
+            n_heads=int(header.keys[PREFIX + "attention.head_count"]),
+            width=self.info.vision_width,
+        )
         self.newline = _vector(header, self.info.newline) if self.info.newline else None
-        self._lock = threading.Lock()
+        self._lock, self._ranking = threading.Lock(), threading.Lock()
         self._context = MtmdContext(
             mmproj,
             text_model,
@@ -121,6 +88,25 @@ class VisionEncoder:
             self.correction.should_stop = should_stop
             return self._context.encode(pixels, self.shape)
 
+    def encode_ranked(
+        self, pixels: npt.NDArray[np.uint8], box: Box, should_stop: ShouldStop | None = None
+    ) -> tuple[Features, Order]:
+        """encode(), and the patches of `box` in the order in which they say most of it: SCOPE's, raster numbers.
+
+        box: (top, bottom, left, right) of the tile's patches that are picture, not padding.
+        """
+        with self._ranking:
+            self.correction.collecting = True
+            try:
+                features = self.encode(pixels, should_stop)
+            finally:
+                self.correction.collecting = False
+            attention, hidden = self.correction.attention(), self.correction.hidden()
+        top, bottom, left, right = box
+        patches = np.arange(self.info.n_patches).reshape(self.info.grid, -1)[top:bottom, left:right].ravel()
+        order = patches[scope_order(attention[patches], hidden[patches])]
+        return features, order.astype(np.int16)
+
     def close(self) -> None:
         """Free the tower; calling it again does nothing."""
         with self._lock:
@@ -138,6 +124,12 @@ def _vector(header: Header, name: str) -> Features:
     with header.path.open("rb") as file:
         file.seek(header.data_start + tensor.offset)
         return np.frombuffer(file.read(tensor.n_bytes), "<f4")
+
+
+def _last_block(header: Header, info: MmprojInfo) -> int:
+    """The number of the last block that libmtmd runs: that of the last feature layer, else the last but one."""
+    layers = header.keys.get(PREFIX + "feature_layer")
+    return int(layers[-1]) - 1 if layers else info.n_blocks - 2
 
 
 def _is_f32(header: Header) -> bool:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from pocketllava.models.blob_cache import BlobCache
 
 Features = npt.NDArray[np.float32]
+Order = npt.NDArray[np.int16]  # patches of a tile, best first
+MAX_ORDERS = 1024  # 1.2 kB each
 MAX_BYTES = 128 << 20  # thirteen images, or tiles, of a 7B model
 
 
@@ -22,6 +24,7 @@ class FeatureCache:
     def __init__(self, max_bytes: int = MAX_BYTES, store: BlobCache | None = None) -> None:
         self.max_bytes, self.n_bytes = max_bytes, 0
         self._kept: OrderedDict[str, Features] = OrderedDict()
+        self._orders: OrderedDict[str, Order] = OrderedDict()
         self._store = store
 
     def get(self, key: str, shape: tuple[int, int]) -> Features | None:
@@ -46,6 +49,33 @@ class FeatureCache:
                 features = rounded.astype(np.float32)
         self._keep(key, features)
         return features
+
+    def order(self, key: str, n: int, n_patches: int) -> Order | None:
+        """The order of n of a tile's n_patches that was kept under a key."""
+        if (
+            key not in self._orders
+            and self._store
+            and (stored := self._store.get(key + ".order")) is not None
+        ):
+            order = (
+                np.frombuffer(stored, "<i2").astype(np.int16)
+                if len(stored) % 2 == 0
+                else np.empty(0, np.int16)
+            )
+            if len(order) == n == len(np.unique(order)) and order.min() >= 0 and order.max() < n_patches:
+                self._keep_order(key, order)
+        return self._orders.get(key)
+
+    def put_order(self, key: str, order: Order) -> None:
+        """Keep an order of patches."""
+        if self._store:
+            self._store.put(key + ".order", order.astype("<i2"))
+        self._keep_order(key, order)
+
+    def _keep_order(self, key: str, order: Order) -> None:
+        self._orders[key] = order
+        while len(self._orders) > MAX_ORDERS:
+            self._orders.popitem(last=False)
 
     def _keep(self, key: str, features: Features) -> None:
         if key in self._kept:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
-from pocketllava.models.tiling import TileLayout
+from pocketllava.models.tiling import Box, TileLayout
 from pocketllava.types import ImageSource
 from pocketllava.vision import sources
 from pocketllava.vision.image import (
@@ -29,6 +29,7 @@ from pocketllava.vision.image import (
     resize_and_crop,
     size_of,
 )
+from pocketllava.vision.selection import METHOD, n_selected
 from pocketllava.vision.tiles import cut
 
 REMEMBERED = 16  # pictures, 0.3 MB each at 336 x 336 pixels: few conversations show more
@@ -41,14 +42,25 @@ class PreparedImage:
     """What the vision tower is shown of a picture, and what tells it from other pictures.
 
     tiles: (crop_size, crop_size, 3) uint8 each; a single one where pictures are not tiled. tile_keys: of each, key: of
-    the picture. layout: where the tiles lie, None where there is one.
+    the picture as it is shown. n_tokens: the positions it takes; fewer than all_tokens if image_tokens were asked for.
+    layout: where the tiles lie, None where there is one.
     """
 
     tiles: tuple[Pixels, ...]
     tile_keys: tuple[str, ...]
     key: str
     n_tokens: int
+    all_tokens: int
     layout: TileLayout | None = None
+
+    def boxes(self, grid: int) -> list[Box]:
+        """What is picture on each tile, in patches; grid: patches along a tile's side."""
+        return self.layout.boxes if self.layout else [(0, grid, 0, grid)]
+
+    def with_tokens(self, image_tokens: int | None) -> PreparedImage:
+        """The same picture, shown by at most image_tokens: to every cache another picture."""
+        n = n_selected(self.all_tokens, self.layout, image_tokens)
+        return self if n == self.all_tokens else replace(self, key=f"{self.key} {METHOD}", n_tokens=n)
 
 
 class ImageProcessor:
@@ -61,24 +73,24 @@ class ImageProcessor:
         self.preprocessing, self.max_pixels = preprocessing, max_pixels
         self._grid, self._encoder = grid, encoder
         self._digests: _Recent[sources.FileState | str, str] = _Recent(4 * REMEMBERED)
-        self._counts: _Recent[str, int] = _Recent(4 * REMEMBERED)
+        self._layouts: _Recent[str, TileLayout] = _Recent(4 * REMEMBERED)
         self._images: _Recent[str, PreparedImage] = _Recent(REMEMBERED)
 
-    def n_tokens(self, source: ImageSource) -> int:
-        """Positions that an image takes in a prompt; at most its size is read, of its file's header.
+    def n_tokens(self, source: ImageSource, image_tokens: int | None = None) -> int:
+        """Positions that an image takes in a prompt, of image_tokens at most.
 
-        Raises ImageError where that is needed and cannot be read.
+        Nothing is decoded: of a picture that is to be tiled, the size is read. Raises ImageError where it cannot be.
         """
-        if self.preprocessing.tiling is None:
-            return self._grid**2
+        if (tiling := self.preprocessing.tiling) is None:
+            return n_selected(self._grid**2, None, image_tokens)
         identity, digest = self._known(source)
-        count = self._counts.get(digest) if digest is not None else None
-        if count is None:
+        layout = self._layouts.get(digest) if digest is not None else None
+        if layout is None:
             content, digest = self._read(source, identity)
             size = size_of(content, sources.name_of(source), self.max_pixels)
-            count = self.preprocessing.tiling.layout(size, self.preprocessing.crop_size, self._grid).n_tokens
-            self._counts.put(digest, count)
-        return count
+            layout = tiling.layout(size, self.preprocessing.crop_size, self._grid)
+            self._layouts.put(digest, layout)
+        return n_selected(layout.n_tokens, layout, image_tokens)
 
     def process(self, source: ImageSource) -> PreparedImage:
         """Decode, resize and crop, unless that was done for the same content. Raises ImageError."""
@@ -96,13 +108,13 @@ class ImageProcessor:
         if (tiling := self.preprocessing.tiling) is None:
             pixels = resize_and_crop(picture, self.preprocessing)
             key = key_of(pixels, self._encoder)
-            return PreparedImage((pixels,), (key,), key, self._grid**2)
+            return PreparedImage((pixels,), (key,), key, self._grid**2, self._grid**2)
         layout = tiling.layout(picture.size, self.preprocessing.crop_size, self._grid)
         tiles = tuple(cut(picture, layout, self.preprocessing.resample))
         keys = tuple(key_of(tile, self._encoder) for tile in tiles)
         # tiles of other sizes can be equal, and what is unpadded depends on the size
         key = hashlib.sha256(repr((layout, keys)).encode()).hexdigest()
-        return PreparedImage(tiles, keys, key, layout.n_tokens, layout)
+        return PreparedImage(tiles, keys, key, layout.n_tokens, layout.n_tokens, layout)
 
     def digest(self, source: ImageSource) -> str | None:
         """What tells a source's content from any other, or None where it cannot be read."""
