@@ -46,6 +46,17 @@ def test_what_two_prompts_share() -> None:
     assert image_ends([1, a, 2, b]) == [4, 2]
 
 
+def test_the_next_turn_evaluates_only_what_is_new(llava: Llava) -> None:
+    picture = pictures.four()[0]
+    turns = [Message("user", "What is it?", picture)]
+    first = llava.chat(turns, options=Options(max_tokens=24))
+    again = llava.chat([*turns, Message("assistant", "A thing."), Message("user", "Is it?")], options=SHORT)
+    assert again.usage.cached_tokens == first.usage.prompt_tokens
+    longer = [*turns, Message("assistant", "A thing."), Message("user", "Is it red?")]
+    new = llava.chat(longer, options=SHORT).usage
+    assert new.prompt_tokens - new.cached_tokens <= again.usage.prompt_tokens - first.usage.prompt_tokens
+
+
 @given(
     held=st.lists(st.integers(0, 2) | st.builds(ImageSpan, st.sampled_from("ab"), st.just(4)), max_size=8),
     wanted=st.lists(

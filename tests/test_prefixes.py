@@ -176,7 +176,9 @@ def test_a_prepared_image_waits_only_for_its_question(llava: Llava, expected: An
     again = llava.ask(A, long + " Well?", options=ONE).timings
     assert again.cached_tokens > 576 + 40
     assert again.cached_tokens < expected_cached
-    assert np.array_equal(evaluated(llava, A)[0], expected[0])
+    found, timings = evaluated(llava, A)  # evaluated from the middle of its text: equal within rounding
+    assert timings.cached_tokens > 576 + 4
+    assert np.linalg.norm(found - expected[0]) <= 5e-3 * np.linalg.norm(expected[0])
 
 
 def test_an_image_is_prepared_in_the_middle_of_a_conversation(llava: Llava) -> None:

@@ -24,8 +24,6 @@ from pocketllava.prompt.items import (
     shared,
 )
 
-SNAP = 32  # tokens of text that are rather evaluated again than split into other batches
-
 
 class KvCache:
     """What one TextModel's KV cache holds.
@@ -72,21 +70,17 @@ class KvCache:
         return n_restorable
 
     def _reusable(self, contents: list[PromptItem], prompt: list[PromptItem], to_sample: bool) -> int:
-        """Items that the cache holds, of which text in the middle of a run counts only where it saves much.
+        """Items that the cache holds: what both prompts begin with.
 
-        A run of text that would be evaluated from its middle is evaluated from its beginning if that is at
-        most SNAP tokens more, and the very same prompt from where its last run began: then batches, and so
-        logits, are bit for bit those of the first time, and a seed repeats its answer.
+        The very same prompt is evaluated again from where its last run began: then batches, and so logits, are bit for
+        bit those of the first time, and a seed repeats its answer. Elsewhere logits agree within rounding.
         """
         n = shared(contents, prompt)
         if n == len(prompt) and not to_sample:
             return n
         if contents and prompt == self._prompt:
             return self._last_run
-        n = run = min(n, len(prompt) - 1)
-        while run and isinstance(prompt[run - 1], int):
-            run -= 1
-        return run if n - run <= SNAP else n
+        return min(n, len(prompt) - 1)
 
     def _save_images(self, contents: list[PromptItem], n_reused: int) -> None:
         """Before items beyond n_reused are lost: keep the state up to the last image among them."""
