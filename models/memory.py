@@ -6,13 +6,13 @@ Knows GGUF headers, what llama.cpp allocates, and how much memory is free; loads
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 
 from pocketllava.errors import UnsupportedOption
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.text_contract import TextInfo
 
 DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens; less if trained on less
 CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must agree
@@ -59,18 +59,17 @@ def batch_size(bundle: Bundle) -> int:
 
 def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Memory:
     """The memory that loading would take. Raises UnsupportedOption for a context the model was not trained on."""
-    text = bundle.model_header
-    keys = {name.removeprefix("llama."): value for name, value in text.keys.items()}
-    context = context_size(n_ctx, int(keys.get("context_length", DEFAULT_CONTEXT)))
+    info = bundle.text_info
+    context = context_size(n_ctx, info.n_ctx_train)
     batch = min(batch_size(bundle), context)
-    position = _kv_bytes_per_position(keys, kv_type)
+    position = _kv_bytes_per_position(info, kv_type)
     return Memory(
         n_ctx=context,
         kv_type=kv_type,
-        text=_tensor_bytes(text),
+        text=_tensor_bytes(bundle.model_header),
         vision=_tensor_bytes(bundle.mmproj_header),
         kv_cache=round(position * context),
-        buffers=_buffer_bytes(keys, context, batch, flash=kv_type != "f16"),
+        buffers=_buffer_bytes(info, context, batch, flash=kv_type != "f16"),
         prefix=round(position * bundle.image_tokens),
     )
 
@@ -91,17 +90,15 @@ def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
     return not on_gpu and 2 * repacked > needed.text and needed.total <= available_bytes()
 
 
-def _kv_bytes_per_position(keys: dict[str, Any], kv_type: str) -> float:
-    heads = keys["attention.head_count"]
-    width = keys["embedding_length"] // heads * keys.get("attention.head_count_kv", heads)
-    return float(2 * keys["block_count"] * width * KV_BYTES[kv_type])
+def _kv_bytes_per_position(info: TextInfo, kv_type: str) -> float:
+    return 2 * info.n_layer * info.head_size * info.n_head_kv * KV_BYTES[kv_type]
 
 
-def _buffer_bytes(keys: dict[str, Any], context: int, batch: int, *, flash: bool) -> int:
+def _buffer_bytes(info: TextInfo, context: int, batch: int, *, flash: bool) -> int:
     """Estimated bytes of one batch's intermediate results: attention scores, widest activations, logits."""
-    scores = 0 if flash else keys["attention.head_count"] * context
-    activations = 2 * keys["feed_forward_length"] + 4 * keys["embedding_length"]
-    return int(batch * F32_BYTES * (max(scores, keys["vocab_size"]) + activations))
+    scores = 0 if flash else info.n_head * context
+    activations = 2 * info.n_ff + 4 * info.n_embd
+    return int(batch * F32_BYTES * (max(scores, info.n_vocab) + activations))
 
 
 def _tensor_bytes(header: Header) -> int:

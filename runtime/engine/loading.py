@@ -24,7 +24,6 @@ from pocketllava.models.memory import (
     context_size,
     memory,
 )
-from pocketllava.models.text_contract import check_text
 from pocketllava.types import GIGA, LoadOptions
 
 logger = logging.getLogger(__name__)
@@ -47,6 +46,7 @@ class Loaded:
 
 def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
     """Raises UnsupportedOption for what this build cannot do, BundleError, BackendError."""
+    _ = bundle.text_info, bundle.mmproj_info  # both are checked before anything is loaded
     devices = gpus()
     if options.n_gpu_layers > 0 and not devices:
         raise UnsupportedOption(
@@ -79,7 +79,7 @@ def or_on_cpu(load: Callable[[int], T], layers: int, bundle: Bundle, devices: li
 def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextModel, str]:
     """The text model, and where it is. Raises UnsupportedOption, BundleError, BackendError."""
     threads = options.n_threads if options.n_threads is not None else cores()
-    info = check_text(bundle.model_header)
+    info = bundle.text_info
     in_memory = _in_memory(bundle, layers != 0, options)
     settings: dict[str, Any] = {
         "n_ctx": context_size(options.n_ctx, info.n_ctx_train),
