@@ -45,15 +45,19 @@ MAX_CONTEXT = 1 << 24  # llama_cpp allocates so many ids for each text that it t
 MAX_TEMPLATE = 1 << 17  # characters; llama_cpp compiles each one when it loads a file
 MAX_TOKEN = 1024  # characters; Llama 3's longest has 128
 MAX_DECODED = 1 << 26  # libllama writes a whole token out once for each of its characters that is no byte's
+# What files of early 2024 have that name none; it runs in std::regex too, so runs are bounded where text comes in. The
+# stack is 8 MB, and 1 MB or less in threads and on Windows: 322 bytes a character.
+DEFAULT_PRE = "default"
+MAX_RUN = 1000  # characters
 N_DEFAULT_IDS = 12  # libllama's own bos and eos lie below
 CONTROL_TOKENS_OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 BYTE_TOKEN = 6  # llama.h, LLAMA_TOKEN_TYPE_BYTE
 BYTE_TEXTS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Those of llama_vocab::impl::load whose regex libllama has written out in C++. The others run in std::regex, which
-# overflows the stack (SIGSEGV) on some 26,000 letters, digits or signs in a row, as these 54 did not on 200,000.
-# "default" does too, but is what files of early 2024 have that name none. GLM's have no BOS, which aborts.
+# overflows the stack (SIGSEGV) on some 26,000 letters, digits or signs in a row, as these 53 did not on 200,000.
+# GLM's have no BOS, which aborts.
 PRE_TOKENIZERS = (
-    "default llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano mpt starcoder "
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano mpt starcoder "
     "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert gemma4 "
     "granite-embed-multi-311m sarvam-moe jina-v1-en jina-v2-code roberta-bpe refact command-r qwen2 deepseek-r1-qwen "
     "kormo f2llmv2 qwen35 stablelm2 olmo dbrx smaug-bpe jais smollm codeshell exaone exaone4 chameleon "
@@ -305,7 +309,12 @@ def _check_bpe(header: Header, tokens: list[str]) -> None:
 
 
 def _known(pre: str) -> bool:
-    return not pre or pre in PRE_TOKENIZERS.split()
+    return pre in ("", DEFAULT_PRE) or is_unbounded(pre)
+
+
+def is_unbounded(pre: str) -> bool:
+    """Whether a pre-tokenizer takes runs of any length; the others take MAX_RUN characters of one kind."""
+    return pre in PRE_TOKENIZERS.split()
 
 
 def _expected(info: TextInfo) -> Iterator[ExpectedTensor]:

@@ -19,10 +19,10 @@ from test_original import LAYOUTS as ORIGINAL
 from test_quantize import LAYOUTS as SHAPES
 from test_quantize import model_file
 
-from pocketllava import Bundle, BundleError
+from pocketllava import Bundle, BundleError, InputError
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models.gguf_header import ARRAY, STRING, Header
-from pocketllava.models.text_contract import MATRIX_TYPES, check_text
+from pocketllava.models.text_contract import MATRIX_TYPES, MAX_RUN, check_text
 
 U16, U32, I32, FLOAT, BOOL = 2, 4, 5, 6, 7
 LAYOUTS = {
@@ -334,6 +334,22 @@ def test_long_runs_of_one_character_tokenize(
         assert child.use(path) == "accepted"
     finally:
         child.close()
+
+
+def test_without_a_pre_tokenizer_long_runs_are_refused(small: dict[str, Path], tmp_path: Path) -> None:
+    """Files of early 2024 name none; libllama then uses std::regex, which 26,000 letters in a row overflow."""
+    for n, change in enumerate((key("tokenizer.ggml.pre", "default", STRING), no_key("tokenizer.ggml.pre"))):
+        file, path = File.read(small["llama3"]), tmp_path / f"{n}.gguf"
+        change(file)
+        path.write_bytes(file.header() + file.data)
+        assert attack.refused(path) == ""
+        model, _ = TextModel.load(path, n_ctx=256, n_threads=1)
+        for run in ("a", "1", "日", "!", "_", "é"):
+            assert model.tokenize("x " + run * MAX_RUN)
+            with pytest.raises(InputError, match=r"found 5000 letters, digits, signs or spaces in a row"):
+                model.tokenize("x y " + run * 5000)
+        assert model.tokenize("It's a b'll 12 " * 9000)
+        model.close()
 
 
 def test_the_check_stands_before_llama_cpp(bundle: Bundle, tmp_path: Path) -> None:

@@ -130,9 +130,9 @@ def use(path: Path) -> None:
             model.close()
 
 
-def load(folder: Path, _full: bool) -> None:
-    """The text model alone."""
-    use(folder / MODEL)
+def load(path: Path, _full: bool) -> None:
+    """A text model alone, in a bundle's folder or not."""
+    use(path / MODEL if path.is_dir() else path)
 
 
 def bundle(folder: Path, _full: bool) -> None:
@@ -298,7 +298,7 @@ class Child:
 
     def use(self, path: Path) -> str:
         """Load a text model: "accepted", or what went wrong."""
-        result = self.ask("load", path.parent)
+        result = self.ask("load", path)
         return result.outcome if result.outcome == "accepted" else f"{result.outcome}: {result.message}"
 
     def close(self) -> None:

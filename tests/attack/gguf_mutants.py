@@ -27,7 +27,7 @@ REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e38, 1e4, 5e5, float("nan"), float("
 WORDS = ("", "x", "mlp", "ldp", "resampler", "llama", "gpt2", "bert", "none", "no_vocab", "t5", "rwkv", "gemma4", "hybriddna", "plamo2", "clip",
          "linear", "yarn", "longrope", "su", "phi-3", "Phi3 mini", "modern-bert", "llama\0x", "a\0", "<s>", "</s>",
          "<0x0A>", "[EMPTY_5]", "[EMPTY_0]", "<unk>", "\ufffd", "日本", "é" * 300, "x" * 2000, "{{", "{% for x in",
-         "{{ " + "(" * 500, "<|end|>", "<|return|>", "<|call|>", "<|tool_response>", "tekken", "chatglm-bpe", *PRE_TOKENIZERS.split())  # fmt: skip
+         "{{ " + "(" * 500, "<|end|>", "<|return|>", "<|call|>", "<|tool_response>", "tekken", "chatglm-bpe", "default", *PRE_TOKENIZERS.split())  # fmt: skip
 OTHER_KEYS = (
     "llama.attention.sliding_window", "llama.attention.scale", "llama.logit_scale", "llama.expert_shared_count",
     "llama.expert_feed_forward_length", "llama.leading_dense_block_count", "llama.n_deepstack_layers",
