@@ -12,6 +12,7 @@ import psutil
 from pocketllava.errors import UnsupportedOption
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.limits import UNLIMITED, cgroup_limits, check_room
 from pocketllava.models.text_contract import TextInfo
 
 DEFAULT_CONTEXT = 2048  # an image (576), a conversation, and an answer of 512 tokens; less if trained on less
@@ -39,6 +40,11 @@ class Memory:
     def total(self) -> int:
         """All but cached prefixes."""
         return self.text + self.vision + self.kv_cache + self.buffers
+
+    @property
+    def beside_text(self) -> int:
+        """All but cached prefixes and the text model's weights, which may be mapped."""
+        return self.total - self.text
 
 
 def context_size(n_ctx: int | None, trained: int) -> int:
@@ -75,8 +81,8 @@ def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Me
 
 
 def available_bytes() -> int:
-    """Memory that programs can have without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Memory that this process can have without swapping."""
+    return min(int(psutil.virtual_memory().available), *(left for _, left in cgroup_limits()), UNLIMITED)
 
 
 def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
@@ -86,8 +92,26 @@ def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
     resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. The map is better where memory is short, because
     its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs).
     """
-    repacked = sum(t.n_bytes for t in bundle.model_header.tensors.values() if t.type in REPACKED)
-    return not on_gpu and 2 * repacked > needed.text and needed.total <= available_bytes()
+    return not on_gpu and 2 * _repacked(bundle) > needed.text and needed.total <= available_bytes()
+
+
+def check_memory(bundle: Bundle, needed: Memory, *, in_memory: bool, on_gpu: bool, threads: int) -> None:
+    """Raises BackendError where the process may not have what loading takes, on which llama.cpp would end it.
+
+    Mapped weights are address space, but no memory that a cgroup has to find: their pages can be dropped. What a
+    GPU holds is not counted.
+    """
+    if on_gpu:
+        check_room(bundle.folder, 0, needed.text, threads=threads)
+    elif in_memory:
+        check_room(bundle.folder, needed.total, threads=threads)
+    else:
+        check_room(bundle.folder, needed.beside_text, needed.text, threads=threads)
+
+
+def _repacked(bundle: Bundle) -> int:
+    """Bytes of weights of which CPUs make a rearranged copy."""
+    return sum(t.n_bytes for t in bundle.model_header.tensors.values() if t.type in REPACKED)
 
 
 def _kv_bytes_per_position(info: TextInfo, kv_type: str) -> float:

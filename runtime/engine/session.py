@@ -241,6 +241,8 @@ def _template(text: TextModel, bundle: Bundle | None) -> Template:
     vocabulary = text.vocabulary
     own = text.metadata.get("tokenizer.chat_template", "")
     special = vocabulary.special()
+    if vocabulary.adds_bos:  # some files do not mark it as a control token
+        special.setdefault(vocabulary.text(vocabulary.bos), vocabulary.bos)
     texts = {i: token for token, i in special.items()}
     special.setdefault(IMAGE_TOKEN, max(0, vocabulary.eos))  # no row of its own: any id will do
     return Template(

@@ -20,6 +20,7 @@ from pocketllava.errors import BundleError, UnsupportedOption
 from pocketllava.llamacpp.private import private
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
+from pocketllava.models.limits import check_room
 from pocketllava.names import open_bundle
 from pocketllava.prompt.openai import as_messages
 from pocketllava.types import load_options
@@ -98,6 +99,7 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             self.close()
             text = TextModel(weakref.proxy(llama))
             mmproj = Path(self.clip_model_path)
+            check_room(mmproj, mmproj.stat().st_size)
             self._session = Session(text, mmproj, self.bundle, self.options, use_gpu=self.use_gpu)
             self._llama = weakref.ref(llama)
         return self._session
