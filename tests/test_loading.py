@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 
@@ -50,6 +52,19 @@ def test_no_line_is_lost_however_many_follow(bundle: Bundle) -> None:
             Llava.load(bundle.folder, n_ctx=256).close()
     assert sum("n_ctx" in line for line in lines) >= 4
     assert len(lines) > 300
+
+
+def test_a_model_without_close_is_freed(bundle: Bundle) -> None:
+    """llama_cpp frees its own model with the object; the vision tower is ours."""
+    llava = Llava.load(bundle.folder, n_ctx=1024)
+    llava.ask(None, "What is it?", max_tokens=1)
+    with llava.session() as session:
+        tower, text = session.vision._context, weakref.ref(session.text)
+    free = tower._free
+    del session, tower, llava
+    gc.collect()
+    assert not free.alive
+    assert text() is None
 
 
 def test_a_model_too_large_for_the_gpu_is_loaded_on_the_cpu(
