@@ -21,7 +21,7 @@ PICKLE, BYTE_ORDER = "data.pkl", "byteorder"
 LOCAL = struct.Struct("<4s5H3I2H")  # a zip entry's local header, APPNOTE 4.3.7
 LOCAL_SIGNATURE, ZIP = b"PK\x03\x04", b"PK"
 ENCRYPTED = 1
-MAX_PICKLE_BYTES = 64 << 20  # a 13B model's takes 0.1 MB
+MAX_PICKLE_BYTES = 16 << 20  # a 13B model's takes 0.1 MB
 MAX_ENTRIES = 1 << 17
 MAX_DIRECTORY_BYTES = 8 << 20  # of the zip archive; a 13B model's takes 0.1 MB
 TRUST = "from torch import load, save; save(load(FILE, weights_only=True), FILE)"
