@@ -113,6 +113,9 @@ def convert(
         vision_tower=vision_tower,
     )
     planned = dict(zip(types, plans, strict=True))
+    if not quiet:
+        for remark in plans[0].remarks:
+            click.echo(f"note: {remark}", err=True)
     if dry_run:
         for target, each in planned.items():
             click.echo("\n".join(plan_lines(each, str(target), threads or cores())))
