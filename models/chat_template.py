@@ -12,6 +12,7 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
@@ -144,7 +145,9 @@ def _compiled(source: str) -> Any:
     """A jinja2 template: compiling it takes as long as tokenizing a page."""
     if len(source) > MAX_SOURCE:
         raise ValueError(f"{len(source)} characters, expected at most {MAX_SOURCE}")
-    return _environment().from_string(source)
+    with warnings.catch_warnings():  # Python's remarks on the code that Jinja makes
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return _environment().from_string(source)
 
 
 def _size(value: Any, most: int) -> int:
