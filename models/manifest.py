@@ -20,6 +20,7 @@ MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"
 FORMAT = 1
 IMAGE_TOKEN = "<image>"  # where a template puts an image, unless the checkpoint's vocabulary says otherwise
 SPACE_PREFIXES = ("every", "first", "none", "chunk")
+STRIP_SIDES = ("left", "right", "both")
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 1 << 44, 1 << 30
 MAX_DIMENSION = 1 << 20  # columns of a matrix, image tokens, pixels along an edge
 MAX_TOKEN_ID = 1 << 22  # sixteen times the largest vocabulary there is
@@ -70,7 +71,8 @@ class Manifest:
     image_token_id: its row of the vocabulary, None where it has none. image_tokens: positions that one picture
     takes in a prompt. vision_width, projected_width: columns of the tower's features, before and after the
     projector. space_prefix: which text between special tokens gets a leading space: "every" run, only the
-    "first", "none", or "chunk" (the first and those after an image).
+    "first", "none", or "chunk" (the first and those after an image). strip: special tokens that swallow white space
+    beside them, and on which side.
     """
 
     version: str
@@ -86,6 +88,7 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     preprocessing: Preprocessing
     chat_template: str
+    strip: Mapping[str, str] = field(default_factory=dict)
     quantized_from: QuantizedFrom | None = None
 
     @classmethod
@@ -105,7 +108,7 @@ class Manifest:
         """Check bundle.json's content; `path` is named in errors. Raises BundleError."""
         top = _Section(path, "", data)
         top.get("format", _exactly(FORMAT), str(FORMAT))
-        image, files = top.section("image"), top.section("files")
+        image, files, tokenizer = top.section("image"), top.section("files"), top.section("tokenizer")
         return cls(
             version=top.text("pocketllava"),
             source=_source(top.section("source")),
@@ -116,9 +119,14 @@ class Manifest:
             image_tokens=image.count("n_patches"),
             vision_width=image.count("vision_width"),
             projected_width=image.count("projected_width"),
-            space_prefix=top.section("tokenizer").get(
+            space_prefix=tokenizer.get(
                 "space_prefix", _one_of(SPACE_PREFIXES), f"one of {', '.join(SPACE_PREFIXES)}"
             ),
+            strip=tokenizer.get(
+                "strip", _mapping(_one_of(STRIP_SIDES)), f"one of {', '.join(STRIP_SIDES)} by token"
+            )
+            if "strip" in tokenizer.value
+            else {},
             eos_token_ids=top.get("eos_token_ids", _ids, "a list of token ids"),
             preprocessing=_preprocessing(top.section("preprocessing")),
             chat_template=top.text("chat_template"),
@@ -144,7 +152,10 @@ class Manifest:
                 "vision_width": self.vision_width,
                 "projected_width": self.projected_width,
             },
-            "tokenizer": {"space_prefix": self.space_prefix},
+            "tokenizer": {
+                "space_prefix": self.space_prefix,
+                **({"strip": dict(self.strip)} if self.strip else {}),
+            },
             "eos_token_ids": list(self.eos_token_ids),
             "preprocessing": asdict(self.preprocessing),
             "chat_template": self.chat_template,

@@ -93,7 +93,9 @@ def test_a_prompt_that_ends_in_an_image(make_bundle: Any, tmp_path: Any) -> None
     (tmp_path / "model.gguf").write_bytes(bundle.model.read_bytes())
     (tmp_path / "mmproj.gguf").write_bytes(bundle.mmproj.read_bytes())
     manifest = json.loads((bundle.folder / "bundle.json").read_text("utf-8"))
-    manifest["chat_template"] = "{% for m in messages %}{{ m.content[0].text }}<image>{% endfor %}"
+    manifest["chat_template"] = (
+        "{% for m in messages %}{{ m.content[-1].text }}{% for p in m.content[:-1] %}<image>{% endfor %}{% endfor %}"
+    )
     (tmp_path / "bundle.json").write_text(json.dumps(manifest), "utf-8")
     llama = Llama(
         str(bundle.model), chat_handler=LlavaChatHandler(tmp_path), n_ctx=1024, n_threads=1, verbose=False

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from pocketllava.convert.plan.quantize import dequantize, n_bytes
+from pocketllava.convert.read.checkpoint import UNINDEXED
 from pocketllava.convert.read.sources import SourceTensor
 from pocketllava.errors import TensorMismatch, UnsupportedCheckpoint
 from pocketllava.models.gguf_header import ALIGNMENT, Header, TensorInfo
@@ -165,9 +166,10 @@ class TensorTaker:
         for name in [n for n in self._left if n.startswith(prefix)]:
             dropped[self._left.pop(name).name] = reason
 
-    def finish(self) -> None:
-        """Raise TensorMismatch if any tensor was neither taken nor dropped."""
-        if left := [t.name for t in self._left.values()]:
+    def finish(self, dropped: dict[str, str]) -> None:
+        """Raise TensorMismatch if any tensor was neither taken nor dropped; one that no index names is dropped."""
+        dropped |= {t.name: UNINDEXED for t in self._left.values() if not t.indexed}
+        if left := [t.name for t in self._left.values() if t.indexed]:
             raise TensorMismatch(
                 f"{left[0]}: unexpected tensor in the {self._part} part ({len(left)} such tensors); config.json"
                 " describes a model without it",

@@ -122,8 +122,8 @@ def space_prefix(hub_prefix: str, tokenizer_config: Mapping[str, Any], described
     Its Llama tokenizer is the slow one, whatever tokenizer.json says: with legacy=false only the start of such
     a text gets the space, otherwise every run between special tokens too.
     """
-    if hub_prefix == "none":
-        return hub_prefix
+    if hub_prefix == "none" or (not described and tokenizer_config.get("add_prefix_space") is False):
+        return "none"
     if kind == "llama" or not described:
         return "chunk" if tokenizer_config.get("legacy") is False else "every"
     return "chunk" if hub_prefix == "first" else hub_prefix
@@ -164,7 +164,7 @@ def tower_tensors(folder: Path) -> tuple[dict[str, SourceTensor], dict[str, str]
     """(the vision tower's tensors by canonical name, reasons by the name of a tensor left out) of a CLIP folder."""
     tensors: dict[str, SourceTensor] = {}
     dropped: dict[str, str] = {}
-    for tensor in read_tensors(folder):
+    for tensor in read_tensors(folder).tensors:
         if tensor.name.startswith(NOT_VISION):
             dropped[tensor.name] = "not the vision tower's"
         elif tensor.name.endswith(".position_ids"):

@@ -23,7 +23,8 @@ LFS = b"version https://git-lfs"
 class SourceTensor:
     """The file and offset of one tensor's bytes. `shape` is rows first; `dtype` is safetensors' code.
 
-    computed: the bytes themselves, for a tensor that is computed from config.json and is in no file.
+    computed: the bytes themselves, for a tensor that is computed from config.json and is in no file. indexed: False
+    for one that its shards' index does not name.
     """
 
     name: str
@@ -33,6 +34,7 @@ class SourceTensor:
     dtype: str
     shape: tuple[int, ...]
     computed: bytes | None = None
+    indexed: bool = True
 
 
 def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:

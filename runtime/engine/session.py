@@ -34,6 +34,11 @@ from pocketllava.vision.image import MAX_PIXELS
 from pocketllava.vision.image_processor import ImageProcessor, PreparedImage
 
 IMAGE_TOKEN = "<image>"
+# Other special tokens that a chat template may name, and their keys in the text model's file.
+NAMED_TOKENS = {
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+}
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,9 @@ def _template(text: TextModel, bundle: Bundle | None) -> Template:
         special.setdefault(vocabulary.text(vocabulary.bos), vocabulary.bos)
     texts = {i: token for token, i in special.items()}
     special.setdefault(IMAGE_TOKEN, max(0, vocabulary.eos))  # no row of its own: any id will do
-    return Template(
+    keys = {name: text.metadata.get(key) for name, key in NAMED_TOKENS.items()}
+    named = {name: vocabulary.text(int(i)) for name, i in keys.items() if i is not None}
+    template = Template(
         source=bundle.template if bundle else own if "image" in own else DEFAULT_TEMPLATE,
         special=special,
         image_token=bundle.manifest.image_token if bundle else IMAGE_TOKEN,
@@ -253,7 +260,11 @@ def _template(text: TextModel, bundle: Bundle | None) -> Template:
         eos=texts.get(vocabulary.eos, ""),
         add_bos=vocabulary.adds_bos,
         space_prefix=bundle.space_prefix if bundle else "every",
+        tokens=named,
+        strip=bundle.manifest.strip if bundle else {},
     )
+    template.check()
+    return template
 
 
 def _check(should_stop: Callable[[], bool] | None) -> None:
