@@ -230,12 +230,14 @@ class Chat:
 
 def examination(bundle: Bundle, max_pixels: int | None) -> Examine:
     """The check that an image can be shown to this model."""
-    from pocketllava.vision.image import MAX_PIXELS, load, resize_and_crop
+    from pocketllava.vision.decoding import MAX_PIXELS
+    from pocketllava.vision.image import decode, resize_and_crop
+    from pocketllava.vision.sources import name_of, read
 
     def examine(source: ImageSource) -> tuple[int, int]:
-        image = load(source, max_pixels or MAX_PIXELS)
-        resize_and_crop(image, bundle.preprocessing)
-        return image.size
+        picture = decode(read(source), name_of(source), max_pixels or MAX_PIXELS)
+        resize_and_crop(picture, bundle.preprocessing)
+        return picture.size
 
     return examine
 
