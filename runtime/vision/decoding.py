@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pocketllava.errors import ImageError
 from pocketllava.vision.containers import exif, signatures
-from pocketllava.vision.containers.encoded import Refused, Encoded
+from pocketllava.vision.containers.encoded import Encoded, Refused
 
 MAX_PIXELS = 50_000_000
 BYTES_PER_PIXEL = 8  # of max_pixels: 400 MB
@@ -78,7 +78,8 @@ def _opened(encoded: Encoded) -> Image.Image:
         return Image.open(io.BytesIO(encoded.data), formats=[encoded.format])
     from pillow_heif import HeifImageFile
 
-    return HeifImageFile(io.BytesIO(encoded.data))
+    image: Image.Image = HeifImageFile(io.BytesIO(encoded.data))
+    return image
 
 
 def _heif(content: bytes, name: str) -> Encoded:
@@ -125,6 +126,6 @@ def _check_cost(encoded: Encoded, image: Image.Image, n_bytes: int, name: str, m
     else:
         return
     raise ImageError(
-        f"{name}: {encoded.kind} of {image.width} x {image.height} pixels, which takes about {takes} to decode, expected"
-        f" at most {limit}; save it as a plain JPEG, scale it down, or raise max_pixels (--max-pixels)"
+        f"{name}: {encoded.kind} of {image.width} x {image.height} pixels, which takes about {takes} to decode,"
+        f" expected at most {limit}; save it as a plain JPEG, scale it down, or raise max_pixels (--max-pixels)"
     )

@@ -250,4 +250,5 @@ def _eight_bits(values: npt.NDArray[Any], white: int) -> Pixels:
         v = v / (WHITE_16 / WHITE_8)
     elif white == WHITE_1:
         v = v * WHITE_8
-    return np.rint(np.clip(v, 0, WHITE_8)).astype(np.uint8)
+    eight: Pixels = np.rint(np.clip(v, 0, WHITE_8)).astype(np.uint8)
+    return eight

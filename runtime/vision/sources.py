@@ -19,8 +19,8 @@ from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.files import read_regular
-from pocketllava.vision.containers import exif
 from pocketllava.types import MAX_FILE_BYTES, ImageSource, read_file
+from pocketllava.vision.containers import exif
 
 SETTLED_S = 2.0  # a file changed since may change again without another time of change (FAT counts 2 s)
 STRIP_BYTES = 4 << 20  # of pixels, hashed at once

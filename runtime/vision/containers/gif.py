@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pocketllava.vision.containers.encoded import MAX_BLOCKS, Refused, Encoded
+from pocketllava.vision.containers.encoded import MAX_BLOCKS, Encoded, Refused
 
 SIGNATURES = (b"GIF87a", b"GIF89a")
 EXTENSION, IMAGE, TRAILER, CONTROL = 0x21, 0x2C, 0x3B, 0xF9

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from pocketllava.vision.containers.encoded import MAX_BLOCKS, MAX_METADATA_BYTES, Refused, Encoded
+from pocketllava.vision.containers.encoded import MAX_BLOCKS, MAX_METADATA_BYTES, Encoded, Refused
 
 SIGNATURE = b"\xff\xd8\xff"
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"

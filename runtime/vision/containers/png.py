@@ -9,7 +9,7 @@ import re
 import struct
 import zlib
 
-from pocketllava.vision.containers.encoded import MAX_METADATA_BYTES, Refused, Encoded
+from pocketllava.vision.containers.encoded import MAX_METADATA_BYTES, Encoded, Refused
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 200_000  # 512 MB in chunks of 4 kB

@@ -15,7 +15,8 @@ HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"
 AVIF_BRANDS = (b"avif", b"avis")
 HEIF_CONTAINERS = (b"mif1", b"msf1", b"miaf")
 MAX_BRANDS_BYTES = 256
-FILMS = {b"qt  ": "a QuickTime film", b"isom": "an MP4 film", b"mp41": "an MP4 film", b"mp42": "an MP4 film", b"crx ": "a Canon raw photo"}  # fmt: skip
+FILMS = dict.fromkeys((b"isom", b"iso2", b"mp41", b"mp42", b"M4V "), "an MP4 film")
+FILMS |= {b"qt  ": "a QuickTime film", b"crx ": "a Canon raw photo"}
 OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
     (b"\xffO\xffQ\0", "JPEG 2000"),

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 
 from pocketllava.vision.containers import exif
-from pocketllava.vision.containers.encoded import MAX_METADATA_BYTES, Refused, Encoded
+from pocketllava.vision.containers.encoded import MAX_METADATA_BYTES, Encoded, Refused
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR = 256, 257, 258, 259, 277, 278, 284
@@ -18,7 +18,8 @@ TILE_WIDTH, TILE_LENGTH, JPEG_TABLES, XMP = 322, 323, 347, 700
 PLACES = (273, 279, 324, 325)  # offsets and sizes of strips, and of tiles
 # photometric interpretation, fill order, CCITT options, predictor, color map, extra samples, sample format, YCbCr
 OTHERS = (262, 266, 292, 293, 317, 320, 338, 339, 529, 530, 531, 532)
-PIXELS = (WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, TILE_WIDTH, TILE_LENGTH, JPEG_TABLES, *PLACES, *OTHERS)  # fmt: skip
+PIXELS = (WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, TILE_WIDTH, TILE_LENGTH, JPEG_TABLES)
+PIXELS += (*PLACES, *OTHERS)
 TYPE_BYTES = {
     1: 1,
     2: 1,

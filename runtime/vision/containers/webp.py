@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from pocketllava.vision.containers.encoded import MAX_BLOCKS, MAX_METADATA_BYTES, Refused, Encoded
+from pocketllava.vision.containers.encoded import MAX_BLOCKS, MAX_METADATA_BYTES, Encoded, Refused
 
 CHUNK = struct.Struct("<4sI")
 HEADER_BYTES = 12
