@@ -117,7 +117,11 @@ def _can_open_avif() -> bool:
 def _check_cost(encoded: Encoded, image: Image.Image, n_bytes: int, name: str, max_pixels: int) -> None:
     """Raise ImageError for what would take more memory or time than the largest plain picture may."""
     n_pixels, most_pixels = image.width * image.height, max(max_pixels, MAX_PIXELS)
-    takes_bytes = n_bytes + len(encoded.data) + encoded.fixed_bytes + n_pixels * encoded.pixel_bytes
+    takes_bytes = (
+        n_bytes * (1 if len(encoded.data) == n_bytes else 2)
+        + encoded.fixed_bytes
+        + n_pixels * encoded.pixel_bytes
+    )
     takes_ns = encoded.fixed_ns + n_pixels * encoded.pixel_ns
     if takes_bytes > most_pixels * BYTES_PER_PIXEL:
         takes, limit = f"{takes_bytes / 1e6:.0f} MB", f"{most_pixels * BYTES_PER_PIXEL / 1e6:.0f} MB"

@@ -28,7 +28,7 @@ def read(content: bytes) -> Encoded:
         position = end
     else:
         raise Refused(f"a GIF of more than {MAX_BLOCKS} blocks before its picture")
-    data = header + controls + content[position:]
+    data = b"".join((header, controls, memoryview(content)[position:]))
     return Encoded(format="GIF", kind="GIF", data=data, pixel_bytes=5, pixel_ns=15)
 
 

@@ -6,6 +6,7 @@ A progressive file may have thousands of scans of ten bytes, and each takes as l
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from pocketllava.vision.containers.encoded import MAX_BLOCKS, MAX_METADATA_BYTES, Encoded, Refused
 
@@ -18,58 +19,69 @@ OTHER_FRAMES = {0xC3: "lossless"} | dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE,
 OTHER_FRAMES |= dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded")
 BARE = (0x01, *range(0xD0, 0xD9))  # markers without a length: TEM, RST0 to RST7, SOI
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.S)  # restarts inside a scan are none
-PIXEL_NS, SCAN_NS, BYTE_NS, PROGRESSIVE_BYTE_NS = 9, 1.2, 12, 36
+PIXEL_NS, BYTE_NS, PROGRESSIVE_BYTE_NS = 9, 12, 36
+FIRST_SCAN_NS, REFINING_SCAN_NS = 0.45, 0.9  # of a sample; a refining scan looks at every coefficient again
 
 
 def read(content: bytes) -> Encoded:
     """Raises Refused."""
-    kept, exif, xmp = [content[:2]], b"", b""
-    frame, position, n_scans, n_blocks, first_scan = b"", 2, 0, 0, 0
+    view = memoryview(content)
+    kept: list[memoryview] = [view[:2]]
+    exif, xmp, frame, first_scan, position = b"", b"", b"", 0, 2
+    scans: list[bytes] = []
     progressive = False
-    while (match := MARKER.search(content, position)) is not None:
-        marker, position = content[match.start() + 1], match.end()
-        n_blocks += 1
-        if n_blocks > MAX_BLOCKS:
-            raise Refused(f"a JPEG of more than {MAX_BLOCKS} segments")
-        if marker == END:
+    for _ in range(MAX_BLOCKS):
+        match = MARKER.search(content, position)
+        if match is None or (marker := content[match.start() + 1]) == END:
             break
+        position = match.end()
         if marker in BARE:
             continue
-        end = position + max(2, int.from_bytes(content[position : position + 2], "big"))
-        body = content[position + 2 : end] if not first_scan or marker in FRAMES else b""
+        start, position = (
+            position + 2,
+            position + max(2, int.from_bytes(view[position : position + 2], "big")),
+        )
         if marker in OTHER_FRAMES:
             raise Refused(f"{OTHER_FRAMES[marker]} JPEG, expected baseline or progressive; save it again")
         if marker in FRAMES:
-            frame, progressive = body, marker == 0xC2
+            frame, progressive = content[start:position], marker == 0xC2
         if marker == START_OF_SCAN:
-            n_scans += 1
+            scans.append(content[start:position])
             first_scan = first_scan or match.start()
         elif not first_scan:
-            if marker == APP1 and body.startswith(EXIF) and len(exif) < MAX_METADATA_BYTES:
-                exif += body[len(EXIF) :] if exif else body
-            elif marker == APP1 and body.startswith(XMP):
-                xmp = body[len(XMP) :]
-            if not (APP0 < marker <= APP15 or marker == COMMENT) or marker == APP14:
-                kept.append(content[match.start() : end])
-        position = end
-    # Only the first image's scans are there to be decoded; what follows its end is a thumbnail or a film.
-    data = b"".join(kept) + content[first_scan : position if first_scan else 0]
-    several = progressive or n_scans > 1
+            if marker == APP1 and content.startswith(EXIF, start) and len(exif) < MAX_METADATA_BYTES:
+                exif += content[start + (len(EXIF) if exif else 0) : position]
+            elif marker == APP1 and content.startswith(XMP, start):
+                xmp = content[start + len(XMP) : position]
+            if marker == APP14 or not (APP0 < marker <= APP15 or marker == COMMENT):
+                kept.append(view[match.start() : position])
+    else:
+        raise Refused(f"a JPEG of more than {MAX_BLOCKS} segments")
+    several = progressive or len(scans) > 1
     samples = _samples_per_pixel(frame)
+    data = b"".join((*kept, view[first_scan or len(content) :]))
     return Encoded(
         format="JPEG",
-        kind=f"JPEG of {n_scans} scans" if several else "JPEG",
+        kind=f"JPEG of {len(scans)} scans" if several else "JPEG",
         data=data,
-        pixel_bytes=(1 if len(frame) > 5 and frame[5] == 1 else 4) + (2 * samples if several else 0),
-        pixel_ns=PIXEL_NS + (SCAN_NS * samples * n_scans if several else 0),
+        pixel_bytes=(1 if len(samples) == 1 else 4) + (2 * sum(samples.values()) if several else 0),
+        pixel_ns=PIXEL_NS + (sum(_scan_ns(scan, samples) for scan in scans) if several else 0),
         fixed_ns=len(data) * (PROGRESSIVE_BYTE_NS if several else BYTE_NS),
         exif=exif,
         xmp=xmp,
     )
 
 
-def _samples_per_pixel(frame: bytes) -> float:
-    """Of a start-of-frame segment: 3 for 4:4:4, 1.5 for 4:2:0. A part that is larger than the picture counts."""
-    factors = [(f >> 4, f & 15) for f in frame[7::3]]
-    most = max((h for h, _ in factors), default=1) * max((v for _, v in factors), default=1)
-    return sum(h * v for h, v in factors) / max(1, most)
+def _samples_per_pixel(frame: bytes) -> dict[int, float]:
+    """By component, of a start-of-frame segment: 1, 1/4 and 1/4 for 4:2:0."""
+    factors = {name: (f >> 4, f & 15) for name, f in zip(frame[6::3], frame[7::3], strict=False)}
+    most = max((h for h, _ in factors.values()), default=1) * max((v for _, v in factors.values()), default=1)
+    return {name: h * v / max(1, most) for name, (h, v) in factors.items()}
+
+
+def _scan_ns(scan: bytes, samples: Mapping[int, float]) -> float:
+    """Nanoseconds for a pixel, of a start-of-scan segment: number of components, their names and tables, range."""
+    n_components = scan[0] if scan else 0
+    names = scan[1 : 1 + 2 * n_components : 2]
+    refining = len(scan) > 0 and scan[-1] >> 4
+    return sum(samples.get(n, 1) for n in names) * (REFINING_SCAN_NS if refining else FIRST_SCAN_NS)

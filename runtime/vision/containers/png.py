@@ -22,14 +22,15 @@ RAW_BYTE_NS, BYTE_NS, SLOW_RAW_BYTE_NS, INTERLACED_NS = 4, 12, 10, 8
 
 def read(content: bytes) -> Encoded:
     """Raises Refused."""
-    kept, exif, xmp, position = [SIGNATURE], b"", b"", len(SIGNATURE)
+    view = memoryview(content)
+    kept, exif, xmp, position = [view[: len(SIGNATURE)]], b"", b"", len(SIGNATURE)
     for _ in range(MAX_CHUNKS):
         if position + CHUNK.size > len(content):
             break
         n_bytes, kind = CHUNK.unpack_from(content, position)
         end = position + CHUNK.size + n_bytes + 4
         if kind in PIXELS:
-            kept.append(content[position:end])
+            kept.append(view[position:end])
         elif kind == b"eXIf" and not exif:
             exif = content[position + CHUNK.size : end - 4][:MAX_METADATA_BYTES]
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -43,7 +44,7 @@ def read(content: bytes) -> Encoded:
             break
     else:
         raise Refused(f"a PNG of more than {MAX_CHUNKS} chunks")
-    data = b"".join(kept)
+    data = content if sum(map(len, kept)) == len(content) else b"".join(kept)
     depth, color, interlaced = data[24:25] + b"\0", data[25:26] + b"\0", data[28:29] == b"\1"
     raw = max(1, CHANNELS.get(color[0], 4) * (depth[0] or 8)) / 8  # bytes of a pixel
     fast = len(data) * BYTE_NS < raw * _n_pixels(data) * (SLOW_RAW_BYTE_NS - RAW_BYTE_NS)

@@ -18,39 +18,21 @@ TILE_WIDTH, TILE_LENGTH, JPEG_TABLES, XMP = 322, 323, 347, 700
 PLACES = (273, 279, 324, 325)  # offsets and sizes of strips, and of tiles
 # photometric interpretation, fill order, CCITT options, predictor, color map, extra samples, sample format, YCbCr
 OTHERS = (262, 266, 292, 293, 317, 320, 338, 339, 529, 530, 531, 532)
-PIXELS = (WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, TILE_WIDTH, TILE_LENGTH, JPEG_TABLES)
-PIXELS += (*PLACES, *OTHERS)
-TYPE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}
+SHAPE = (WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, TILE_WIDTH, TILE_LENGTH, JPEG_TABLES)
+PIXELS = (*SHAPE, *PLACES, *OTHERS)
+TYPE_BYTES = dict.fromkeys((1, 2, 6, 7), 1) | dict.fromkeys((3, 8), 2) | dict.fromkeys((4, 9, 11, 13), 4)
+TYPE_BYTES |= dict.fromkeys((5, 10, 12, 16, 17, 18), 8)
 INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # type -> struct's code
-NONE, JPEG = 1, 7
+NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE, PACKBITS = 1, 5, 7, 8, 32946, 32773
 COMPRESSIONS = {
     NONE: 4,
-    2: 60,
-    3: 60,
-    4: 60,
-    5: 8,
+    LZW: 6,
     JPEG: 10,
-    8: 8,
-    32946: 8,
-    32773: 4,
+    DEFLATE: 6,
+    OLD_DEFLATE: 6,
+    PACKBITS: 4,
 }  # -> ns for a byte of pixels
+COMPRESSIONS |= dict.fromkeys((2, 3, 4), 60)  # CCITT, eight pixels a byte
 NAMES = {
     6: "old-style JPEG",
     34712: "JPEG 2000",
@@ -169,12 +151,12 @@ def _rewritten(content: bytes, layout: Layout, entries: dict[int, Entry]) -> byt
         (layout.order + "Q", layout.order + "Q") if layout.big else (layout.order + "I", layout.order + "H")
     )
     header = 16 if layout.big else 8
-    start = len(content) + len(content) % 2
+    view, start = memoryview(content), len(content) + len(content) % 2
     return b"".join(
         (
-            content[: header - struct.calcsize(word)],
+            view[: header - struct.calcsize(word)],
             struct.pack(word, start),
-            content[header:],
+            view[header:],
             bytes(len(content) % 2),
             struct.pack(small, n_entries),
             kept,
