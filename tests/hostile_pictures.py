@@ -14,13 +14,12 @@ from PIL import Image, ImageFile
 Entry = tuple[int, int, int, bytes]  # tag, type, count, value or the bytes it lies at
 
 
-ImageFile.MAXBLOCK = 1 << 28  # Pillow's encoder wants room for noise
-
-
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     """As a file of that format."""
-    buffer = io.BytesIO()
+    buffer, usual = io.BytesIO(), ImageFile.MAXBLOCK
+    ImageFile.MAXBLOCK = 1 << 28  # room for noise, which Pillow's encoder wants in one piece
     image.save(buffer, kind, **options)
+    ImageFile.MAXBLOCK = usual
     return buffer.getvalue()
 
 

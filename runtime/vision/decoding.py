@@ -20,6 +20,7 @@ from pocketllava.vision.containers.encoded import Encoded, Refused
 MAX_PIXELS = 50_000_000
 BYTES_PER_PIXEL = 8  # of max_pixels: 400 MB
 NS_PER_PIXEL = 32  # of max_pixels: 1.6 s, which leaves 0.4 s to resize
+WIDE_MODES, WIDE_NS = ("I", "F"), 36  # 32-bit values, which are brought to 8 bits in numpy
 HEIF_BYTES, HEIF_NS = 16, 64  # of a pixel: two planes of 16 bits at most, RGBA, and Pillow's copies
 MAX_HEIF_BYTES = 64 << 20
 
@@ -117,12 +118,9 @@ def _can_open_avif() -> bool:
 def _check_cost(encoded: Encoded, image: Image.Image, n_bytes: int, name: str, max_pixels: int) -> None:
     """Raise ImageError for what would take more memory or time than the largest plain picture may."""
     n_pixels, most_pixels = image.width * image.height, max(max_pixels, MAX_PIXELS)
-    takes_bytes = (
-        n_bytes * (1 if len(encoded.data) == n_bytes else 2)
-        + encoded.fixed_bytes
-        + n_pixels * encoded.pixel_bytes
-    )
-    takes_ns = encoded.fixed_ns + n_pixels * encoded.pixel_ns
+    copies = 1 if len(encoded.data) == n_bytes else 2
+    takes_bytes = copies * n_bytes + encoded.fixed_bytes + n_pixels * encoded.pixel_bytes
+    takes_ns = encoded.fixed_ns + n_pixels * (encoded.pixel_ns + (WIDE_NS if image.mode in WIDE_MODES else 0))
     if takes_bytes > most_pixels * BYTES_PER_PIXEL:
         takes, limit = f"{takes_bytes / 1e6:.0f} MB", f"{most_pixels * BYTES_PER_PIXEL / 1e6:.0f} MB"
     elif takes_ns > most_pixels * NS_PER_PIXEL:

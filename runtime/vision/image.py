@@ -27,6 +27,9 @@ BACKGROUND = (255, 255, 255)  # what shows through transparency
 WHITE_16, WHITE_8, WHITE_1 = 65535, 255, 1  # the largest value of a mode of more than 8 bits, as it is used
 ARRAY_TYPES = (np.uint8, np.uint16, np.floating)
 
+SIXTEEN_BIT = WHITE_16 // WHITE_8  # 257
+FROM_16_BITS = np.rint(np.arange(WHITE_16 + 1) / SIXTEEN_BIT).astype(np.uint8)
+
 T = Image.Transpose
 TURNS = {  # EXIF orientation -> what makes it upright
     2: T.FLIP_LEFT_RIGHT,
@@ -141,7 +144,9 @@ def to_rgb(image: Image.Image, white: int) -> Image.Image:
     white: of modes I and F, the value that becomes 255.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image).astype(np.float64), white)).convert("RGB")
+        values = np.asarray(image)
+        values = values if values.dtype.itemsize == 2 else values.astype(np.float64)
+        return Image.fromarray(_eight_bits(values, white)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         upper = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), upper).convert("RGB")
@@ -237,18 +242,20 @@ def _white(image: Image.Image) -> int:
         values = np.asarray(image.crop((0, top, image.width, min(top + n_rows, image.height))))
         if values.dtype.itemsize == 2:
             return WHITE_16
-        most = max(most, float(np.nan_to_num(values.astype(np.float64)).max()))
+        most = max(most, float(np.fmax.reduce(values, axis=None, initial=0)))  # NaN counts as 0
     if most > WHITE_8:
         return WHITE_16
     return WHITE_1 if image.mode == "F" and most <= WHITE_1 else WHITE_8
 
 
 def _eight_bits(values: npt.NDArray[Any], white: int) -> Pixels:
-    """Values up to white, as 0 to 255; integers are divided as float64, floats stay what they are."""
+    """Values up to white, as 0 to 255."""
+    if values.dtype.itemsize == 2 and values.dtype.kind == "u":
+        return FROM_16_BITS[values]
     v = np.nan_to_num(values)
     if white == WHITE_16:
-        v = v / (WHITE_16 / WHITE_8)
+        v /= SIXTEEN_BIT
     elif white == WHITE_1:
-        v = v * WHITE_8
-    eight: Pixels = np.rint(np.clip(v, 0, WHITE_8)).astype(np.uint8)
+        v *= WHITE_8
+    eight: Pixels = np.rint(v.clip(0, WHITE_8, out=v), out=v).astype(np.uint8)
     return eight

@@ -19,7 +19,7 @@ OTHER_FRAMES = {0xC3: "lossless"} | dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE,
 OTHER_FRAMES |= dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded")
 BARE = (0x01, *range(0xD0, 0xD9))  # markers without a length: TEM, RST0 to RST7, SOI
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.S)  # restarts inside a scan are none
-PIXEL_NS, BYTE_NS, PROGRESSIVE_BYTE_NS = 9, 12, 36
+PIXEL_NS, BYTE_NS, PROGRESSIVE_BYTE_NS = 9, 14, 36
 FIRST_SCAN_NS, REFINING_SCAN_NS = 0.45, 0.9  # of a sample; a refining scan looks at every coefficient again
 
 
