@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pocketllava.errors import BundleError
+from pocketllava.models.files import read_regular
 from pocketllava.models.preprocessing import Preprocessing
 
 MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"
 FORMAT = 1
 IMAGE_TOKEN = "<image>"  # where a template puts an image, unless the checkpoint's vocabulary says otherwise
 SPACE_PREFIXES = ("every", "first", "none", "chunk")
+MAX_MANIFEST_BYTES = 16 << 20  # of bundle.json; a chat template has a few kB
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 1 << 44, 1 << 30
 MAX_DIMENSION = 1 << 20  # columns of a matrix, image tokens, pixels along an edge
 MAX_TOKEN_ID = 1 << 22  # sixteen times the largest vocabulary there is
@@ -92,7 +94,7 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """Read and check the file. Raises BundleError naming the key, the value and what was expected."""
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
         except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, pro
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from typing import Any
 
 from pocketllava.convert.read import original
 from pocketllava.convert.read.shards import INDEXES, SAFETENSORS, has_weights, read_tensors
-from pocketllava.convert.read.sources import SourceTensor, read_json
+from pocketllava.convert.read.sources import SourceTensor, read_bytes, read_json
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
 
+logger = logging.getLogger("pocketllava")
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 PICKLED_PATTERNS = ["pytorch_model*.bin"]
+MAX_TEMPLATE_BYTES = 1 << 20
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -108,13 +111,14 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
     config = files["config.json"]
     original.hub_config(config, None)  # refuses what cannot be converted, before a tower is fetched
     tensors, dropped = _named(read_tensors(folder), original.canonical, folder)
-    vision = _original_tower(config, vision_tower, tensors, dropped, files)
+    vision = _original_tower(folder, config, vision_tower, tensors, dropped, files)
     files["config.json"] = original.hub_config(config, vision)
     template = template if template and "image" in template else original.TEMPLATES[kind]
     return Checkpoint(folder, identity, files, template, tensors, dropped, config)
 
 
 def _original_tower(
+    checkpoint: Path,
     config: dict[str, Any],
     given: str | None,
     tensors: dict[str, SourceTensor],
@@ -123,11 +127,15 @@ def _original_tower(
 ) -> dict[str, Any] | None:
     """The vision tower's config; adds its tensors and preprocessing to those of a checkpoint that has none."""
     inside = [name for name in tensors if name.startswith("vision.")]
-    name = original.tower_name(config, given)
-    if inside and given is None and name.endswith("/" + original.KNOWN_TOWER) and not Path(name).is_dir():
+    source = original.tower_source(config, checkpoint, given)
+    if inside and source == original.HUB_OWNER + original.KNOWN_TOWER and given is None:
         return None
     try:
-        folder, _ = fetch(name, weights=not inside or given is not None)
+        if given is None and not Path(source).is_absolute():  # a hub id, whatever lies in the current folder
+            logger.warning("config.json names the vision tower %s: reading it from the hub", source)
+            folder, _ = _download(source, None, weights=not inside)
+        else:
+            folder, _ = fetch(source, weights=not inside or given is not None)
     except ConvertError as error:
         raise ConvertError(f"vision tower {error}; --vision-tower FOLDER names another") from error
     vision = original.tower_config(folder)
@@ -188,7 +196,7 @@ def canonical(name: str) -> str | None:
 def _chat_template(folder: Path, files: dict[str, Any]) -> str | None:
     """The processor's chat template, wherever this version of transformers keeps it."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+        return read_bytes(folder / "chat_template.jinja", MAX_TEMPLATE_BYTES).decode()
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = files.get(name, {}).get("chat_template")
         if isinstance(template, str):

@@ -25,7 +25,7 @@ from pocketllava.commands.common import (
 )
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import ContextOverflow, PocketLlavaError
-from pocketllava.types import MAX_SEED, ImageSource
+from pocketllava.types import MAX_FILE_BYTES, MAX_SEED, ImageSource
 
 if TYPE_CHECKING:
     from pocketllava import Bundle, Chunk, Llava, Options
@@ -216,13 +216,14 @@ class Chat:
     def look_ahead(self, line: str) -> None:
         """Evaluate the images of a line while it is being typed."""
         from pocketllava.chat.image_paths import find_images
+        from pocketllava.models.files import read_regular
 
         images = find_images(line.removeprefix("/image ")).images if len(line) < MAX_AHEAD else ()
         if images == self._images_ahead:
             return
         self._images_ahead = images
         with suppress(OSError):
-            data = [path.read_bytes() for path in images]
+            data = [read_regular(path, MAX_FILE_BYTES) for path in images]
             waiting = [picture.data for picture in self._dialogue.waiting]
             if data:
                 self._llava.prefill([*waiting, *data], after=self._dialogue.messages())

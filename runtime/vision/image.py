@@ -251,11 +251,12 @@ def _white(image: Image.Image) -> int:
 def _eight_bits(values: npt.NDArray[Any], white: int) -> Pixels:
     """Values up to white, as 0 to 255."""
     if values.dtype.itemsize == 2 and values.dtype.kind == "u":
-        return FROM_16_BITS[values]
-    v = np.nan_to_num(values)
+        eight: Pixels = FROM_16_BITS[values]
+        return eight
+    v: npt.NDArray[Any] = np.nan_to_num(values)
     if white == WHITE_16:
         v /= SIXTEEN_BIT
     elif white == WHITE_1:
         v *= WHITE_8
-    eight: Pixels = np.rint(v.clip(0, WHITE_8, out=v), out=v).astype(np.uint8)
-    return eight
+    np.rint(v.clip(0, WHITE_8, out=v), out=v)
+    return v.astype(np.uint8)
