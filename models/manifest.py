@@ -7,7 +7,6 @@ dataclass has the names that the rest of the package uses.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from pocketllava.errors import BundleError
 from pocketllava.models.files import read_regular
-from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.models.preprocessing import MAX_MEAN, Preprocessing
 
 MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"
 FORMAT = 1
@@ -273,7 +272,9 @@ def _three(*, positive: bool) -> Callable[[Any], tuple[float, float, float]]:
     def check(value: Any) -> tuple[float, float, float]:
         r, g, b = value
         numbers = (r, g, b)
-        if any(type(n) not in (int, float) or not math.isfinite(n) or (positive and n <= 0) for n in numbers):
+        if any(
+            type(n) not in (int, float) or not abs(n) <= MAX_MEAN or (positive and n <= 0) for n in numbers
+        ):
             raise ValueError
         return float(r), float(g), float(b)
 

@@ -22,6 +22,7 @@ from pocketllava.vision.decoding import MAX_PIXELS, check_size, open_encoded, pi
 
 MAX_PADDED_PIXELS = 200_000_000  # of the square that a long picture is padded to
 MAX_ASPECT = 200  # beyond it, resizing the short side to 336 would make gigapixels
+MAX_RESIZED_PIXELS = 45_000_000  # after each of the two passes of resizing, together: 180 MB
 STRIP_PIXELS = 1 << 20  # worked on at once
 BACKGROUND = (255, 255, 255)  # what shows through transparency
 WHITE_16, WHITE_8, WHITE_1 = 65535, 255, 1  # the largest value of a mode of more than 8 bits, as it is used
@@ -167,6 +168,11 @@ def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Pixels:
         short, long = sorted((width, height))
         longer = int(edge * long / short)  # transformers' get_resize_output_image_size
         size = (edge, longer) if width <= height else (longer, edge)
+    if size[0] * (height + size[1]) > MAX_RESIZED_PIXELS:
+        raise ImageError(
+            f"image: {width} x {height} pixels, resized to {size[0]} x {size[1]}, expected at most"
+            f" {MAX_RESIZED_PIXELS / 1e6:.0f} megapixels on the way there; crop or scale it"
+        )
     filling = tuple(int(255 * m) for m in preprocessing.mean)
     resized = _resized(picture, (width, height), size, Image.Resampling(preprocessing.resample), filling)
     return _center_crop(np.asarray(resized), preprocessing.crop_size)

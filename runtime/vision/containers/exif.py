@@ -5,14 +5,16 @@ Gives what Pillow's ImageOps.exif_transpose goes by, in a few steps, however lar
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 
 ORIENTATION = 0x0112
 PREFIX = b"Exif\0\0"
 ORDERS = {b"II": "<", b"MM": ">"}
-NUMBERS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 12: "d", 13: "I"}  # type -> struct's code
-RATIOS = {5: "II", 10: "ii"}
+TYPE_BYTES = dict.fromkeys((1, 2, 6, 7), 1) | dict.fromkeys((3, 8), 2) | dict.fromkeys((4, 9, 11, 13), 4)
+TYPE_BYTES |= dict.fromkeys((5, 10, 12, 16), 8)
+NUMBERS = {3: "H", 4: "I", 5: "II", 6: "b", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d", 13: "I", 16: "Q"}
 ENTRY_BYTES = 12
 IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
@@ -37,24 +39,19 @@ def _tag(exif: bytes) -> int | None:
         return None
     n_entries = struct.unpack_from(order + "H", exif, start)[0]
     end = min(len(exif) - ENTRY_BYTES + 1, start + 2 + n_entries * ENTRY_BYTES)
-    values = [
-        _value(exif, order, at)
-        for at in range(start + 2, end, ENTRY_BYTES)
-        if struct.unpack_from(order + "H", exif, at)[0] == ORIENTATION
-    ]
-    return values[-1] if values else None
+    for at in range(start + 2, end, ENTRY_BYTES):
+        tag, kind, count = struct.unpack_from(order + "HHI", exif, at)
+        n_bytes = TYPE_BYTES.get(kind, 0) * count
+        place = at + 8 if n_bytes <= 4 else int(struct.unpack_from(order + "I", exif, at + 8)[0])
+        if tag == ORIENTATION and 0 < n_bytes <= len(exif) - place:  # the first whole one counts
+            return _number(exif, place, order, NUMBERS.get(kind, ""))
+    return None
 
 
-def _value(exif: bytes, order: str, at: int) -> int | None:
-    """The first number of the entry at an offset, if it is whole."""
-    kind, count = struct.unpack_from(order + "HI", exif, at + 2)
-    code = NUMBERS.get(kind) or RATIOS.get(kind)
-    if code is None or not count:
-        return None
-    inline = struct.calcsize(order + code) * count <= 4
-    place = at + 8 if inline else struct.unpack_from(order + "I", exif, at + 8)[0]
-    if place + struct.calcsize(order + code) > len(exif):
+def _number(exif: bytes, place: int, order: str, code: str) -> int | None:
+    """The whole number at an offset; struct's code of two is a ratio, and none is no number."""
+    if not code:
         return None
     number, divisor = (*struct.unpack_from(order + code, exif, place), 1)[:2]
     value = number / divisor if divisor else 0
-    return int(value) if value == value // 1 else None
+    return int(value) if math.isfinite(value) and value == value // 1 else None

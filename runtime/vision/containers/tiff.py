@@ -20,8 +20,7 @@ PLACES = (273, 279, 324, 325)  # offsets and sizes of strips, and of tiles
 OTHERS = (262, 266, 292, 293, 317, 320, 338, 339, 529, 530, 531, 532)
 SHAPE = (WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, TILE_WIDTH, TILE_LENGTH, JPEG_TABLES)
 PIXELS = (*SHAPE, *PLACES, *OTHERS)
-TYPE_BYTES = dict.fromkeys((1, 2, 6, 7), 1) | dict.fromkeys((3, 8), 2) | dict.fromkeys((4, 9, 11, 13), 4)
-TYPE_BYTES |= dict.fromkeys((5, 10, 12, 16, 17, 18), 8)
+TYPE_BYTES = exif.TYPE_BYTES | {17: 8, 18: 8}
 INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # type -> struct's code
 NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE, PACKBITS = 1, 5, 7, 8, 32946, 32773
 COMPRESSIONS = {
@@ -90,7 +89,7 @@ def read(content: bytes) -> Encoded:
 
 
 def _directory(content: bytes, layout: Layout) -> dict[int, Entry]:
-    """The entries of the first directory that matter here, by tag; the last one counts, as it does to Pillow."""
+    """The entries of the first directory that matter here, by tag; the first whole one counts."""
     start = layout.number(content, 8 if layout.big else 4, "Q" if layout.big else "I")
     n_entries = layout.number(content, start, "Q" if layout.big else "H")
     first, entries = start + (8 if layout.big else 2), dict[int, Entry]()
@@ -104,8 +103,8 @@ def _directory(content: bytes, layout: Layout) -> dict[int, Entry]:
             n_bytes, field = TYPE_BYTES[kind] * count, 8 if layout.big else 4
             value = layout.entry_bytes - field
             place = at + value if n_bytes <= field else layout.number(raw, value, "Q" if layout.big else "I")
-            if count and place + n_bytes <= len(content):  # Pillow leaves out the others too
-                entries[tag] = Entry(kind, count, place, raw)
+            if count and place + n_bytes <= len(content):
+                entries.setdefault(tag, Entry(kind, count, place, raw))
     return entries
 
 
