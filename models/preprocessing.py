@@ -113,8 +113,9 @@ def _settings(files: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _sides(size: Any, name: str) -> tuple[int, int]:
     height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
-    _expect(_is_whole(height) and _is_whole(width), name, size, "height and width")
-    return int(height), int(width)
+    if not (isinstance(height, int) and isinstance(width, int)):
+        raise UnsupportedCheckpoint(f"preprocessor: {name} {reprlib.repr(size)}, expected height and width")
+    return height, width
 
 
 def _three(values: Any, *, positive: bool = False) -> tuple[float, float, float]:

@@ -23,6 +23,20 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def opened(data: bytes) -> Image.Image:
+    """By Pillow alone."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def saved(image: Any) -> bytes:
+    """What an object's save() writes."""
+    buffer = io.BytesIO()
+    image.save(buffer, quality=95)
+    return buffer.getvalue()
+
+
 def segment(marker: int, body: bytes) -> bytes:
     """Of a JPEG."""
     return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
