@@ -23,7 +23,7 @@ from pocketllava.vision.decoding import MAX_PIXELS, check_size, open_encoded, pi
 MAX_PADDED_PIXELS = 200_000_000  # of the square that a long picture is padded to
 MAX_ASPECT = 200  # beyond it, resizing the short side to 336 would make gigapixels
 MAX_RESIZED_PIXELS = 45_000_000  # after each of the two passes of resizing, together: 180 MB
-STRIP_PIXELS = 1 << 20  # worked on at once
+STRIP_PIXELS = 1 << 18  # worked on at once
 BACKGROUND = (255, 255, 255)  # what shows through transparency
 WHITE_16, WHITE_8, WHITE_1 = 65535, 255, 1  # the largest value of a mode of more than 8 bits, as it is used
 ARRAY_TYPES = (np.uint8, np.uint16, np.floating)
@@ -146,7 +146,8 @@ def to_rgb(image: Image.Image, white: int) -> Image.Image:
     """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
-        values = values if values.dtype.itemsize == 2 else values.astype(np.float64)
+        if values.dtype.itemsize != 2:
+            values = np.nan_to_num(values.astype(np.float64))
         return Image.fromarray(_eight_bits(values, white)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         upper = image.convert("RGBA")
@@ -259,10 +260,6 @@ def _eight_bits(values: npt.NDArray[Any], white: int) -> Pixels:
     if values.dtype.itemsize == 2 and values.dtype.kind == "u":
         eight: Pixels = FROM_16_BITS[values]
         return eight
-    v: npt.NDArray[Any] = np.nan_to_num(values)
-    if white == WHITE_16:
-        v /= SIXTEEN_BIT
-    elif white == WHITE_1:
-        v *= WHITE_8
+    v: npt.NDArray[Any] = values / SIXTEEN_BIT if white == WHITE_16 else values * (WHITE_8 // white)
     np.rint(v.clip(0, WHITE_8, out=v), out=v)
     return v.astype(np.uint8)

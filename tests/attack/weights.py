@@ -60,7 +60,7 @@ def archive(rng: random.Random) -> bytes:
     """A .bin file damaged as a zip archive."""
     data = whole("bin")
     for _ in range(rng.choice((1, 1, 2, 4))):
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and data:
             at = rng.randrange(len(data) // 2, len(data))  # the directory is at the end
             data = data[:at] + number_changed(rng, data[at:])
         else:
@@ -74,8 +74,8 @@ def pickled(rng: random.Random) -> bytes:
         entries = {info.filename: file.read(info) for info in file.infolist()}
     name = next(n for n in entries if n.endswith("data.pkl"))
     data = entries[name]
-    for _ in range(rng.choice((1, 1, 2, 6))):
-        at = rng.randrange(len(data))
+    for _ in range(rng.choice((0, 1, 1, 2, 6))):
+        at = rng.randrange(len(data) or 1)
         code = bytes([rng.choice(OPCODES)])
         data = rng.choice((
             data[:at] + code + data[at + 1 :], data[:at] + code + data[at:], bytes_changed(rng, data), number_changed(rng, data),
