@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pocketllava.errors import BundleError
+from pocketllava.models.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -55,7 +56,7 @@ class Header:
         """Read and check the header. Raises BundleError naming the file and what is wrong with it."""
         try:
             file_bytes = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return _Reader(path, file, file_bytes).header()
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error

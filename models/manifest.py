@@ -7,20 +7,21 @@ dataclass has the names that the rest of the package uses.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pocketllava.errors import BundleError
-from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.models.files import read_regular
+from pocketllava.models.preprocessing import MAX_MEAN, Preprocessing
 
 MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"
 FORMAT = 1
 IMAGE_TOKEN = "<image>"  # where a template puts an image, unless the checkpoint's vocabulary says otherwise
 SPACE_PREFIXES = ("every", "first", "none", "chunk")
 STRIP_SIDES = ("left", "right", "both")
+MAX_MANIFEST_BYTES = 16 << 20  # of bundle.json; a chat template has a few kB
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 1 << 44, 1 << 30
 MAX_DIMENSION = 1 << 20  # columns of a matrix, image tokens, pixels along an edge
 MAX_TOKEN_ID = 1 << 22  # sixteen times the largest vocabulary there is
@@ -95,7 +96,7 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """Read and check the file. Raises BundleError naming the key, the value and what was expected."""
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
         except (ValueError, RecursionError) as error:
@@ -282,7 +283,9 @@ def _three(*, positive: bool) -> Callable[[Any], tuple[float, float, float]]:
     def check(value: Any) -> tuple[float, float, float]:
         r, g, b = value
         numbers = (r, g, b)
-        if any(type(n) not in (int, float) or not math.isfinite(n) or (positive and n <= 0) for n in numbers):
+        if any(
+            type(n) not in (int, float) or not abs(n) <= MAX_MEAN or (positive and n <= 0) for n in numbers
+        ):
             raise ValueError
         return float(r), float(g), float(b)
 

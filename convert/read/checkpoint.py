@@ -7,6 +7,7 @@ text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, pro
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 
 from pocketllava.convert.read import original
 from pocketllava.convert.read.shards import FORMATS, SAFETENSORS, has_weights, read_tensors
-from pocketllava.convert.read.sources import SourceTensor, read_json
+from pocketllava.convert.read.sources import SourceTensor, read_bytes, read_json
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
 
+logger = logging.getLogger("pocketllava")
 # Other JSON files in a folder are other programs': never read, whatever they hold.
 JSON_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -27,6 +29,7 @@ JINJA_FILES = ("chat_template.jinja", "additional_chat_templates/default.jinja")
 PATTERNS = [*JSON_FILES, *(f.index for f in FORMATS), "*.safetensors", "tokenizer.model", "*.jinja"]
 PICKLED_PATTERNS = ["pytorch_model*.bin"]
 UNINDEXED = "belongs to no part of the model, and the index does not name it"
+MAX_TEMPLATE_BYTES = 1 << 20
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -121,7 +124,7 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
     original.hub_config(config, None)  # refuses what cannot be converted, before a tower is fetched
     weights = read_tensors(folder)
     tensors, dropped = _named(weights.tensors, original.canonical, folder)
-    vision = _original_tower(config, vision_tower, tensors, dropped, files)
+    vision = _original_tower(folder, config, vision_tower, tensors, dropped, files)
     files["config.json"] = original.hub_config(config, vision)
     template = template if template and "image" in template else original.TEMPLATES[kind]
     remarks += weights.remarks
@@ -129,6 +132,7 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
 
 
 def _original_tower(
+    checkpoint: Path,
     config: dict[str, Any],
     given: str | None,
     tensors: dict[str, SourceTensor],
@@ -137,11 +141,15 @@ def _original_tower(
 ) -> dict[str, Any] | None:
     """The vision tower's config; adds its tensors and preprocessing to those of a checkpoint that has none."""
     inside = [name for name in tensors if name.startswith("vision.")]
-    name = original.tower_name(config, given)
-    if inside and given is None and name.endswith("/" + original.KNOWN_TOWER) and not Path(name).is_dir():
+    source = original.tower_source(config, checkpoint, given)
+    if inside and source == original.HUB_OWNER + original.KNOWN_TOWER and given is None:
         return None
     try:
-        folder, _ = fetch(name, weights=not inside or given is not None)
+        if given is None and not Path(source).is_absolute():  # a hub id, whatever lies in the current folder
+            logger.warning("config.json names the vision tower %s: reading it from the hub", source)
+            folder, _ = _download(source, None, weights=not inside)
+        else:
+            folder, _ = fetch(source, weights=not inside or given is not None)
     except ConvertError as error:
         raise ConvertError(f"vision tower {error}; --vision-tower FOLDER names another") from error
     vision = original.tower_config(folder)
@@ -207,7 +215,11 @@ def _chat_template(folder: Path, files: dict[str, Any]) -> tuple[str | None, lis
     The order is that of transformers 5.24's processor (processing_utils.py, get_processor_dict); tokenizer_config.json
     comes last, which older processors fell back to.
     """
-    jinja = {name: (folder / name).read_text("utf-8") for name in JINJA_FILES if (folder / name).is_file()}
+    jinja = {
+        name: read_bytes(folder / name, MAX_TEMPLATE_BYTES).decode()
+        for name in JINJA_FILES
+        if (folder / name).is_file()
+    }
     json_files = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
     described = {name: files.get(name, {}).get("chat_template") for name in json_files}
     last = described.pop("tokenizer_config.json")

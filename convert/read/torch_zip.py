@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from pocketllava.convert.read.sources import LFS, WIDTHS, SourceTensor, lfs_pointer, size_bytes
+from pocketllava.convert.read.sources import LFS, WIDTHS, SourceTensor, lfs_pointer, opened, size_bytes
 from pocketllava.convert.read.torch_pickle import View, read_state_dict
 from pocketllava.errors import ConvertError
 
@@ -33,7 +33,7 @@ def read_pickled(path: Path) -> list[SourceTensor]:
     Raises ConvertError for everything else: another format, another pickle, compressed or overlapping
     entries, tensors whose rows are not contiguous.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         _check_format(file, path)
         try:
             with _Bounded(path) as bounded, zipfile.ZipFile(bounded) as archive:

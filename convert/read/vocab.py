@@ -13,11 +13,12 @@ from typing import Any
 
 from pocketllava.convert.read.added_tokens import AddedToken, added_tokens, fitting, strip_sides
 from pocketllava.convert.read.checkpoint import Checkpoint
-from pocketllava.convert.read.sources import LFS
+from pocketllava.convert.read.sources import LFS, read_bytes
 from pocketllava.convert.read.vocab_bpe import adds_bos, is_byte_level, read_byte_level
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
+MAX_MODEL_BYTES = 64 << 20  # of tokenizer.model; the largest has 5 MB
 SPACE = "▁"
 FIRST_SCORED_ID = 259  # <unk>, <s>, </s> and 256 bytes come first; a piece's score is 259 - id
 MERGES_ONLY_SCORE = -1e9  # pieces of "▁" alone, in llama-2's tokenizer.model
@@ -125,7 +126,7 @@ def _from_byte_level(
 
 
 def _from_sentencepiece(path: Path) -> Vocab:
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_MODEL_BYTES)
     if data.startswith(LFS):
         raise ConvertError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it")
     tokens, scores, types = [], [], []

@@ -28,9 +28,9 @@ from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_
 from pocketllava.prompt.template import Template
 from pocketllava.prompt.truncation import without_oldest
 from pocketllava.types import ImageSource, LoadOptions, Message, Options
+from pocketllava.vision.decoding import MAX_PIXELS
 from pocketllava.vision.encoder import ENCODER_VERSION, VisionEncoder
 from pocketllava.vision.feature_cache import FeatureCache, Features
-from pocketllava.vision.image import MAX_PIXELS
 from pocketllava.vision.image_processor import ImageProcessor, PreparedImage
 
 IMAGE_TOKEN = "<image>"

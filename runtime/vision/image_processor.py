@@ -18,14 +18,8 @@ from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.types import ImageSource
 from pocketllava.vision import sources
-from pocketllava.vision.image import (
-    MAX_PIXELS,
-    Pixels,
-    check_pixels,
-    decode,
-    pillow_errors,
-    resize_and_crop,
-)
+from pocketllava.vision.decoding import MAX_PIXELS, pillow_errors
+from pocketllava.vision.image import Pixels, check_pixels, prepare
 
 REMEMBERED = 16  # pictures, 0.3 MB each at 336 x 336 pixels: few conversations show more
 K = TypeVar("K")
@@ -58,8 +52,7 @@ class ImageProcessor:
             return image
         content, digest = self._read(source, identity)
         if (image := self._images.get(digest)) is None:
-            picture = decode(content, sources.name_of(source), self.max_pixels)
-            pixels = resize_and_crop(picture, self.preprocessing)
+            pixels = prepare(content, sources.name_of(source), self.preprocessing, self.max_pixels)
             image = PreparedImage(pixels, key_of(pixels, self._encoder))
             self._images.put(digest, image)
         return image
