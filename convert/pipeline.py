@@ -21,15 +21,17 @@ from pocketllava.convert.read.checkpoint import Checkpoint, fetch, open_checkpoi
 from pocketllava.convert.read.config import LlavaConfig
 from pocketllava.convert.read.original import pads, space_prefix
 from pocketllava.convert.read.templates import chat_template, end_ids
-from pocketllava.convert.read.vocab import Vocab, read_vocab
+from pocketllava.convert.read.tied import as_transformers_ties
+from pocketllava.convert.read.vocab import Vocab, read_vocab, with_image_token
 from pocketllava.convert.write.durable import FLUSH_BYTES
 from pocketllava.convert.write.produce import Job, Run, produce
 from pocketllava.convert.write.staging import check_target
 from pocketllava.convert.write.writer import Progress
-from pocketllava.errors import ConvertError
+from pocketllava.errors import BundleError, ConvertError, UnsupportedCheckpoint
 from pocketllava.llamacpp.children import printable
 from pocketllava.llamacpp.devices import cores
 from pocketllava.models.bundle import Bundle
+from pocketllava.models.chat_template import check
 from pocketllava.models.manifest import IMAGE_TOKEN, MAX_TOKEN_ID, Manifest, Source, Types
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 from pocketllava.version import __version__
@@ -48,6 +50,7 @@ class Opened:
     vocab: Vocab
     template: str
     eos_token_ids: tuple[int, ...]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class ConvertPlan:
     def checkpoint(self) -> Checkpoint:
         """The source, shared by all types planned together."""
         return self.opened.checkpoint
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A line about each oddity of the checkpoint that the conversion copes with."""
+        return self.opened.remarks
 
     @property
     def disk_bytes(self) -> int:
@@ -133,14 +141,46 @@ def _open(folder: Path, identity: dict[str, str | None], tower: str | None) -> O
     checkpoint = open_checkpoint(folder, identity, tower)
     config = LlavaConfig.from_json(checkpoint.config)
     _check_counts(checkpoint, config)
+    checkpoint, config = as_transformers_ties(checkpoint, config)
     prepared = preprocessing(checkpoint.files, config.vision.image_size)
     prepared = replace(prepared, tiling=config.tiling)
     vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
     if checkpoint.original is not None:
         prepared, vocab = as_original(checkpoint, config, prepared, vocab)
+    else:
+        vocab = with_image_token(vocab, config.image_token_id)
     template = chat_template(checkpoint, vocab, config.image_token_id)
+    _check_template(template, checkpoint, vocab, config.image_token_id)
     ends = tuple(end_ids(checkpoint, config, vocab))
-    return Opened(checkpoint, config, prepared, vocab, template, ends)
+    remarks = (*checkpoint.remarks, *vocab.remarks, *_vision_remarks(config))
+    return Opened(checkpoint, config, prepared, vocab, template, ends, tuple(map(_one_line, remarks)))
+
+
+def _check_template(template: str, checkpoint: Checkpoint, vocab: Vocab, image_token_id: int) -> None:
+    """Render it now, in bounded time: a template that shows no image would be known after the conversion only."""
+    ids = {
+        "bos_token": vocab.bos_id,
+        "eos_token": vocab.eos_id,
+        "unk_token": vocab.unk_id,
+        "pad_token": vocab.pad_id,
+    }
+    tokens = {
+        name: vocab.tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(vocab.tokens)
+    }
+    image_token = IMAGE_TOKEN if checkpoint.original is not None else vocab.tokens[image_token_id]
+    try:
+        check(template, image_token, tokens)
+    except BundleError as error:
+        raise UnsupportedCheckpoint(f"{checkpoint.folder}: {error}") from error
+
+
+def _vision_remarks(config: LlavaConfig) -> list[str]:
+    if config.vision.quick_gelu or not config.vision.class_token:  # SigLIP's own is the tanh formula
+        return []
+    return [
+        "hidden_act gelu: llama.cpp computes the vision tower's by the tanh formula, so features differ by about 3e-3"
+        " rather than 6e-4"
+    ]
 
 
 @contextmanager
@@ -271,7 +311,8 @@ def as_original(
     described = "tokenizer.json" in checkpoint.files
     prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
     padding = pads(checkpoint.original or {})
-    return replace(prepared, pad_to_square=padding), replace(vocab, space_prefix=prefix)
+    bos = tokenizer.get("add_bos_token") is not False  # the slow tokenizer's default
+    return replace(prepared, pad_to_square=padding), replace(vocab, space_prefix=prefix, add_bos=bos)
 
 
 def _manifest(planned: ConvertPlan) -> Manifest:
@@ -288,6 +329,7 @@ def _manifest(planned: ConvertPlan) -> Manifest:
         vision_width=config.vision.n_embd,
         projected_width=config.text.n_embd,
         space_prefix=opened.vocab.space_prefix,
+        strip=opened.vocab.strip,
         eos_token_ids=opened.eos_token_ids,
         preprocessing=opened.preprocessing,
         chat_template=opened.template,

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 from gguf import GGUFValueType as V
 
 from pocketllava.errors import BundleError, ConvertError
-from pocketllava.llamacpp.children import printable
 from pocketllava.models.bundle import MANIFEST
+from pocketllava.models.contract import check_layout, shown
 from pocketllava.models.files import atomic_write
 from pocketllava.models.gguf_header import Header, TensorInfo
 from pocketllava.models.gguf_writer import ARCHITECTURE, Key, header_bytes, padding, stored_keys
@@ -37,11 +37,15 @@ NUMBERS = (
 class Repair:
     """A file's faults and their repair: all keys in the file's order, and tensors' new names by old name."""
 
-    path: Path
     header: Header
     faults: tuple[str, ...]
     keys: tuple[Key, ...]
     names: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        """The file before its repair."""
+        return self.header.path
 
 
 def find_mmproj(path: Path) -> Path:
@@ -60,23 +64,26 @@ def find_mmproj(path: Path) -> Path:
 
 
 def examine(path: Path) -> Repair:
-    """Find a file's faults. Raises ConvertError for one that is no LLaVA-1.5 mmproj, or damaged."""
+    """Find a file's faults. Raises ConvertError for one that is no LLaVA-1.5 mmproj, or damaged beyond repair."""
     try:
-        header = Header.read(path)
+        return _examine(Header.read(path))
     except BundleError as error:
-        raise ConvertError(str(error)) from error
+        raise ConvertError(f"{error} (a repair does not help)") from error
+
+
+def _examine(header: Header) -> Repair:
     if (architecture := header.keys.get(ARCHITECTURE)) != "clip":
         raise ConvertError(
-            f"{path}: a GGUF file of architecture {architecture!r}, expected 'clip', an mmproj"
+            f"{header.path}: a GGUF file of architecture {shown(architecture)}, expected 'clip', an mmproj"
         )
-    keys = {key.name: key for key in _checked_keys(header)}
+    keys = {key.name: key for key in stored_keys(header)}
     faults: list[str] = []
     names = dict(_renamed(header, faults))
     tensors = {names.get(name, name): info for name, info in header.tensors.items()}
     for key, fault in _wrong_keys(header, tensors):
         keys[key.name] = key
         faults.append(fault)
-    return Repair(path, header, tuple(faults), tuple(keys.values()), names)
+    return _plan(header, tuple(keys.values()), names, tuple(faults))
 
 
 def repair(
@@ -109,22 +116,6 @@ def _is_clip(path: Path) -> bool:
         return Header.read(path).keys.get(ARCHITECTURE) == "clip"
     except BundleError:
         return False
-
-
-def _checked_keys(header: Header) -> list[Key]:
-    """Every key with its exact types. Raises ConvertError for what cannot be written again unchanged."""
-    keys = stored_keys(header)
-    for key in keys:
-        values = key.value if isinstance(key.value, list) else [key.value]
-        texts = [key.name, *(value for value in values if isinstance(value, str))]
-        if key.value == [] or any(
-            "\ufffd" in text for text in texts
-        ):  # what the reader puts for invalid UTF-8
-            raise ConvertError(
-                f"{header.path}: key {printable(key.name)[:80]} holds an empty list or no UTF-8 text;"
-                " download it again"
-            )
-    return keys
 
 
 def _renamed(header: Header, faults: list[str]) -> Iterator[tuple[str, str]]:
@@ -191,10 +182,31 @@ def _missing_depth(header: Header) -> Iterator[tuple[Key, str]]:
         yield Key(name, [n], V.ARRAY, V.INT32), fault
 
 
+def _plan(header: Header, keys: tuple[Key, ...], names: dict[str, str], faults: tuple[str, ...]) -> Repair:
+    """The repair, with the header that it will give checked before anything is copied. Raises BundleError."""
+    check_layout(header)
+    tensors, end = {}, 0
+    for info in header.tensors.values():
+        name = names.get(info.name, info.name)
+        tensors[name] = replace(info, name=name, offset=end)
+        end += info.n_bytes + len(padding(info.n_bytes))
+    own = (Key(ARCHITECTURE, header.keys[ARCHITECTURE], V(header.key_types[ARCHITECTURE])), *keys)
+    repaired = replace(
+        header,
+        keys={key.name: key.value for key in own},
+        key_types={key.name: int(key.kind) for key in own},
+        item_types={key.name: int(key.item) for key in own if key.item is not None},
+        tensors=tensors,
+    )
+    check_mmproj(repaired)
+    return Repair(header, faults, keys, names)
+
+
 def _write(plan: Repair, path: Path) -> dict[str, str]:
     """A new header, then every tensor's bytes in the source's order; SHA-256 of each as read, by new name."""
-    infos = sorted(plan.header.tensors.values(), key=lambda info: info.offset)
-    infos = [replace(info, name=plan.names.get(info.name, info.name)) for info in infos]
+    infos = [
+        replace(info, name=plan.names.get(info.name, info.name)) for info in plan.header.tensors.values()
+    ]
     digests: dict[str, str] = {}
     with path.open("wb") as file, plan.path.open("rb") as source:
         file.write(header_bytes("clip", plan.keys, infos))

@@ -29,6 +29,7 @@ from pocketllava.models.bundle import Bundle, Manifest
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.gguf_writer import ARCHITECTURE, stored_keys
 from pocketllava.models.manifest import QuantizedFrom, Types
+from pocketllava.models.text_contract import TextInfo
 from pocketllava.version import __version__
 
 FILE_TYPE = "general.file_type"
@@ -48,7 +49,7 @@ def requantize(
     """Make a bundle of another text type at each target, reading the floats of `bundle` once.
 
     mmproj: the type of the vision tower, None to copy it. The rest is as in `convert`. Raises UnsupportedOption
-    for a bundle that is quantized already, ConvertError and its kinds.
+    for a bundle that is quantized already, BundleError for a damaged one, ConvertError and its kinds.
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     types = {target: known(quant, TEXT_TYPES, "--quant") for target, quant in targets.items()}
@@ -66,14 +67,15 @@ def requantize(
 
 
 def plan_requantize(bundle: Bundle, types: Mapping[Path, str], mmproj: str | None) -> list[Job]:
-    """Plan a bundle of each type; no tensor is read."""
+    """Plan a bundle of each type; no tensor is read. Raises BundleError for files that llama.cpp cannot load."""
     text, vision = bundle.model_header, bundle.mmproj_header
+    info, _ = bundle.text_info, bundle.mmproj_info
     _check_floats(text, "--quant", bundle.manifest.types.model)
     if mmproj:
         _check_floats(vision, "--mmproj", bundle.manifest.types.mmproj)
     vision_plan = _mmproj(vision, mmproj)
     return [
-        Job(target, _text(text, quant), vision_plan, _manifest(bundle, quant, mmproj))
+        Job(target, _text(text, info, quant), vision_plan, _manifest(bundle, quant, mmproj))
         for target, quant in types.items()
     ]
 
@@ -88,11 +90,8 @@ def _check_floats(header: Header, option: str, kind: str) -> None:
             )
 
 
-def _text(header: Header, quant: str) -> FilePlan:
-    keys = header.keys
-    heads, heads_kv = keys["llama.attention.head_count"], keys["llama.attention.head_count_kv"]
-    tied = "output.weight" not in header.tensors
-    mix = Mix(quant, keys["llama.block_count"], heads // heads_kv, tied)
+def _text(header: Header, info: TextInfo, quant: str) -> FilePlan:
+    mix = Mix(quant, info.n_layer, info.n_head // info.n_head_kv, info.tied)
     types = {name: mix.type_of(name, info.shape) for name, info in header.tensors.items()}
     return _plan(header, types, int(TEXT_TYPES[quant][1]))
 
@@ -100,12 +99,12 @@ def _text(header: Header, quant: str) -> FilePlan:
 def _mmproj(header: Header, quant: str | None) -> FilePlan:
     if quant is None:
         types = {name: T(info.type) for name, info in header.tensors.items()}
-        return _plan(header, types, header.keys[FILE_TYPE])
+        return _plan(header, types, header.keys.get(FILE_TYPE))
     types = {name: type_of(name, info.shape, quant) for name, info in header.tensors.items()}
     return _plan(header, types, int(MMPROJ_TYPES[quant][1]))
 
 
-def _plan(header: Header, types: Mapping[str, T], file_type: int) -> FilePlan:
+def _plan(header: Header, types: Mapping[str, T], file_type: int | None) -> FilePlan:
     tensors = tuple(
         PlannedTensor(info.name, info.shape, types[info.name], _source(header, info.name))
         for info in header.tensors.values()

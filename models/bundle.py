@@ -16,7 +16,9 @@ from pathlib import Path
 from pocketllava.errors import BundleError, ModelNotFound
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.manifest import FORMAT, MANIFEST, MMPROJ, MODEL, FileRecord, Manifest
+from pocketllava.models.mmproj_contract import MmprojInfo, check_mmproj
 from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.models.text_contract import TextInfo, check_text
 
 __all__ = ["FORMAT", "MANIFEST", "MMPROJ", "MODEL", "Bundle", "Manifest"]
 
@@ -85,6 +87,16 @@ class Bundle:
     def mmproj_header(self) -> Header:
         """The mmproj's keys and tensors, parsed once. Raises BundleError."""
         return Header.read(self.mmproj)
+
+    @cached_property
+    def text_info(self) -> TextInfo:
+        """The text model's shape. Raises BundleError for a file that llama.cpp would end the process over."""
+        return check_text(self.model_header)
+
+    @cached_property
+    def mmproj_info(self) -> MmprojInfo:
+        """The vision tower's shape. Raises BundleError for a file that libmtmd would end the process over."""
+        return check_mmproj(self.mmproj_header)
 
     @property
     def template(self) -> str:

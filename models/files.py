@@ -1,6 +1,7 @@
-"""Atomic writes: a file is written beside its final path, flushed to the disk, then renamed.
+"""Atomic writes, and reading nothing but regular files: a stranger's folder may hold pipes, devices and links to them.
 
-Knows one path; nothing of the content. (Bundles are folders: convert/write/staging.py.)
+A file is written beside its final path, flushed to the disk, then renamed. Knows one path; nothing of the content.
+(Bundles are folders: convert/write/staging.py.)
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from platformdirs import user_cache_path
+
+MAX_TEXT_BYTES = 256 << 20  # of a text to measure on, a list of questions or an evaluation set
 
 
 @contextmanager
@@ -37,15 +41,42 @@ def cache_folder() -> Path:
     return Path(user_cache_path("pocketllava", appauthor=False, ensure_exists=True))
 
 
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """A regular file's bytes. Raises OSError for a pipe or device, and for a file of more than max_bytes."""
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Raises OSError for a pipe, a device or a folder, without waiting for either.
+
+    The kind is asked before opening, which can already act on a device, and of the open file, which a name may by
+    then no longer mean.
+    """
+    _check_kind(path.stat().st_mode)
     flags = (
         os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )  # a pipe would wait to be opened
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "found a pipe, device or folder, expected a regular file")
-        if found.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"found {found.st_size} bytes, expected at most {max_bytes}")
+    )  # a pipe would wait for a writer
+    file = os.fdopen(os.open(path, flags), "rb")
+    try:
+        _check_kind(os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """A regular file's bytes. Raises OSError for what is none, and for a file of more than max_bytes."""
+    with open_regular(path) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        if n_bytes > max_bytes:
+            raise OSError(errno.EFBIG, f"found {n_bytes} bytes, expected at most {max_bytes}")
         return file.read(max_bytes)
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file of at most MAX_TEXT_BYTES, UTF-8. Raises OSError, UnicodeDecodeError."""
+    text = read_regular(path, MAX_TEXT_BYTES).decode()
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_kind(mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    raise OSError(errno.EINVAL, f"found {kinds.get(stat.S_IFMT(mode), 'a device')}, expected a regular file")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pocketllava.errors import BundleError
+from pocketllava.models.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -36,7 +37,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Keys (with their GGUF value types, and the types of arrays' items) and tensors of one file."""
+    """Keys (with their GGUF value types, and the types of arrays' items) and tensors of one file.
+
+    not_utf8: keys whose name or text holds bytes that are no UTF-8, U+FFFD in their place here.
+    """
 
     path: Path
     keys: dict[str, Any]
@@ -45,13 +49,14 @@ class Header:
     data_start: int
     file_bytes: int
     item_types: dict[str, int] = field(default_factory=dict)
+    not_utf8: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, path: Path) -> Header:
         """Read and check the header. Raises BundleError naming the file and what is wrong with it."""
         try:
             file_bytes = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return _Reader(path, file, file_bytes).header()
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -64,6 +69,7 @@ class _Reader:
         self.path, self.file, self.file_bytes = path, file, file_bytes
         self.at = 0  # counted here: asking a file where it is takes longer than reading a token from it
         self.item_type = 0  # of the array read last
+        self.replaced = False  # whether a text was no UTF-8
 
     def fail(self, fault: str) -> BundleError:
         return BundleError(f"{self.path}: not a whole GGUF file: {fault}; convert or download it again")
@@ -87,7 +93,12 @@ class _Reader:
         n = int.from_bytes(self.take(8), "little")
         if n > MAX_STRING_BYTES:
             raise self.fail(f"a text of {n} bytes")
-        return self.take(n).decode("utf-8", "replace")
+        raw = self.take(n)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self.replaced = True
+            return raw.decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
         if kind in SCALARS:
@@ -117,13 +128,17 @@ class _Reader:
         keys: dict[str, Any] = {}
         key_types: dict[str, int] = {}
         item_types: dict[str, int] = {}
+        not_utf8 = set()
         for _ in range(n_keys):
+            self.replaced = False
             name, kind = self.string(), int(self.scalar("I"))
             if name in keys:
                 raise self.fail(f"key {name!r} twice")
             keys[name], key_types[name] = self.value(kind), kind
             if kind == ARRAY:
                 item_types[name] = self.item_type
+            if self.replaced:
+                not_utf8.add(name)
         infos = [self.tensor() for _ in range(n_tensors)]
         alignment = keys.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
@@ -134,7 +149,9 @@ class _Reader:
             raise self.fail("two tensors of one name")
         for info in infos:
             self.check(info, start, alignment)
-        return Header(self.path, keys, key_types, tensors, start, self.file_bytes, item_types)
+        return Header(
+            self.path, keys, key_types, tensors, start, self.file_bytes, item_types, frozenset(not_utf8)
+        )
 
     def tensor(self) -> TensorInfo:
         name, n_dims = self.string(), int(self.scalar("I"))

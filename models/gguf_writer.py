@@ -17,6 +17,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
+from pocketllava.errors import BundleError
+from pocketllava.models.contract import shown
 from pocketllava.models.gguf_header import ALIGNMENT, Header, TensorInfo
 
 ARCHITECTURE = "general.architecture"
@@ -69,7 +71,15 @@ def padding(n_bytes: int) -> bytes:
 
 
 def stored_keys(header: Header) -> list[Key]:
-    """A file's keys with their exact types, in order, without those that header_bytes writes itself."""
+    """A file's keys with their exact types, in order, without those that header_bytes writes itself.
+
+    Raises BundleError for keys that cannot be written again as they are.
+    """
+    for name, value in header.keys.items():
+        if value == [] or name in header.not_utf8:
+            raise BundleError(
+                f"{header.path}: key {shown(name)[1:-1]} holds an empty list or no UTF-8 text; download it again"
+            )
     return [
         Key(name, value, GGUFValueType(header.key_types[name]), _item_type(header, name))
         for name, value in header.keys.items()

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pocketllava.errors import BundleError
-from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.models.files import read_regular
+from pocketllava.models.preprocessing import MAX_MEAN, Preprocessing
 from pocketllava.models.tiling import MAX_PINPOINTS, MAX_TILES, MERGE_TYPES, Tiling
 
 MANIFEST, MODEL, MMPROJ = "bundle.json", "model.gguf", "mmproj.gguf"
 FORMAT = 1
 IMAGE_TOKEN = "<image>"  # where a template puts an image, unless the checkpoint's vocabulary says otherwise
 SPACE_PREFIXES = ("every", "first", "none", "chunk")
+STRIP_SIDES = ("left", "right", "both")
+MAX_MANIFEST_BYTES = 16 << 20  # of bundle.json; a chat template has a few kB
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 1 << 44, 1 << 30
 MAX_DIMENSION = 1 << 20  # columns of a matrix, image tokens, pixels along an edge
 MAX_TOKEN_ID = 1 << 22  # sixteen times the largest vocabulary there is
@@ -71,7 +74,8 @@ class Manifest:
     image_token_id: its row of the vocabulary, None where it has none. n_patches: of one picture, or of one tile where
     pictures are tiled. vision_width, projected_width: columns of the tower's features, before and after the
     projector. space_prefix: which text between special tokens gets a leading space: "every" run, only the
-    "first", "none", or "chunk" (the first and those after an image).
+    "first", "none", or "chunk" (the first and those after an image). strip: special tokens that swallow white space
+    beside them, and on which side.
     """
 
     version: str
@@ -87,13 +91,14 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     preprocessing: Preprocessing
     chat_template: str
+    strip: Mapping[str, str] = field(default_factory=dict)
     quantized_from: QuantizedFrom | None = None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check the file. Raises BundleError naming the key, the value and what was expected."""
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
         except (ValueError, RecursionError) as error:
@@ -106,7 +111,7 @@ class Manifest:
         """Check bundle.json's content; `path` is named in errors. Raises BundleError."""
         top = _Section(path, "", data)
         top.get("format", _exactly(FORMAT), str(FORMAT))
-        image, files = top.section("image"), top.section("files")
+        image, files, tokenizer = top.section("image"), top.section("files"), top.section("tokenizer")
         return cls(
             version=top.text("pocketllava"),
             source=_source(top.section("source")),
@@ -117,9 +122,14 @@ class Manifest:
             n_patches=image.get("n_patches", _square, f"a square number from 1 to {MAX_DIMENSION}"),
             vision_width=image.count("vision_width"),
             projected_width=image.count("projected_width"),
-            space_prefix=top.section("tokenizer").get(
+            space_prefix=tokenizer.get(
                 "space_prefix", _one_of(SPACE_PREFIXES), f"one of {', '.join(SPACE_PREFIXES)}"
             ),
+            strip=tokenizer.get(
+                "strip", _mapping(_one_of(STRIP_SIDES)), f"one of {', '.join(STRIP_SIDES)} by token"
+            )
+            if "strip" in tokenizer.value
+            else {},
             eos_token_ids=top.get("eos_token_ids", _ids, "a list of token ids"),
             preprocessing=_preprocessing(top.section("preprocessing")),
             chat_template=top.text("chat_template"),
@@ -145,7 +155,10 @@ class Manifest:
                 "vision_width": self.vision_width,
                 "projected_width": self.projected_width,
             },
-            "tokenizer": {"space_prefix": self.space_prefix},
+            "tokenizer": {
+                "space_prefix": self.space_prefix,
+                **({"strip": dict(self.strip)} if self.strip else {}),
+            },
             "eos_token_ids": list(self.eos_token_ids),
             "preprocessing": asdict(self.preprocessing),
             "chat_template": self.chat_template,
@@ -296,7 +309,9 @@ def _three(*, positive: bool) -> Callable[[Any], tuple[float, float, float]]:
     def check(value: Any) -> tuple[float, float, float]:
         r, g, b = value
         numbers = (r, g, b)
-        if any(type(n) not in (int, float) or not math.isfinite(n) or (positive and n <= 0) for n in numbers):
+        if any(
+            type(n) not in (int, float) or not abs(n) <= MAX_MEAN or (positive and n <= 0) for n in numbers
+        ):
             raise ValueError
         return float(r), float(g), float(b)
 

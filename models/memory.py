@@ -6,13 +6,14 @@ Knows GGUF headers, what llama.cpp allocates, and how much memory is free; loads
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 
 from pocketllava.errors import UnsupportedOption
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.limits import UNLIMITED, cgroup_limits, check_room
+from pocketllava.models.text_contract import TextInfo
 
 DEFAULT_CONTEXT = 2048  # less if trained on less
 DEFAULT_ROOM = 1472  # beside one picture: a conversation, and an answer of 512 tokens
@@ -41,6 +42,11 @@ class Memory:
         """All but cached prefixes."""
         return self.text + self.vision + self.kv_cache + self.buffers
 
+    @property
+    def beside_text(self) -> int:
+        """All but cached prefixes and the text model's weights, which may be mapped."""
+        return self.total - self.text
+
 
 def context_size(n_ctx: int | None, trained: int, image_tokens: int) -> int:
     """n_ctx rounded up as llama.cpp needs it; by default enough for a picture of image_tokens and a conversation.
@@ -63,26 +69,24 @@ def batch_size(bundle: Bundle) -> int:
 
 def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Memory:
     """The memory that loading would take. Raises UnsupportedOption for a context the model was not trained on."""
-    text = bundle.model_header
-    keys = {name.removeprefix("llama."): value for name, value in text.keys.items()}
-    trained = int(keys.get("context_length", DEFAULT_CONTEXT))
-    context = context_size(n_ctx, trained, bundle.image_tokens)
+    info = bundle.text_info
+    context = context_size(n_ctx, info.n_ctx_train, bundle.image_tokens)
     batch = min(batch_size(bundle), context)
-    position = _kv_bytes_per_position(keys, kv_type)
+    position = _kv_bytes_per_position(info, kv_type)
     return Memory(
         n_ctx=context,
         kv_type=kv_type,
-        text=_tensor_bytes(text),
+        text=_tensor_bytes(bundle.model_header),
         vision=_tensor_bytes(bundle.mmproj_header),
         kv_cache=round(position * context),
-        buffers=_buffer_bytes(keys, context, batch, flash=kv_type != "f16"),
+        buffers=_buffer_bytes(info, context, batch, flash=kv_type != "f16"),
         prefix=round(position * bundle.image_tokens),
     )
 
 
 def available_bytes() -> int:
-    """Memory that programs can have without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Memory that this process can have without swapping."""
+    return min(int(psutil.virtual_memory().available), *(left for _, left in cgroup_limits()), UNLIMITED)
 
 
 def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
@@ -92,21 +96,37 @@ def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
     resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. The map is better where memory is short, because
     its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs).
     """
-    repacked = sum(t.n_bytes for t in bundle.model_header.tensors.values() if t.type in REPACKED)
-    return not on_gpu and 2 * repacked > needed.text and needed.total <= available_bytes()
+    return not on_gpu and 2 * _repacked(bundle) > needed.text and needed.total <= available_bytes()
 
 
-def _kv_bytes_per_position(keys: dict[str, Any], kv_type: str) -> float:
-    heads = keys["attention.head_count"]
-    width = keys["embedding_length"] // heads * keys.get("attention.head_count_kv", heads)
-    return float(2 * keys["block_count"] * width * KV_BYTES[kv_type])
+def check_memory(bundle: Bundle, needed: Memory, *, in_memory: bool, on_gpu: bool, threads: int) -> None:
+    """Raises BackendError where the process may not have what loading takes, on which llama.cpp would end it.
+
+    Mapped weights are address space, but no memory that a cgroup has to find: their pages can be dropped. What a
+    GPU holds is not counted.
+    """
+    if on_gpu:
+        check_room(bundle.folder, 0, needed.text, threads=threads)
+    elif in_memory:
+        check_room(bundle.folder, needed.total, threads=threads)
+    else:
+        check_room(bundle.folder, needed.beside_text, needed.text, threads=threads)
 
 
-def _buffer_bytes(keys: dict[str, Any], context: int, batch: int, *, flash: bool) -> int:
+def _repacked(bundle: Bundle) -> int:
+    """Bytes of weights of which CPUs make a rearranged copy."""
+    return sum(t.n_bytes for t in bundle.model_header.tensors.values() if t.type in REPACKED)
+
+
+def _kv_bytes_per_position(info: TextInfo, kv_type: str) -> float:
+    return 2 * info.n_layer * info.head_size * info.n_head_kv * KV_BYTES[kv_type]
+
+
+def _buffer_bytes(info: TextInfo, context: int, batch: int, *, flash: bool) -> int:
     """Estimated bytes of one batch's intermediate results: attention scores, widest activations, logits."""
-    scores = 0 if flash else keys["attention.head_count"] * context
-    activations = 2 * keys["feed_forward_length"] + 4 * keys["embedding_length"]
-    return int(batch * F32_BYTES * (max(scores, keys["vocab_size"]) + activations))
+    scores = 0 if flash else info.n_head * context
+    activations = 2 * info.n_ff + 4 * info.n_embd
+    return int(batch * F32_BYTES * (max(scores, info.n_vocab) + activations))
 
 
 def _tensor_bytes(header: Header) -> int:

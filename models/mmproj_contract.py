@@ -1,16 +1,36 @@
 """Checks that a GGUF file is a LLaVA mmproj as libmtmd expects it: keys, tensor names, shapes, types.
 
 libmtmd crashes on most faults, or silently misreads the file, so every file is checked here before libmtmd gets
-it. Knows the mmproj contract, no engine.
+it. Follows clip.cpp's clip_model_loader as llama-cpp-python 0.3.36 carries it. Knows the mmproj contract, no engine.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import BundleError, UnsupportedCheckpoint
-from pocketllava.models.gguf_header import ARRAY, BF16, BOOL, F16, F32, FLOAT, I32, STRING, U32, Header
+from pocketllava.models.contract import (
+    FLOAT,
+    GENERAL,
+    I32,
+    MAX_LAYERS,
+    TEXT,
+    U32,
+    ExpectedTensor,
+    Rule,
+    check_key,
+    check_layout,
+    check_names,
+    check_tensors,
+    fault,
+    flag,
+    only,
+    shown,
+)
+from pocketllava.models.gguf_header import ARRAY, BF16, BOOL, F16, F32, STRING, Header
 from pocketllava.models.preprocessing import PatchGrid
 from pocketllava.models.tiling import Tiling, tiling
 
@@ -22,6 +42,38 @@ NEWLINES = ("v.image_newline", "model.image_newline")  # gguf's name, and that o
 PINPOINTS = PREFIX + "image_grid_pinpoints"  # (width, height) in pixels, flattened
 MERGE_TYPE, ASPECT_RATIO = PREFIX + "mm_patch_merge_type", PREFIX + "image_aspect_ratio"
 ANYRES = "anyres"
+POST_NORM = "v.post_ln."  # libmtmd reads it, LLaVA's graph does not
+# Keys that a file may have beside the required ones: libmtmd reads them, or what made published files wrote them.
+OPTIONAL: dict[str, Rule] = {
+    **GENERAL,
+    "general.description": Rule(TEXT, "text"),
+    "clip.use_gelu": flag(),
+    "clip.use_silu": flag(),
+    "clip.has_text_encoder": flag(),
+    "clip.has_llava_projector": flag(),
+    "clip.has_minicpmv_projector": only(BOOL, False),
+    "clip.has_glm_projector": only(BOOL, False),
+    "clip.has_audio_encoder": only(BOOL, False),
+    "clip.has_gen_audio_encoder": only(BOOL, False),
+    PREFIX + "projector_type": Rule(TEXT, "text"),
+    PREFIX + "feature_layer": Rule(ARRAY, "block numbers"),
+    PINPOINTS: Rule(ARRAY, "pairs of 32-bit whole numbers"),
+    PREFIX + "image_crop_resolution": Rule(U32, "a number"),
+    PREFIX + "image_split_resolution": Rule(U32, "a number"),
+    ASPECT_RATIO: Rule(TEXT, "text"),
+    MERGE_TYPE: Rule(TEXT, "text"),
+    PREFIX + "mm_projector_type": Rule(TEXT, "text"),
+}  # fmt: skip
+SIZES = (
+    "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "projection_dim", "image_size",
+    "patch_size",
+)  # fmt: skip
+EPSILON = PREFIX + "attention.layer_norm_epsilon"
+KNOWN = {
+    *OPTIONAL, *(PREFIX + size for size in SIZES), EPSILON, PREFIX + "image_mean", PREFIX + "image_std",
+    PREFIX + "attention.head_count_kv", PREFIX + "attention.head_dim", "clip.has_vision_encoder",
+    "clip.projector_type",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,25 +93,16 @@ class MmprojInfo(PatchGrid):
 
 def check_mmproj(header: Header) -> MmprojInfo:
     """Check the whole contract. Raises BundleError naming the file, what was found and what was expected."""
-    if (architecture := header.keys.get("general.architecture")) != "clip":
+    architecture = header.keys.get("general.architecture")
+    if architecture != "clip" or header.key_types["general.architecture"] != STRING:
         raise BundleError(
-            f"{header.path}: found a GGUF file of architecture {architecture!r}, expected 'clip'; it is a text model,"
-            " not an mmproj"
+            f"{header.path}: found a GGUF file of architecture {shown(architecture)}, expected 'clip'; it is a text"
+            " model, not an mmproj"
         )
     _expect(header, "clip.has_vision_encoder", BOOL, True)
     _expect(header, "clip.projector_type", STRING, "mlp")
-    dims = {
-        name: _positive(header, PREFIX + name)
-        for name in (
-            "embedding_length",
-            "feed_forward_length",
-            "block_count",
-            "attention.head_count",
-            "projection_dim",
-            "image_size",
-            "patch_size",
-        )
-    }
+    _check_keys(header)
+    dims = {name: _positive(header, PREFIX + name) for name in SIZES}
     class_token = CLASS_EMBEDDING in header.tensors or PATCH_BIAS not in header.tensors
     if (
         dims["embedding_length"] % dims["attention.head_count"]
@@ -69,7 +112,8 @@ def check_mmproj(header: Header) -> MmprojInfo:
         raise BundleError(
             f"{header.path}: head_count or patch_size do not divide their sizes; download it again"
         )
-    _number(header, PREFIX + "attention.layer_norm_epsilon")
+    _check_attention(header, dims)
+    _number(header, EPSILON)
     for name in ("image_mean", "image_std"):
         _array(header, PREFIX + name, 3)
     n_layers = _check_depth(header, dims["block_count"])
@@ -77,10 +121,11 @@ def check_mmproj(header: Header) -> MmprojInfo:
     tiles = _check_tiling(header, dims["image_size"])
     newline = next((name for name in NEWLINES if name in header.tensors), None)
     if tiles is not None and tiles.merge == "spatial_unpad" and newline is None:
-        raise BundleError(
-            f"{header.path}: no tensor {NEWLINES[0]!r}, which ends a row of a LLaVA-1.6 picture; download it again"
+        raise fault(
+            header, f"tensor {NEWLINES[0]} is missing", "the newline that ends a row of a LLaVA-1.6 picture"
         )
-    _check_tensors(header, dims, n_layers, class_token, newline)
+    check_tensors(header, _expected(dims, n_layers, class_token, newline), "those of a LLaVA mmproj")
+    check_layout(header)
     return MmprojInfo(
         dims["image_size"],
         dims["patch_size"],
@@ -96,15 +141,38 @@ def check_mmproj(header: Header) -> MmprojInfo:
 def _check_tiling(header: Header, side: int) -> Tiling | None:
     """How the file's pictures are tiled; None for LLaVA-1.5's, and for a 1.6 file of another aspect ratio."""
     pinpoints, merge = header.keys.get(PINPOINTS), header.keys.get(MERGE_TYPE, "spatial_unpad")
-    if pinpoints is None or header.keys.get(ASPECT_RATIO, ANYRES) != ANYRES:
+    if not pinpoints:
         return None
-    if not isinstance(pinpoints, list) or header.item_types.get(PINPOINTS) != I32 or len(pinpoints) % 2:
-        raise BundleError(f"{header.path}: key {PINPOINTS} is not an array of pairs of 32-bit whole numbers")
+    if header.item_types.get(PINPOINTS) != I32 or len(pinpoints) % 2:
+        raise fault(header, f"key {PINPOINTS} has {len(pinpoints)} items", "pairs of 32-bit whole numbers")
+    if header.keys.get(ASPECT_RATIO, ANYRES) != ANYRES:
+        return None
     sizes = list(zip(pinpoints[::2], pinpoints[1::2], strict=True))
     try:
         return tiling(sizes, merge, side, height_first=False)
     except UnsupportedCheckpoint as error:
         raise BundleError(f"{header.path}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def _check_keys(header: Header) -> None:
+    """Keys that may be there; one that libmtmd reads aborts where its type is another."""
+    check_names(header)
+    for name in header.keys:
+        if name.startswith("clip.") and name not in KNOWN:
+            raise fault(header, f"key {shown(name)} is unknown", "the keys of a LLaVA-1.5 mmproj")
+    for name, rule in OPTIONAL.items():
+        check_key(header, name, rule)
+    if header.keys.get("clip.use_gelu") and header.keys.get("clip.use_silu"):
+        raise fault(header, "keys clip.use_gelu and clip.use_silu are both true", "one of them at most")
+
+
+def _check_attention(header: Header, dims: dict[str, int]) -> None:
+    """Sizes that libmtmd takes for given where they are not: heads of keys, and a head's width."""
+    if dims["block_count"] > MAX_LAYERS:
+        raise fault(header, f"key {PREFIX}block_count is {dims['block_count']}", f"1 to {MAX_LAYERS}")
+    heads = dims["attention.head_count"]
+    check_key(header, PREFIX + "attention.head_count_kv", only(U32, heads))
+    check_key(header, PREFIX + "attention.head_dim", only(U32, dims["embedding_length"] // heads))
 
 
 def _check_depth(header: Header, n_blocks: int) -> int:
@@ -117,10 +185,10 @@ def _check_depth(header: Header, n_blocks: int) -> int:
         )
     if layers is None:
         return 1
-    listed = isinstance(layers, list) and layers and all(type(n) is int for n in layers)
+    listed = header.item_types.get(PREFIX + "feature_layer", I32) == I32 and 0 < len(layers) <= n_blocks + 1
     if not listed or layers != sorted(set(layers)) or layers[0] < 0 or not 1 <= layers[-1] <= n_blocks:
         raise BundleError(
-            f"{header.path}: feature_layer {layers!r}, expected one layer of {n_blocks}, or several ascending"
+            f"{header.path}: feature_layer {shown(layers)}, expected one layer of {n_blocks}, or several ascending"
         )
     return len(layers)
 
@@ -138,56 +206,41 @@ def _check_age(header: Header, dims: dict[str, int]) -> None:
         )
 
 
-def _check_tensors(
-    header: Header, dims: dict[str, int], n_layers: int, class_token: bool, newline: str | None
-) -> None:
-    expected = dict(_expected(dims, n_layers, class_token))
-    if newline is not None:
-        expected[newline] = ((dims["projection_dim"],), (F32,))
-    tensors = {name: t for name, t in header.tensors.items() if not name.startswith("v.post_ln.")}
-    for name in sorted(set(expected) ^ set(tensors)):
-        state = "missing" if name in expected else "unexpected"
-        raise BundleError(
-            f"{header.path}: tensor {name!r} is {state} for a LLaVA-1.5 mmproj; convert or download it again"
-        )
-    for name, (shape, types) in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != shape or tensor.type not in types:
-            raise BundleError(
-                f"{header.path}: tensor {name!r} has shape {list(tensor.shape)} and type {tensor.type}, expected"
-                f" {list(shape)} and one of {list(types)}; convert or download it again"
-            )
-
-
 def _expected(
-    dims: dict[str, int], n_layers: int, class_token: bool
-) -> list[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    dims: dict[str, int], n_layers: int, class_token: bool, newline: str | None
+) -> Iterator[ExpectedTensor]:
+    """Every tensor that libmtmd reads."""
     width, wide, out = dims["embedding_length"], dims["feed_forward_length"], dims["projection_dim"]
-    vector: tuple[int, ...] = (F32,)
     patch, grid = dims["patch_size"], dims["image_size"] // dims["patch_size"]
-
-    def linear(name: str, rows: int, columns: int) -> list[Any]:
-        return [(f"{name}.weight", ((rows, columns), MATRIX_TYPES)), (f"{name}.bias", ((rows,), vector))]
-
-    def norm(name: str) -> list[Any]:
-        return [(f"{name}.{kind}", ((width,), vector)) for kind in ("weight", "bias")]
-
-    tensors: list[Any] = [
-        (CLASS_EMBEDDING if class_token else PATCH_BIAS, ((width,), vector)),
-        ("v.patch_embd.weight", ((width, 3, patch, patch), (F32, F16))),
-        ("v.position_embd.weight", ((grid * grid + class_token, width), (F32, F16))),
-        *(norm("v.pre_ln") if class_token else ()),
-        *linear("mm.0", out, n_layers * width),
-        *linear("mm.2", out, out),
-    ]
+    yield CLASS_EMBEDDING if class_token else PATCH_BIAS, (width,), (F32,), True
+    yield "v.patch_embd.weight", (width, 3, patch, patch), (F32, F16), True
+    yield "v.position_embd.weight", (grid * grid + class_token, width), (F32, F16), True
+    if class_token:
+        yield from _norm("v.pre_ln", width)
+    for name in (POST_NORM + kind for kind in ("weight", "bias")):
+        yield name, (width,), (F32,), False
+    yield from _linear("mm.0", out, n_layers * width)
+    yield from _linear("mm.2", out, out)
+    if newline is not None:
+        yield newline, (out,), (F32,), True
     for block in range(dims["block_count"]):
         at = f"v.blk.{block}."
-        tensors += [*norm(at + "ln1"), *norm(at + "ln2")]
-        tensors += [
-            t for p in ("attn_q", "attn_k", "attn_v", "attn_out") for t in linear(at + p, width, width)
-        ]
-        tensors += [*linear(at + "ffn_up", wide, width), *linear(at + "ffn_down", width, wide)]
-    return tensors
+        for name in ("attn_k", "attn_out", "attn_q", "attn_v"):
+            yield from _linear(at + name, width, width)
+        yield from _linear(at + "ffn_up", wide, width)
+        yield from _linear(at + "ffn_down", width, wide)
+        yield from _norm(at + "ln1", width)
+        yield from _norm(at + "ln2", width)
+
+
+def _linear(name: str, rows: int, columns: int) -> Iterator[ExpectedTensor]:
+    yield f"{name}.bias", (rows,), (F32,), True
+    yield f"{name}.weight", (rows, columns), MATRIX_TYPES, True
+
+
+def _norm(name: str, width: int) -> Iterator[ExpectedTensor]:
+    for kind in ("weight", "bias"):
+        yield f"{name}.{kind}", (width,), (F32,), True
 
 
 def _expect(header: Header, name: str, kind: int, value: Any) -> None:
@@ -196,7 +249,7 @@ def _expect(header: Header, name: str, kind: int, value: Any) -> None:
         raise BundleError(f"{header.path}: no {name}, expected {value!r}; {_repair(header)}")
     if actual != value or header.key_types.get(name) != kind:
         raise BundleError(
-            f"{header.path}: key {name} is {actual!r}, expected {value!r}; not a LLaVA-1.5 mmproj"
+            f"{header.path}: key {name} is {shown(actual)}, expected {value!r}; not a LLaVA-1.5 mmproj"
         )
 
 
@@ -208,17 +261,28 @@ def _repair(header: Header) -> str:
 def _positive(header: Header, name: str) -> int:
     value = header.keys.get(name)
     if header.key_types.get(name) != U32 or not isinstance(value, int) or not 0 < value < 1 << 20:
-        raise BundleError(f"{header.path}: key {name} is {value!r}, expected a positive 32-bit whole number")
+        raise BundleError(
+            f"{header.path}: key {name} is {shown(value)}, expected a positive 32-bit whole number"
+        )
     return value
 
 
 def _number(header: Header, name: str) -> None:
     value = header.keys.get(name)
     if header.key_types.get(name) != FLOAT or not isinstance(value, float) or not 0 < value < 1:
-        raise BundleError(f"{header.path}: key {name} is {value!r}, expected a small positive float")
+        raise BundleError(f"{header.path}: key {name} is {shown(value)}, expected a small positive float")
 
 
 def _array(header: Header, name: str, length: int) -> None:
+    """Mean or standard deviation of the three colors; pixels are divided by the latter."""
     value = header.keys.get(name)
-    if header.key_types.get(name) != ARRAY or not isinstance(value, list) or len(value) != length:
-        raise BundleError(f"{header.path}: key {name} is {value!r}, expected {length} floats")
+    floats = header.key_types.get(name) == ARRAY and header.item_types.get(name, FLOAT) == FLOAT
+    if (
+        not floats
+        or not isinstance(value, list)
+        or len(value) != length
+        or not all(map(math.isfinite, value))
+    ):
+        raise BundleError(f"{header.path}: key {name} is {shown(value)}, expected {length} floats")
+    if name.endswith("_std") and min(value) <= 0:
+        raise BundleError(f"{header.path}: key {name} is {shown(value)}, expected {length} positive floats")

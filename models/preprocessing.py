@@ -7,6 +7,7 @@ steps that they do not have; touches no pixels.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from pocketllava.models.siglip import image_processor
 from pocketllava.models.tiling import Tiling
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+MAX_MEAN = 100  # of a mean or a standard deviation of colors from 0 to 1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -62,13 +64,13 @@ class Preprocessing:
         return self.tiling.most_tokens(self.crop_size, grid) if self.tiling else grid**2
 
 
-def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Preprocessing:
+def preprocessing(files: Mapping[str, Any], image_size: int) -> Preprocessing:
     """Read preprocessor_config.json, or processor_config.json's image_processor.
 
     files: JSON content by file name. Raises UnsupportedCheckpoint for steps that CLIP's and LLaVA's
     image processors don't have.
     """
-    p = files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get("image_processor")
+    p = _settings(files)
     if not p:
         return Preprocessing(shortest_edge=image_size, crop_size=image_size)
     kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
@@ -82,11 +84,12 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
     for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
         _expect(p.get(step, True) is not False, step, p.get(step), "true")
     scale = p.get("rescale_factor", 1 / 255)
-    _expect(abs(scale * 255 - 1) < 1e-6, "rescale_factor", scale, "1/255")
+    _expect(_is_number(scale) and abs(scale * 255 - 1) < 1e-6, "rescale_factor", scale, "1/255")
     crop = _sides(p.get("crop_size", image_size), "crop_size")
     _expect(crop == (image_size, image_size), "crop_size", crop, f"{image_size} x {image_size}")
     size = p.get("size", {"shortest_edge": image_size})
-    edge = size if isinstance(size, int) else size.get("shortest_edge")
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size
+    _expect(edge is None or _is_whole(edge), "size", size, "pixels, or shortest_edge, or height and width")
     if edge is None:
         sides = _sides(size, "size")
         _expect(sides == crop, "size", sides, f"{crop}")
@@ -105,29 +108,41 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
     )
 
 
+def _settings(files: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The image processor's, from either file. Raises ConvertError for what is no JSON object."""
+    own, processor = files.get("preprocessor_config.json"), files.get("processor_config.json")
+    inner = processor.get("image_processor") if isinstance(processor, dict) else processor
+    name, settings = ("preprocessor_config.json", own) if own else ("processor_config.json", inner)
+    if settings is not None and not isinstance(settings, dict):
+        raise ConvertError(f"{name}: {reprlib.repr(settings)}, expected a JSON object; download it again")
+    return settings or {}
+
+
 def _sides(size: Any, name: str) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    try:
-        return int(size["height"]), int(size["width"])
-    except (KeyError, TypeError, ValueError):
-        raise UnsupportedCheckpoint(f"preprocessor: {name} {size!r}, expected height and width") from None
+    height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
+    if not (isinstance(height, int) and isinstance(width, int)):
+        raise UnsupportedCheckpoint(f"preprocessor: {name} {reprlib.repr(size)}, expected height and width")
+    return height, width
 
 
 def _three(values: Any, *, positive: bool = False) -> tuple[float, float, float]:
     try:
         r, g, b = (float(v) for v in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         r = g = b = math.nan
-    if not all(math.isfinite(v) and (v > 0 or not positive) for v in (r, g, b)):
-        kind = "positive numbers" if positive else "numbers"
-        raise ConvertError(f"preprocessor: {values!r}, expected three {kind}")
+    if not all(abs(v) <= MAX_MEAN and (v > 0 or not positive) for v in (r, g, b)):
+        kind = f"{'positive ' if positive else ''}numbers of at most {MAX_MEAN}"
+        raise ConvertError(f"preprocessor: {reprlib.repr(values)}, expected three {kind}")
     return r, g, b
 
 
 def _expect(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
-        raise UnsupportedCheckpoint(f"preprocessor: {name} is {value!r}, expected {expected}")
+        raise UnsupportedCheckpoint(f"preprocessor: {name} is {reprlib.repr(value)}, expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:

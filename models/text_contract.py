@@ -9,38 +9,55 @@ Knows headers, no engine, no tensor data.
 from __future__ import annotations
 
 import math
-import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pocketllava.errors import BundleError
+from pocketllava.models.contract import (
+    BOOL,
+    FLOAT,
+    GENERAL,
+    I32,
+    MAX_LAYERS,
+    TEXT,
+    TYPE_NAMES,
+    U16,
+    U32,
+    ExpectedTensor,
+    Rule,
+    check_key,
+    check_layout,
+    check_names,
+    check_tensors,
+    fault,
+    flag,
+    only,
+    shown,
+)
 from pocketllava.models.gguf_header import ARRAY, Header
 
-U16, U32, I32, FLOAT, BOOL, TEXT = 2, 4, 5, 6, 7, 8  # enum gguf_type
-TYPE_NAMES = (
-    "uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array", "uint64", "int64",
-    "float64",
-)  # fmt: skip
 F32 = 0  # enum ggml_type
 # Every type that ggml's CPU code can look rows up in and multiply with.
 MATRIX_TYPES = (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 29, 30, 34, 35, 39)
-MIN_ALIGNMENT = 32  # ggml-cpu's TENSOR_ALIGNMENT
-MAX_LAYERS = 512  # llama-hparams.h, LLAMA_MAX_LAYERS
 MAX_CONTEXT = 1 << 24  # llama_cpp allocates so many ids for each text that it tokenizes
 MAX_TEMPLATE = 1 << 17  # characters; llama_cpp compiles each one when it loads a file
 MAX_TOKEN = 1024  # characters; Llama 3's longest has 128
 MAX_DECODED = 1 << 26  # libllama writes a whole token out once for each of its characters that is no byte's
+# What files of early 2024 have that name none; it runs in std::regex too, so runs are bounded where text comes in. The
+# stack is 8 MB, and 1 MB or less in threads and on Windows: 322 bytes a character.
+DEFAULT_PRE = "default"
+MAX_RUN = 1000  # characters
 N_DEFAULT_IDS = 12  # libllama's own bos and eos lie below
 CONTROL_TOKENS_OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 BYTE_TOKEN = 6  # llama.h, LLAMA_TOKEN_TYPE_BYTE
 BYTE_TEXTS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Those of llama_vocab::impl::load whose regex libllama has written out in C++. The others run in std::regex, which
-# overflows the stack (SIGSEGV) on some 26,000 letters, digits or signs in a row, as these 54 did not on 200,000.
-# "default" does too, but is what files of early 2024 have that name none. GLM's have no BOS, which aborts.
+# overflows the stack (SIGSEGV) on some 26,000 letters, digits or signs in a row, as these 53 did not on 200,000.
+# GLM's have no BOS, which aborts.
 PRE_TOKENIZERS = (
-    "default llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano mpt starcoder "
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano mpt starcoder "
     "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert gemma4 "
     "granite-embed-multi-311m sarvam-moe jina-v1-en jina-v2-code roberta-bpe refact command-r qwen2 deepseek-r1-qwen "
     "kormo f2llmv2 qwen35 stablelm2 olmo dbrx smaug-bpe jais smollm codeshell exaone exaone4 chameleon "
@@ -66,16 +83,6 @@ class TextInfo:
     tied: bool
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What libllama demands of one key: its GGUF type, and what must hold of its value."""
-
-    kind: int
-    expected: str
-    holds: Callable[[Any], bool] = lambda _value: True
-    required: bool = False
-
-
 def _size(required: bool = False) -> Rule:
     return Rule(U32, "a number from 1 to 2147483647", lambda n: 0 < n < 1 << 31, required)
 
@@ -84,15 +91,8 @@ def _factor(required: bool = False) -> Rule:
     return Rule(FLOAT, "a finite number, 0 or more", lambda x: 0 <= x < math.inf, required)
 
 
-def _only(kind: int, value: Any) -> Rule:
-    return Rule(kind, f"{value!r} or no such key", lambda found: bool(found == value))
-
-
 RULES: dict[str, Rule] = {
-    "general.name": Rule(TEXT, "text"),
-    # That it is a power of two is the container's affair; mapped tensors must lie where ggml's vector code can load.
-    "general.alignment": Rule(U32, f"{MIN_ALIGNMENT} or a larger power of two", lambda n: n >= MIN_ALIGNMENT),
-    "general.file_type": Rule(U32, "a number"),
+    **GENERAL,
     "split.count": Rule(U16, "one file, not a part of several", lambda n: n <= 1),
     "llama.context_length": Rule(U32, f"1 to {MAX_CONTEXT}", lambda n: 0 < n <= MAX_CONTEXT, required=True),
     "llama.embedding_length": _size(required=True),
@@ -116,23 +116,23 @@ RULES: dict[str, Rule] = {
     "llama.rope.scaling.attn_factor": _factor(),
     "llama.rope.scaling.alpha": _factor(),
     "llama.rope.scaling.original_context_length": _size(),
-    "llama.rope.scaling.finetuned": Rule(BOOL, "true or false"),
+    "llama.rope.scaling.finetuned": flag(),
     # What would make it another kind of model: experts, an encoder, a classifier, a draft model.
-    "llama.expert_count": _only(U32, 0),
-    "llama.expert_used_count": _only(U32, 0),
-    "llama.expert_group_count": _only(U32, 0),
-    "llama.expert_group_used_count": _only(U32, 0),
-    "llama.nextn_predict_layers": _only(U32, 0),
-    "llama.attention.causal": _only(BOOL, True),
-    "llama.pooling_type": _only(U32, 0),
-    "llama.classifier.pooling_type": _only(U32, 0),
+    "llama.expert_count": only(U32, 0),
+    "llama.expert_used_count": only(U32, 0),
+    "llama.expert_group_count": only(U32, 0),
+    "llama.expert_group_used_count": only(U32, 0),
+    "llama.nextn_predict_layers": only(U32, 0),
+    "llama.attention.causal": only(BOOL, True),
+    "llama.pooling_type": only(U32, 0),
+    "llama.classifier.pooling_type": only(U32, 0),
     "llama.classifier.output_labels": Rule(ARRAY, "no such key", lambda _labels: False),
     "llama.embedding_length_out": _size(),
     "tokenizer.ggml.model": Rule(TEXT, "llama or gpt2", lambda t: t in ("llama", "gpt2"), required=True),
     "tokenizer.ggml.pre": Rule(TEXT, "text"),
     "tokenizer.ggml.token_type_count": Rule(U32, "a number"),
     **{
-        f"tokenizer.ggml.{name}": Rule(BOOL, "true or false")
+        f"tokenizer.ggml.{name}": flag()
         for name in (
             "add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces",
             "normalizer.lowercase", "normalizer.strip_accents",
@@ -153,10 +153,10 @@ def check_text(header: Header) -> TextInfo:
     """Check the whole contract. Raises BundleError naming the file, what was found and what was expected."""
     _check_kind(header)
     for name, rule in RULES.items():
-        _check_key(header, name, rule)
+        check_key(header, name, rule)
     info = _shape(header, _check_vocabulary(header))
-    _check_tensors(header, info)
-    _check_layout(header)
+    check_tensors(header, _expected(info), f"{info.n_layer} blocks of `llama`")
+    check_layout(header)
     return info
 
 
@@ -167,27 +167,12 @@ def _check_kind(header: Header) -> None:
             "an mmproj, not a text model" if architecture == "clip" else "not a text model of LLaVA's kinds"
         )
         raise BundleError(
-            f"{header.path}: found a GGUF file of architecture {_shown(architecture)}, expected 'llama'; it is {kind}"
+            f"{header.path}: found a GGUF file of architecture {shown(architecture)}, expected 'llama'; it is {kind}"
         )
+    check_names(header)
     for name in header.keys:
-        if not name or "\0" in name:  # C would take it for what stands before the zero
-            raise _fault(header, f"a key is named {_shown(name)}", "a name without zero bytes")
         if f"{name}.".startswith("tokenizer.chat_template."):
-            _check_key(header, name, TEMPLATE)
-
-
-def _check_key(header: Header, name: str, rule: Rule) -> None:
-    if name not in header.keys:
-        if rule.required:
-            raise _fault(header, f"key {name} is missing", rule.expected)
-        return
-    value, kind = header.keys[name], header.key_types[name]
-    if kind != rule.kind or not rule.holds(value):
-        raise _fault(
-            header,
-            f"key {name} is {_shown(value)} ({TYPE_NAMES[kind]})",
-            f"{rule.expected} ({TYPE_NAMES[rule.kind]})",
-        )
+            check_key(header, name, TEMPLATE)
 
 
 def _check_array(
@@ -200,9 +185,9 @@ def _check_array(
     if kind != ARRAY or item not in item_types:
         found = TYPE_NAMES[kind] if item is None else f"array of {TYPE_NAMES[item]}"
         expected = " or ".join(TYPE_NAMES[t] for t in item_types)
-        raise _fault(header, f"key {name} is {_shown(value)} ({found})", f"an array of {expected}")
+        raise fault(header, f"key {name} is {shown(value)} ({found})", f"an array of {expected}")
     if length is not None and len(value) != length:
-        raise _fault(header, f"key {name} has {len(value)} items", f"{length}")
+        raise fault(header, f"key {name} has {len(value)} items", f"{length}")
     return list(value)
 
 
@@ -213,16 +198,16 @@ def _shape(header: Header, n_vocab: int) -> TextInfo:
     n_head_kv = _same_in_all(header, prefix + "head_count_kv", n_layer, n_head)
     head_size = keys.get(prefix + "key_length", n_embd // n_head)
     if n_head % n_head_kv:
-        raise _fault(header, f"{n_head} heads share {n_head_kv} of keys", "a divisor of the number of heads")
+        raise fault(header, f"{n_head} heads share {n_head_kv} of keys", "a divisor of the number of heads")
     for name, default, expected in (
         (prefix + "value_length", n_embd // n_head, head_size),
         ("llama.rope.dimension_count", head_size, head_size),
         ("llama.embedding_length_out", n_embd, n_embd),
     ):
         if (size := keys.get(name, default)) != expected:
-            raise _fault(header, f"key {name} is {size}", f"{expected}")
+            raise fault(header, f"key {name} is {size}", f"{expected}")
     if not head_size or head_size % 2:
-        raise _fault(header, f"{n_head} heads of size {head_size}", "an even size, since RoPE turns pairs")
+        raise fault(header, f"{n_head} heads of size {head_size}", "an even size, since RoPE turns pairs")
     return TextInfo(
         n_layer=n_layer,
         n_embd=n_embd,
@@ -244,11 +229,11 @@ def _same_in_all(header: Header, name: str, n_layer: int, default: int | None = 
     if name not in header.keys and default is not None:
         return default
     if header.key_types.get(name) != ARRAY:
-        _check_key(header, name, _size(required=True))
+        check_key(header, name, _size(required=True))
         return int(header.keys[name])
     sizes = _check_array(header, name, (U32, I32), n_layer) or []
     if len(set(sizes)) != 1 or not 0 < sizes[0] < 1 << 31:
-        raise _fault(header, f"key {name} is {_shown(sizes)}", "one positive number for all layers")
+        raise fault(header, f"key {name} is {shown(sizes)}", "one positive number for all layers")
     return int(sizes[0])
 
 
@@ -257,13 +242,13 @@ def _check_vocabulary(header: Header) -> int:
     keys, prefix = header.keys, "tokenizer.ggml."
     tokens = _check_array(header, prefix + "tokens", (TEXT,))
     if not tokens or len(tokens) < N_DEFAULT_IDS:
-        raise _fault(header, f"key {prefix}tokens has {len(tokens or ())} tokens", f"{N_DEFAULT_IDS} or more")
+        raise fault(header, f"key {prefix}tokens has {len(tokens or ())} tokens", f"{N_DEFAULT_IDS} or more")
     n_vocab = len(tokens)
     scores = _check_array(header, prefix + "scores", (FLOAT, I32), n_vocab)
     types = _check_array(header, prefix + "token_type", (I32,), n_vocab)
     _check_array(header, prefix + "suppress_tokens", (I32,))
     if scores and not math.isfinite(sum(scores)):
-        raise _fault(header, f"key {prefix}scores holds NaN or an infinity", "finite numbers")
+        raise fault(header, f"key {prefix}scores holds NaN or an infinity", "finite numbers")
     texts = _check_texts(header, tokens)
     _check_bytes(header, tokens, types or [])
     if keys[prefix + "model"] == "llama":
@@ -273,7 +258,7 @@ def _check_vocabulary(header: Header) -> int:
     if "phi-3" in (name := str(keys.get("general.name", "")).lower()) or "phi3" in name:
         _check_present(header, texts, CONTROL_TOKENS_OF_PHI3)
     for name in TOKEN_IDS:
-        _check_key(header, name, Rule(U32, f"one of {n_vocab} tokens' ids", lambda n: n < n_vocab))
+        check_key(header, name, Rule(U32, f"one of {n_vocab} tokens' ids", lambda n: n < n_vocab))
     return n_vocab
 
 
@@ -285,11 +270,11 @@ def _check_texts(header: Header, tokens: list[str]) -> set[str]:
         texts = set(tokens)
     if len(texts) != len(tokens):
         double = Counter(tokens).most_common(1)[0][0]
-        raise _fault(header, f"token {_shown(double)} is there twice", "tokens that differ")
+        raise fault(header, f"token {shown(double)} is there twice", "tokens that differ")
     if max(map(len, tokens)) > MAX_TOKEN:
-        raise _fault(header, f"a token has {max(map(len, tokens))} characters", f"at most {MAX_TOKEN}")
+        raise fault(header, f"a token has {max(map(len, tokens))} characters", f"at most {MAX_TOKEN}")
     if "\0" in "".join(tokens):
-        raise _fault(header, "a token holds a zero byte, where C ends it", "text")
+        raise fault(header, "a token holds a zero byte, where C ends it", "text")
     return texts
 
 
@@ -297,15 +282,13 @@ def _check_bytes(header: Header, tokens: list[str], types: list[int]) -> None:
     """libllama reads a byte's value from the fourth and fifth character."""
     for text in [text for text, kind in zip(tokens, types, strict=False) if kind == BYTE_TOKEN]:
         if len(text) != len(BYTE_TEXTS[0]):
-            raise _fault(
-                header, f"token {_shown(text)} is of type {BYTE_TOKEN}, a byte", f"{BYTE_TEXTS[0]!r}"
-            )
+            raise fault(header, f"token {shown(text)} is of type {BYTE_TOKEN}, a byte", f"{BYTE_TEXTS[0]!r}")
 
 
 def _check_spm(header: Header, texts: set[str], scores: list[Any] | None) -> None:
     """A character that is no token becomes bytes; where a byte is none either, an exception crosses C."""
     if scores is None:
-        raise _fault(header, "key tokenizer.ggml.scores is missing", "a score for each token")
+        raise fault(header, "key tokenizer.ggml.scores is missing", "a score for each token")
     _check_present(
         header, texts, [t for b, t in enumerate(BYTE_TEXTS) if not 0 < b < 128 or chr(b) not in texts]
     )
@@ -314,44 +297,27 @@ def _check_spm(header: Header, texts: set[str], scores: list[Any] | None) -> Non
 def _check_present(header: Header, texts: set[str], needed: list[str] | tuple[str, ...]) -> None:
     for text in needed:
         if text not in texts:
-            raise _fault(header, f"token {text!r} is missing", f"{', '.join(needed[:3])} and so on")
+            raise fault(header, f"token {text!r} is missing", f"{', '.join(needed[:3])} and so on")
 
 
 def _check_bpe(header: Header, tokens: list[str]) -> None:
     if _check_array(header, "tokenizer.ggml.merges", (TEXT,)) is None:
-        raise _fault(header, "key tokenizer.ggml.merges is missing", "an array of string")
-    _check_key(header, "tokenizer.ggml.pre", Rule(TEXT, "one that splits safely, such as llama-bpe", _known))
+        raise fault(header, "key tokenizer.ggml.merges is missing", "an array of string")
+    check_key(header, "tokenizer.ggml.pre", Rule(TEXT, "one that splits safely, such as llama-bpe", _known))
     if (decoded := sum(n * n for n in map(len, tokens))) > MAX_DECODED:
-        raise _fault(header, f"tokens are so long that they may take {decoded} characters", f"{MAX_DECODED}")
+        raise fault(header, f"tokens are so long that they may take {decoded} characters", f"{MAX_DECODED}")
 
 
 def _known(pre: str) -> bool:
-    return not pre or pre in PRE_TOKENIZERS.split()
+    return pre in ("", DEFAULT_PRE) or is_unbounded(pre)
 
 
-def _check_tensors(header: Header, info: TextInfo) -> None:
-    """Stops at the first fault, so that a false block_count costs no more than the file holds tensors."""
-    n_known = 0
-    for name, shape, types, required in _expected(info):
-        tensor = header.tensors.get(name)
-        if tensor is None:
-            if required:
-                raise _fault(header, f"tensor {name!r} is missing", f"{info.n_layer} blocks")
-            continue
-        n_known += 1
-        if tensor.shape != shape or tensor.type not in types:
-            raise _fault(
-                header,
-                f"tensor {name!r} has shape {list(tensor.shape)} and type {tensor.type}",
-                f"{list(shape)} and {'type 0' if types == (F32,) else f'one of {list(types)}'}",
-            )
-    if n_known != len(header.tensors):
-        known = {name for name, *_ in _expected(info)}
-        extra = next(name for name in header.tensors if name not in known)
-        raise _fault(header, f"tensor {_shown(extra)} is unexpected", f"{info.n_layer} blocks of `llama`")
+def is_unbounded(pre: str) -> bool:
+    """Whether a pre-tokenizer takes runs of any length; the others take MAX_RUN characters of one kind."""
+    return pre in PRE_TOKENIZERS.split()
 
 
-def _expected(info: TextInfo) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], bool]]:
+def _expected(info: TextInfo) -> Iterator[ExpectedTensor]:
     """Name, shape (rows first), types, and whether it must be there, of every tensor that libllama reads."""
     width, wide, turned = info.n_embd, info.n_ff, (info.head_size // 2,)
     q, kv = info.n_head * info.head_size, info.n_head_kv * info.head_size
@@ -376,21 +342,3 @@ def _expected(info: TextInfo) -> Iterator[tuple[str, tuple[int, ...], tuple[int,
         ):
             yield f"blk.{block}.{name}.weight", (rows, columns), MATRIX_TYPES, True
             yield f"blk.{block}.{name}.bias", (rows,), vector, False
-
-
-def _check_layout(header: Header) -> None:
-    """libllama takes tensors' data for one after the other, with nothing between them but padding."""
-    alignment, end = int(header.keys.get("general.alignment", 32)), 0
-    for tensor in header.tensors.values():
-        if tensor.offset != end:
-            raise _fault(header, f"tensor {tensor.name!r} lies at {tensor.offset}", f"{end}")
-        end += -(-tensor.n_bytes // alignment) * alignment
-
-
-def _shown(value: object) -> str:
-    """A value, cut short."""
-    return reprlib.repr(value)
-
-
-def _fault(header: Header, fault: str, expected: str) -> BundleError:
-    return BundleError(f"{header.path}: {fault}, expected {expected}; convert or download it again")

@@ -30,7 +30,7 @@ GIGA = 1_000_000_000
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 2  # llama.cpp takes 2**32 - 1 for "draw one"
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
-MAX_FILE_BYTES = 512 << 20  # of an image: ten times an uncompressed one of the most pixels that are accepted
+MAX_FILE_BYTES = 192 << 20  # of an image: one of the most pixels that are accepted takes 150 MB, uncompressed
 
 
 @dataclass(frozen=True, init=False)

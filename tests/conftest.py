@@ -29,9 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # What takes longest, left out by `make test-fast`: whole conversions, children, every type of quantization.
 SLOW = (
-    "attack", "bad_checkpoints", "bench", "cache", "chat", "children", "cli", "convert", "damage", "demo", "docs",
-    "evaluation", "examples", "imatrix", "interrupts", "manifest", "original", "pickled", "prefixes", "quantize",
-    "repair", "scale", "streams", "text_contract", "usage", "variants",
+    "attack", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat", "children", "cli", "convert", "damage",
+    "demo", "docs", "evaluation", "examples", "imatrix", "interrupts", "manifest", "odd_checkpoints", "original",
+    "pickled", "prefixes", "quantize", "repair", "scale", "streams", "text_contract", "usage", "variants",
 )  # fmt: skip
 
 

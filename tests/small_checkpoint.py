@@ -349,7 +349,7 @@ def _write_original_configs(folder: Path, c: Layout, text: dict[str, Any], visio
         "freeze_mm_mlp_adapter": False, "image_aspect_ratio": c.aspect, "image_grid_pinpoints": None,
         "mm_hidden_size": c.vision, "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
         "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2, "mm_vision_tower": str(folder / CLIP), "pad_token_id": 0,
+        "mm_vision_select_layer": -2, "mm_vision_tower": CLIP, "pad_token_id": 0,
         "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": False, "use_cache": True, "use_mm_proj": True,
     })  # fmt: skip
     (folder / CLIP).mkdir(exist_ok=True)

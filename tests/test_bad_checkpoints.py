@@ -100,7 +100,8 @@ def overlapping(entries: dict[str, Any]) -> None:
 
 
 def lost_shard(folder: Path) -> None:
-    """An index that names a file which is not there."""
+    """An index that names a file which is not there, and no whole file."""
+    (folder / "model.safetensors").unlink()
     dump(
         folder / "model.safetensors.index.json", {"weight_map": {Q_PROJ: "model-00002-of-00003.safetensors"}}
     )

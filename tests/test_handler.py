@@ -7,13 +7,13 @@ import gc
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pictures
 import pytest
 
-from pocketllava import Bundle, ContextOverflow, InputError, UnsupportedOption
+from pocketllava import Bundle, ContextOverflow, InputError, StateError, UnsupportedOption
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
 from pocketllava.prompt.openai import from_openai
 
@@ -93,7 +93,9 @@ def test_a_prompt_that_ends_in_an_image(make_bundle: Any, tmp_path: Any) -> None
     (tmp_path / "model.gguf").write_bytes(bundle.model.read_bytes())
     (tmp_path / "mmproj.gguf").write_bytes(bundle.mmproj.read_bytes())
     manifest = json.loads((bundle.folder / "bundle.json").read_text("utf-8"))
-    manifest["chat_template"] = "{% for m in messages %}{{ m.content[0].text }}<image>{% endfor %}"
+    manifest["chat_template"] = (
+        "{% for m in messages %}{{ m.content[-1].text }}{% for p in m.content[:-1] %}<image>{% endfor %}{% endfor %}"
+    )
     (tmp_path / "bundle.json").write_text(json.dumps(manifest), "utf-8")
     llama = Llama(
         str(bundle.model), chat_handler=LlavaChatHandler(tmp_path), n_ctx=1024, n_threads=1, verbose=False
@@ -133,6 +135,32 @@ def test_a_llama_without_close_is_freed(bundle: Bundle) -> None:
     del llama
     gc.collect()
     assert gone() is None
+
+
+LATE: dict[str, Callable[[Any, Any], Any]] = {
+    "__call__": lambda handler, llama: handler(llama=llama, messages=REQUEST, max_tokens=1),
+    "session": lambda handler, llama: handler.session(llama),
+}
+
+
+@pytest.mark.parametrize("closed", ["handler", "Llama"])
+@pytest.mark.parametrize("used", [False, True])
+def test_after_close_every_member_is_a_state_error(bundle: Bundle, closed: str, used: bool) -> None:
+    from llama_cpp import Llama
+
+    public = {n for n, member in vars(LlavaChatHandler).items() if callable(member) and not n.startswith("_")}
+    assert public - {"close"} | {"__call__"} == set(LATE)  # load_image is llama_cpp's; it needs no model
+    handler = LlavaChatHandler(bundle.folder)
+    llama: Any = Llama(str(bundle.model), chat_handler=handler, n_ctx=1024, n_threads=1, verbose=False)
+    if used:
+        llama.create_chat_completion(REQUEST, max_tokens=1)
+    for _ in range(2):
+        (handler if closed == "handler" else llama).close()
+    for call in (*LATE.values(), lambda _, llama: llama.create_chat_completion(REQUEST, max_tokens=1)):
+        with pytest.raises(StateError, match=rf"^{closed}: used after close\(\); make another$"):
+            call(handler, llama)
+    handler.close()
+    llama.close()
 
 
 def test_options_of_the_llama_are_not_the_handlers(bundle: Bundle) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
-from pocketllava.vision.image import load, preprocess, resize_and_crop
+from pocketllava.vision.image import Picture, load, preprocess, resize_and_crop
 
 CLIP = Preprocessing()
 
@@ -140,7 +140,7 @@ def huge_png(width: int, height: int) -> bytes:
     [
         (b"", r"0 bytes that are not an image"),
         (b"hello, world", r"12 bytes that are not an image; expected one of PNG, JPEG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"PostScript, expected one of PNG, JPEG"),
         (huge_png(40_000, 40_000), r"pixels"),
         (huge_png(9_000, 9_000), r"9000 x 9000 = 81 megapixels, expected at most 50"),
         (huge_png(100, 100), r"a damaged image"),
@@ -167,7 +167,7 @@ def test_larger_images_on_request() -> None:
 
 def test_lines_of_pixels_are_refused() -> None:
     with pytest.raises(ImageError, match=r"5000 x 1 pixels, expected sides of at most 200:1"):
-        resize_and_crop(Image.new("RGB", (5000, 1)), CLIP)
+        resize_and_crop(Picture.of(Image.new("RGB", (5000, 1))), CLIP)
 
 
 @settings(max_examples=100)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attack.gguf_mutants import File
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 from test_quantize import tensor_bytes
@@ -153,6 +154,23 @@ def test_damaged_matrices(make_checkpoint: Any, tmp_path: Path, bundle: Bundle) 
         read_matrix(bundle.model, "Q4_0")
     with pytest.raises(ConvertError, match="cannot be read"):
         read_matrix(tmp_path / "none.gguf", "Q4_0")
+
+
+@pytest.mark.parametrize(("kind", "count"), [(5, -1), (11, -(2**40)), (10, 2**64 - 1), (6, 0.5), (8, "many")])
+def test_a_count_of_chunks_that_no_key_can_hold_is_left_out(
+    make_checkpoint: Any, tmp_path: Path, kind: int, count: Any
+) -> None:
+    half = model_file(make_checkpoint(layers=2, ffn=256), "F16", tmp_path / "f16.gguf")
+    path = made_up(half, tmp_path / "m.gguf")
+    file = File.read(path)
+    file.keys = [
+        (n, kind, count, 0) if n == "imatrix.chunk_count" else (n, k, v, i) for n, k, v, i in file.keys
+    ]
+    path.write_bytes(file.header() + file.data)
+    matrix = read_matrix(path, "Q4_0")
+    assert matrix is not None
+    recorded = matrix.keys()
+    assert "quantize.imatrix.chunks_count" not in [key.name for key in recorded]
 
 
 def test_ggmls_layout_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import pictures
@@ -56,6 +60,19 @@ def test_it_makes_no_difference_to_the_answer_how_weights_are_held(make_bundle: 
             answers.add(answer.token_ids)
             assert shown in answer.timings.devices[0]
     assert len(answers) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not truncate a file that is open")
+def test_weights_in_memory_outlive_their_file(bundle: Bundle, tmp_path: Path) -> None:
+    """A mapped file that is truncated ends the process."""
+    folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    with Llava.load(folder, weights="memory") as llava:
+        before = llava.ask(pictures.four()[0], "What is it?", options=SHORT).token_ids
+        for name in ("model.gguf", "mmproj.gguf"):
+            os.truncate(folder / name, 0)
+        llava.clear_cache()
+        assert llava.ask(pictures.four()[0], "What is it?", options=SHORT).token_ids == before
+        assert llava.image_features(pictures.four()[1]).any()
 
 
 def test_a_quantized_cache_answers_nearly_the_same(make_bundle: Any) -> None:

@@ -175,7 +175,7 @@ def test_llava_1_5s_own_tower_needs_no_network(make_checkpoint: Any, tmp_path: P
 def test_the_tower_that_is_given(make_checkpoint: Any, tmp_path: Path) -> None:
     whole = make_checkpoint(naming="original", weights="bin", tower="folder")
     folder = changed(whole, tmp_path, mm_vision_tower="/nowhere/clip")
-    with pytest.raises(ConvertError, match=r"/nowhere/clip: found nothing, expected .*--vision-tower FOLDER"):
+    with pytest.raises(ConvertError, match=r"'/nowhere/clip', expected .*: give --vision-tower FOLDER"):
         plan(folder)
     planned = plan(folder, vision_tower=whole / CLIP)
     assert planned.dropped["text_model.final_layer_norm.weight"] == "not the vision tower's"
@@ -183,6 +183,57 @@ def test_the_tower_that_is_given(make_checkpoint: Any, tmp_path: Path) -> None:
         cli, ["convert", str(folder), "--out", "x", "--vision-tower", str(whole / CLIP), "--dry-run"]
     )
     assert out.exit_code == 0, out.output
+
+
+OPENED_UNASKED = (
+    "somebody/clip",
+    "../{clip}",
+    "{folder}/{clip}",
+    "{folder}/sub/../{clip}",
+    "C:\\clip",
+    "~/clip",
+)
+
+
+@pytest.mark.parametrize("name", OPENED_UNASKED)
+@pytest.mark.parametrize("tower", ["inside", "folder"])
+def test_a_tower_elsewhere_is_not_opened_unasked(
+    make_checkpoint: Any, tmp_path: Path, name: str, tower: str
+) -> None:
+    """Neither a path beside the checkpoint that exists nor a stranger's hub id; a link out of it is no way either."""
+    whole = make_checkpoint(naming="original", weights="bin", tower=tower)
+    named = name.format(folder=whole, clip=CLIP)
+    with pytest.raises(ConvertError, match=r"mm_vision_tower is .* nothing else is opened unasked"):
+        plan(changed(whole, tmp_path, mm_vision_tower=named))
+
+
+def test_a_link_out_of_the_checkpoint_is_not_followed(make_checkpoint: Any, tmp_path: Path) -> None:
+    whole = make_checkpoint(naming="original", weights="bin", tower="folder")
+    folder = changed(whole, tmp_path, mm_vision_tower="link")
+    try:
+        (folder / "link").symlink_to(whole / CLIP, target_is_directory=True)
+    except OSError:
+        pytest.skip("no symbolic links here")
+    with pytest.raises(ConvertError, match="nothing else is opened unasked"):
+        plan(folder)
+
+
+@pytest.mark.parametrize("known", ["clip-vit-large-patch14", "clip-vit-large-patch14-336"])
+def test_openais_towers_are_read_from_the_hub_after_saying_so(
+    make_checkpoint: Any,
+    tmp_path: Path,
+    known: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the hub, not from a folder of that name where the command happens to run."""
+    whole = make_checkpoint(naming="original", weights="bin", tower="folder")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole / CLIP, tmp_path / "openai" / known)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(ConvertError, match=f"vision tower openai/{known}: .*the hub gave nothing"):
+        plan(changed(whole, tmp_path, mm_vision_tower=f"/data/{known}"))
+    assert f"config.json names the vision tower openai/{known}: reading it from the hub" in caplog.text
 
 
 def test_a_given_tower_replaces_the_one_inside(make_checkpoint: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,49 @@ def test_odd_pickles_are_one_line(tmp_path: Path, case: str) -> None:
     with pytest.raises(ConvertError, match=message) as caught:
         read_pickled(path)
     assert "\n" not in str(caught.value)
+
+
+ONES = b"(" + b"K\x01" * 200_000 + b"tq\x02"  # a tuple of 200,000 numbers, in the memo
+BOMBS = {
+    "MEMOIZE": b"}" + b"\x94" * (12 << 20),
+    "LONG_BINPUT": b"}" + b"".join(b"r" + struct.pack("<I", n) for n in range(1 << 20)),
+    "EMPTY_DICT": b"}" * (15 << 20),
+    "TUPLE1": b"}" + b"\x85" * (15 << 20),
+    "four bytes a character": b"}X" + struct.pack("<I", 15 << 20) + b"a" * ((15 << 20) - 4) + "🙂".encode(),
+    "arguments again and again": ONES + b"ctorch._utils\n_rebuild_parameter\nq\x01" + b"h\x01h\x02R" * 100_000,
+    "a shape again and again": ONES + STORE + b"q\x01" + b"ctorch._utils\n_rebuild_tensor_v2\n(h\x01K\x00h\x02h\x02tR" * 50_000,
+}  # fmt: skip
+BOMBED = """
+import re, sys, time
+from pathlib import Path
+from pocketllava import ConvertError
+from pocketllava.convert.read.torch_zip import read_pickled
+
+for path in map(Path, sys.argv[1:]):
+    start = time.process_time()
+    try:
+        print("no error", read_pickled(path))
+    except ConvertError as error:
+        print(error)
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    print(time.process_time() - start, peak[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_bombs_take_little_memory_and_time(tmp_path: Path) -> None:
+    """12 MB of MEMOIZE once took 1.5 GB."""
+    paths = [
+        archive(tmp_path / f"{name}.bin", b"\x80\x04" + bomb + b".", {"0": SIX})
+        for name, bomb in BOMBS.items()
+    ]
+    done = subprocess.run([sys.executable, "-c", BOMBED, *map(str, paths)], capture_output=True, text=True, check=True)  # fmt: skip
+    lines = done.stdout.splitlines()
+    for path, message, figures in zip(paths, lines[::2], lines[1::2], strict=True):
+        seconds, kilobytes = map(float, figures.split())
+        assert message.startswith(f"{path}: "), message
+        assert kilobytes < 250_000, path
+        assert seconds < 5, path
 
 
 def change(at: bytes, instead: bytes) -> Any:

@@ -147,7 +147,7 @@ def test_feature_layers_are_stored_ascending(make_bundle: Any) -> None:
         ({"vision_feature_layer": [-2, 2]}, "names a layer twice"),
         ({"vision_feature_layer": []}, "expected a whole number or a list"),
         ({"vision_feature_layer": [-2, -9]}, "expected one of 3 blocks"),
-        ({"image_token_index": 10**6}, "image_token_index 1000000, expected an id below"),
+        ({"image_token_index": 10**6}, "image_token_index 1000000, which the tokenizer's files do not name"),
     ],
 )
 def test_refused_configs(make_checkpoint: Any, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

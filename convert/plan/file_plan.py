@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from pocketllava.convert.plan.quantize import dequantize, n_bytes
+from pocketllava.convert.read.checkpoint import UNINDEXED
 from pocketllava.convert.read.sources import SourceTensor
 from pocketllava.errors import TensorMismatch, UnsupportedCheckpoint
-from pocketllava.models.gguf_header import ALIGNMENT
-from pocketllava.models.gguf_writer import Key
+from pocketllava.models.gguf_header import ALIGNMENT, Header, TensorInfo
+from pocketllava.models.gguf_writer import ARCHITECTURE, Key
 
 CHUNK_VALUES = 1 << 19  # rows are read and quantized about 2 MB of float32 at a time
 FLOAT_TYPES = ("F32", "F16", "BF16")
@@ -105,6 +107,23 @@ class FilePlan:
         texts = sum(len(str(item).encode()) + 8 for items in lists for item in items)
         return texts + 64 * (len(self.keys) + len(self.tensors)) + (1 << 14)
 
+    def header(self, path: Path) -> Header:
+        """The header that the file at `path` will have, to check before hours of work; without its own size."""
+        tensors, end = {}, 0
+        for t in self.tensors:
+            tensors[t.name] = TensorInfo(t.name, t.shape, int(t.type), end, t.n_bytes)
+            end += -(-t.n_bytes // ALIGNMENT) * ALIGNMENT
+        keys = (Key(ARCHITECTURE, self.architecture, GGUFValueType.STRING), *self.keys)
+        return Header(
+            path,
+            {key.name: key.value for key in keys},
+            {key.name: int(key.kind) for key in keys},
+            tensors,
+            data_start=self.header_bytes,
+            file_bytes=self.header_bytes + end,
+            item_types={key.name: int(key.item) for key in keys if key.item is not None},
+        )
+
     @property
     def source_bytes(self) -> int:
         """Bytes that have to be read from the checkpoint."""
@@ -147,9 +166,10 @@ class TensorTaker:
         for name in [n for n in self._left if n.startswith(prefix)]:
             dropped[self._left.pop(name).name] = reason
 
-    def finish(self) -> None:
-        """Raise TensorMismatch if any tensor was neither taken nor dropped."""
-        if left := [t.name for t in self._left.values()]:
+    def finish(self, dropped: dict[str, str]) -> None:
+        """Raise TensorMismatch if any tensor was neither taken nor dropped; one that no index names is dropped."""
+        dropped |= {t.name: UNINDEXED for t in self._left.values() if not t.indexed}
+        if left := [t.name for t in self._left.values() if t.indexed]:
             raise TensorMismatch(
                 f"{left[0]}: unexpected tensor in the {self._part} part ({len(left)} such tensors); config.json"
                 " describes a model without it",

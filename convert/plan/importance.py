@@ -96,7 +96,8 @@ def _checked(header: Header) -> ImportanceMatrix:
         raise ConvertError(f"{path}: an importance matrix without entries; make it again")
     datasets, chunks = keys[DATASETS], keys[CHUNK_COUNT]
     texts = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
-    return ImportanceMatrix(path, values, texts, chunks if isinstance(chunks, int) else 0)
+    known = isinstance(chunks, int) and 0 <= chunks < 1 << 32  # it becomes a key of that type
+    return ImportanceMatrix(path, values, texts, chunks if known else 0)
 
 
 def _values(header: Header, name: str) -> npt.NDArray[np.float32]:

@@ -68,8 +68,8 @@ def plan_mmproj(
         )
         for name, source in (*_vision(vision, config.vision), *_projector(projector, config), *newline)
     )
-    vision.finish()
-    projector.finish()
+    vision.finish(dropped)
+    projector.finish(dropped)
     return FilePlan(ARCHITECTURE, tuple(_keys(checkpoint, config, preprocessing, quant)), tensors)
 
 

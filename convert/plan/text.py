@@ -21,6 +21,7 @@ from pocketllava.convert.plan.quantize import TEXT_TYPES, Mix
 from pocketllava.convert.read.checkpoint import Checkpoint
 from pocketllava.convert.read.config import TextConfig
 from pocketllava.convert.read.sources import SourceTensor
+from pocketllava.convert.read.tied import HEAD
 from pocketllava.convert.read.vocab import Vocab
 from pocketllava.models.gguf_writer import Key
 
@@ -51,13 +52,13 @@ def plan_text(
     """Map every text tensor. Raises TensorMismatch; records in `dropped` what is left out and why."""
     taker = TensorTaker(checkpoint.tensors, "text")
     if config.tied:
-        taker.drop("text.lm_head.", "tied to the token embedding", dropped)
+        taker.drop(HEAD, "tied to the token embedding", dropped)
     mix = Mix(quant, config.n_layer, config.n_head // config.n_head_kv, config.tied, matrix is not None)
     tensors = [
         PlannedTensor(name, source.shape, mix.type_of(name, source.shape), source, heads)
         for name, source, heads in _tensors(taker, config)
     ]
-    taker.finish()
+    taker.finish(dropped)
     tensors += _computed(config)
     if matrix is not None:
         tensors = [replace(t, importance=matrix.of(t.name, t.shape, t.type)) for t in tensors]
@@ -93,7 +94,7 @@ def _tensors(taker: TensorTaker, c: TextConfig) -> Iterator[tuple[str, SourceTen
             yield f"blk.{n}.{gguf_name}.weight", source, heads.get(gguf_name, 0)
     yield "output_norm.weight", taker.take("text.norm.weight", (c.n_embd,)), 0
     if not c.tied:
-        yield "output.weight", taker.take("text.lm_head.weight", (c.n_vocab, c.n_embd)), 0
+        yield "output.weight", taker.take(HEAD, (c.n_vocab, c.n_embd)), 0
 
 
 def _computed(c: TextConfig) -> list[PlannedTensor]:

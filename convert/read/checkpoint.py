@@ -7,6 +7,7 @@ text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, pro
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from pocketllava.convert.read import original
-from pocketllava.convert.read.shards import INDEXES, SAFETENSORS, has_weights, read_tensors
-from pocketllava.convert.read.sources import SourceTensor, read_json
+from pocketllava.convert.read.shards import FORMATS, SAFETENSORS, has_weights, read_tensors
+from pocketllava.convert.read.sources import SourceTensor, read_bytes, read_json
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
 
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+logger = logging.getLogger("pocketllava")
+# Other JSON files in a folder are other programs': never read, whatever they hold.
+JSON_FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json",
+)  # fmt: skip
+JINJA_FILES = ("chat_template.jinja", "additional_chat_templates/default.jinja")
+PATTERNS = [*JSON_FILES, *(f.index for f in FORMATS), "*.safetensors", "tokenizer.model", "*.jinja"]
 PICKLED_PATTERNS = ["pytorch_model*.bin"]
+UNINDEXED = "belongs to no part of the model, and the index does not name it"
+MAX_TEMPLATE_BYTES = 1 << 20
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -27,7 +37,8 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 class Checkpoint:
     """An opened checkpoint: `files` is JSON content by file name, `tensors` by canonical name.
 
-    original: the unchanged config.json of a checkpoint in the original authors' format.
+    original: the unchanged config.json of a checkpoint in the original authors' format. remarks: a line about each
+    oddity that a conversion copes with.
     """
 
     folder: Path
@@ -37,6 +48,7 @@ class Checkpoint:
     tensors: dict[str, SourceTensor]
     dropped: dict[str, str]
     original: dict[str, Any] | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -62,7 +74,7 @@ def fetch(source: str, revision: str | None = None, weights: bool = True) -> tup
 
 def _download(source: str, revision: str | None, weights: bool) -> tuple[Path, dict[str, Any]]:
     try:
-        folder = _snapshot(source, revision, PATTERNS if weights else ["*.json"])
+        folder = _snapshot(source, revision, PATTERNS if weights else list(JSON_FILES))
         if weights and not has_weights(folder, (SAFETENSORS,)):
             folder = _snapshot(source, folder.name, PICKLED_PATTERNS)
     except ModuleNotFoundError as error:
@@ -97,24 +109,30 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
         )
     if not (folder / "config.json").is_file():
         raise ConvertError(f"{folder}: no config.json, expected a LLaVA-1.5 checkpoint")
-    files = {path.name: read_json(path) for path in sorted(folder.glob("*.json")) if path.name not in INDEXES}
-    template = _chat_template(folder, files)
+    files = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    template, sources = _chat_template(folder, files)
+    remarks = [f"chat template: {sources[0]}'s; ignored: {', '.join(sources[1:])}"] if sources[1:] else []
     kind = original.text_kind(files["config.json"])
     if kind is None:
         if vision_tower is not None:
             raise ConvertError(f"{folder}: holds its vision tower itself; leave --vision-tower out")
-        tensors, dropped = _named(read_tensors(folder), canonical, folder)
-        return Checkpoint(folder, identity, files, template, tensors, dropped)
+        weights = read_tensors(folder)
+        tensors, dropped = _named(weights.tensors, canonical, folder)
+        remarks += weights.remarks
+        return Checkpoint(folder, identity, files, template, tensors, dropped, remarks=tuple(remarks))
     config = files["config.json"]
     original.hub_config(config, None)  # refuses what cannot be converted, before a tower is fetched
-    tensors, dropped = _named(read_tensors(folder), original.canonical, folder)
-    vision = _original_tower(config, vision_tower, tensors, dropped, files)
+    weights = read_tensors(folder)
+    tensors, dropped = _named(weights.tensors, original.canonical, folder)
+    vision = _original_tower(folder, config, vision_tower, tensors, dropped, files)
     files["config.json"] = original.hub_config(config, vision)
     template = template if template and "image" in template else original.TEMPLATES[kind]
-    return Checkpoint(folder, identity, files, template, tensors, dropped, config)
+    remarks += weights.remarks
+    return Checkpoint(folder, identity, files, template, tensors, dropped, config, tuple(remarks))
 
 
 def _original_tower(
+    checkpoint: Path,
     config: dict[str, Any],
     given: str | None,
     tensors: dict[str, SourceTensor],
@@ -123,11 +141,15 @@ def _original_tower(
 ) -> dict[str, Any] | None:
     """The vision tower's config; adds its tensors and preprocessing to those of a checkpoint that has none."""
     inside = [name for name in tensors if name.startswith("vision.")]
-    name = original.tower_name(config, given)
-    if inside and given is None and name.endswith("/" + original.KNOWN_TOWER) and not Path(name).is_dir():
+    source = original.tower_source(config, checkpoint, given)
+    if inside and source == original.HUB_OWNER + original.KNOWN_TOWER and given is None:
         return None
     try:
-        folder, _ = fetch(name, weights=not inside or given is not None)
+        if given is None and not Path(source).is_absolute():  # a hub id, whatever lies in the current folder
+            logger.warning("config.json names the vision tower %s: reading it from the hub", source)
+            folder, _ = _download(source, None, weights=not inside)
+        else:
+            folder, _ = fetch(source, weights=not inside or given is not None)
     except ConvertError as error:
         raise ConvertError(f"vision tower {error}; --vision-tower FOLDER names another") from error
     vision = original.tower_config(folder)
@@ -150,7 +172,9 @@ def _named(
     unknown: list[str] = []
     for tensor in sources:
         name = name_of(tensor.name)
-        if name is None:
+        if name is None and not tensor.indexed:
+            dropped[tensor.name] = UNINDEXED
+        elif name is None:
             unknown.append(tensor.name)
         elif name.endswith((".position_ids", ".rotary_emb.inv_freq")):
             dropped[tensor.name] = "a constant that the runtime computes"
@@ -187,12 +211,32 @@ def canonical(name: str) -> str | None:
     return "text." + name if name.startswith("lm_head.") else None
 
 
-def _chat_template(folder: Path, files: dict[str, Any]) -> str | None:
-    """The processor's chat template, wherever this version of transformers keeps it."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = files.get(name, {}).get("chat_template")
-        if isinstance(template, str):
-            return template
-    return None
+def _chat_template(folder: Path, files: dict[str, Any]) -> tuple[str | None, list[str]]:
+    """(the checkpoint's chat template, every file that has one), the file that counts first.
+
+    The order is that of transformers 5.24's processor (processing_utils.py, get_processor_dict); tokenizer_config.json
+    comes last, which older processors fell back to.
+    """
+    jinja = {
+        name: read_bytes(folder / name, MAX_TEMPLATE_BYTES).decode()
+        for name in JINJA_FILES
+        if (folder / name).is_file()
+    }
+    json_files = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
+    described = {name: files.get(name, {}).get("chat_template") for name in json_files}
+    last = described.pop("tokenizer_config.json")
+    templates = {
+        name: template
+        for name, value in {**described, **jinja, "tokenizer_config.json": last}.items()
+        if (template := _default_template(value)) is not None
+    }
+    return next(iter(templates.values()), None), list(templates)
+
+
+def _default_template(value: Any) -> str | None:
+    """The template itself, or the one called "default" of several: {name: template} or [{name, template}]."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
+    return value if isinstance(value, str) else None

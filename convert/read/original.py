@@ -8,7 +8,7 @@ tower; the rest of a conversion is the same for every format.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pocketllava.convert.read.shards import read_tensors
@@ -22,6 +22,7 @@ KINDS = {  # architecture or model_type -> text model
     "llava_mistral": "mistral",
 }
 KNOWN_TOWER = "clip-vit-large-patch14-336"  # LLaVA-1.5's: LlavaConfig's own default, no need to ask the hub
+KNOWN_TOWERS = (KNOWN_TOWER, "clip-vit-large-patch14")
 HUB_OWNER = "openai/"
 NOT_VISION = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
 
@@ -122,24 +123,36 @@ def space_prefix(hub_prefix: str, tokenizer_config: Mapping[str, Any], described
     Its Llama tokenizer is the slow one, whatever tokenizer.json says: with legacy=false only the start of such
     a text gets the space, otherwise every run between special tokens too.
     """
-    if hub_prefix == "none":
-        return hub_prefix
+    if hub_prefix == "none" or (not described and tokenizer_config.get("add_prefix_space") is False):
+        return "none"
     if kind == "llama" or not described:
         return "chunk" if tokenizer_config.get("legacy") is False else "every"
     return "chunk" if hub_prefix == "first" else hub_prefix
 
 
-def tower_name(config: Mapping[str, Any], given: str | None) -> str:
-    """The folder or hub id of the vision tower: the one that the caller gives, or mm_vision_tower's."""
+def tower_source(config: Mapping[str, Any], folder: Path, given: str | None) -> str:
+    """The folder or hub id of the vision tower: the one that the caller gives, or mm_vision_tower's.
+
+    A checkpoint is a stranger's file: of what it names, only its own folders and OpenAI's two towers are opened.
+    Raises ConvertError.
+    """
     if given is not None:
         return given
     name = config.get("mm_vision_tower", config.get("vision_tower"))
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or "\0" in name:
         raise ConvertError(
             f"config.json: mm_vision_tower is {name!r}, expected a name; give --vision-tower FOLDER"
         )
-    known = Path(name).name == KNOWN_TOWER  # often a path on the trainer's machine
-    return HUB_OWNER + KNOWN_TOWER if known and not Path(name).is_dir() else name
+    own = (folder / name).resolve()  # an absolute path stays what it is
+    if own.is_relative_to(folder.resolve()) and own.is_dir():
+        return str(own)
+    last = PureWindowsPath(name).name  # often a path on the trainer's machine, which may be of any kind
+    if last in KNOWN_TOWERS:
+        return HUB_OWNER + last
+    raise ConvertError(
+        f"config.json: mm_vision_tower is {name!r}, expected {HUB_OWNER}{KNOWN_TOWER} or a folder of the checkpoint;"
+        " nothing else is opened unasked: give --vision-tower FOLDER"
+    )
 
 
 def tower_config(folder: Path) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def tower_tensors(folder: Path) -> tuple[dict[str, SourceTensor], dict[str, str]
     """(the vision tower's tensors by canonical name, reasons by the name of a tensor left out) of a CLIP folder."""
     tensors: dict[str, SourceTensor] = {}
     dropped: dict[str, str] = {}
-    for tensor in read_tensors(folder):
+    for tensor in read_tensors(folder).tensors:
         if tensor.name.startswith(NOT_VISION):
             dropped[tensor.name] = "not the vision tower's"
         elif tensor.name.endswith(".position_ids"):

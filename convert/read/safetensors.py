@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pocketllava.convert.read.sources import (
     SourceTensor,
     is_count,
     lfs_pointer,
+    opened,
     parse_json,
     size_bytes,
 )
@@ -25,8 +27,8 @@ def read_safetensors(path: Path) -> list[SourceTensor]:
     Format: an 8-byte little-endian header length, a JSON header, tensor data
     (https://huggingface.co/docs/safetensors). Raises ConvertError.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         if head == LFS[:8]:
             raise lfs_pointer(path)

@@ -9,13 +9,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pocketllava.errors import ConvertError
+from pocketllava.models.files import open_regular, read_regular
 
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 WIDTHS |= {"F8_E4M3": 1, "F8_E5M2": 1}
 MAX_COUNT = 1 << 40  # of values along an axis, or bytes into a file
+MAX_JSON_BYTES = 128 << 20  # the largest tokenizer.json there is has 35 MB
 LFS = b"version https://git-lfs"
 
 
@@ -23,7 +25,8 @@ LFS = b"version https://git-lfs"
 class SourceTensor:
     """The file and offset of one tensor's bytes. `shape` is rows first; `dtype` is safetensors' code.
 
-    computed: the bytes themselves, for a tensor that is computed from config.json and is in no file.
+    computed: the bytes themselves, for a tensor that is computed from config.json and is in no file. indexed: False
+    for one that its shards' index does not name.
     """
 
     name: str
@@ -33,6 +36,7 @@ class SourceTensor:
     dtype: str
     shape: tuple[int, ...]
     computed: bytes | None = None
+    indexed: bool = True
 
 
 def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -47,7 +51,23 @@ def is_count(n: Any) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object. Raises ConvertError."""
-    return parse_json(path.read_bytes(), path)
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """A small file of a checkpoint. Raises ConvertError for what is no regular file, or larger than any such file."""
+    try:
+        return read_regular(path, max_bytes)
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def opened(path: Path) -> BinaryIO:
+    """A weight file. Raises ConvertError for what is no regular file."""
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:

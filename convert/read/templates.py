@@ -29,12 +29,6 @@ LLAMA3_TEMPLATE = (
 def chat_template(checkpoint: Checkpoint, vocab: Vocab, image_token_id: int) -> str:
     """The checkpoint's chat template if it knows images, otherwise the one of its family."""
     own = checkpoint.chat_template
-    if own and "image" in own and checkpoint.original is not None:
-        return own  # its image token is no row of the vocabulary
-    if image_token_id >= len(vocab.tokens):
-        raise ConvertError(
-            f"config.json: image_token_index {image_token_id}, expected an id below {len(vocab.tokens)}"
-        )
     if own and "image" in own:
         return own
     family = LLAMA3_TEMPLATE if LLAMA3_HEADER in vocab.tokens else DEFAULT_TEMPLATE

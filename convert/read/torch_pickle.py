@@ -1,8 +1,8 @@
 """The pickle of a torch state dict, read as data: a small stack machine that builds tables and calls nothing.
 
 Knows the pickle opcodes that torch.save writes for a dict of tensors, and six kinds of names. No name is looked up:
-any other global or opcode is refused, so nothing in a file can run. A value takes no more memory than its bytes in
-the file, and no code here recurses into nested values.
+any other global or opcode is refused, so nothing in a file can run. The number of opcodes is bounded, since one byte
+can take a hundred of memory, and no code here recurses into nested values.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ PLAIN = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHO
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MAX_DIMENSIONS = 8
+MAX_ARGUMENTS = 16  # torch's functions take up to seven
+MAX_OPCODES = 1 << 19  # a 13B model's takes some 30,000; a memo's entry or an empty dict takes 100 bytes
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class _Machine:
         """The value at STOP."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pickletools decodes invalid escapes before step() refuses them
-            for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+            for n, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+                if n == MAX_OPCODES:
+                    raise _Refused(f"a pickle of more than {MAX_OPCODES} opcodes, which no state dict needs")
                 if opcode.name == "STOP":
                     return self.pop()
                 self.step(opcode.name, argument)
@@ -221,6 +225,10 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if type(function) is not Global or type(arguments) is not tuple:
             raise _Refused("the pickle calls something that is no name; nothing of it was run")
+        if len(arguments) > MAX_ARGUMENTS:
+            raise _Refused(
+                f"{function.name} with {len(arguments)} arguments; expected what torch.save writes"
+            )
         match (function.name, *arguments):
             case (name,) if name == ORDERED:
                 self.stack.append({})
@@ -235,8 +243,8 @@ class _Machine:
 
 
 def _view(storage: Storage, offset: Any, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> View:
-    numbers = (offset, *shape, *strides)
-    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS or not all(map(is_count, numbers)):
+    possible = len(shape) == len(strides) <= MAX_DIMENSIONS
+    if not possible or not all(map(is_count, (offset, *shape, *strides))):
         raise _Refused(
             f"a view of storage {storage.key[:40]!r} has no possible shape; download the file again"
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from pocketllava.convert.read.sources import LFS, WIDTHS, SourceTensor, lfs_pointer, size_bytes
+from pocketllava.convert.read.sources import LFS, WIDTHS, SourceTensor, lfs_pointer, opened, size_bytes
 from pocketllava.convert.read.torch_pickle import View, read_state_dict
 from pocketllava.errors import ConvertError
 
@@ -21,7 +21,7 @@ PICKLE, BYTE_ORDER = "data.pkl", "byteorder"
 LOCAL = struct.Struct("<4s5H3I2H")  # a zip entry's local header, APPNOTE 4.3.7
 LOCAL_SIGNATURE, ZIP = b"PK\x03\x04", b"PK"
 ENCRYPTED = 1
-MAX_PICKLE_BYTES = 64 << 20  # a 13B model's takes 0.1 MB
+MAX_PICKLE_BYTES = 16 << 20  # a 13B model's takes 0.1 MB
 MAX_ENTRIES = 1 << 17
 MAX_DIRECTORY_BYTES = 8 << 20  # of the zip archive; a 13B model's takes 0.1 MB
 TRUST = "from torch import load, save; save(load(FILE, weights_only=True), FILE)"
@@ -33,7 +33,7 @@ def read_pickled(path: Path) -> list[SourceTensor]:
     Raises ConvertError for everything else: another format, another pickle, compressed or overlapping
     entries, tensors whose rows are not contiguous.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         _check_format(file, path)
         try:
             with _Bounded(path) as bounded, zipfile.ZipFile(bounded) as archive:

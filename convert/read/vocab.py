@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pocketllava.convert.read.added_tokens import AddedToken, added_tokens, fitting, strip_sides
 from pocketllava.convert.read.checkpoint import Checkpoint
-from pocketllava.convert.read.sources import LFS
-from pocketllava.convert.read.vocab_bpe import is_byte_level, read_byte_level
+from pocketllava.convert.read.sources import LFS, read_bytes
+from pocketllava.convert.read.vocab_bpe import adds_bos, is_byte_level, read_byte_level
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
+MAX_MODEL_BYTES = 64 << 20  # of tokenizer.model; the largest has 5 MB
 SPACE = "▁"
 FIRST_SCORED_ID = 259  # <unk>, <s>, </s> and 256 bytes come first; a piece's score is 259 - id
 MERGES_ONLY_SCORE = -1e9  # pieces of "▁" alone, in llama-2's tokenizer.model
@@ -29,6 +31,7 @@ class Vocab:
 
     space_prefix: see models/manifest.py; "every" for the hub's llava-1.5, "chunk" for the original format.
     merges: of a byte-level BPE (Llama 3), which has no scores; pre is llama.cpp's name of its pre-tokenizer.
+    strip: special tokens that swallow white space beside them, and on which side ("left", "right" or "both").
     """
 
     tokens: list[str]
@@ -42,14 +45,18 @@ class Vocab:
     space_prefix: str
     merges: list[str] = field(default_factory=list)
     pre: str = "default"
+    strip: dict[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) -> Vocab:
     """Build the vocabulary for an embedding of n_rows rows. Raises ConvertError, UnsupportedCheckpoint."""
     described = checkpoint.files.get("tokenizer.json")
     model = checkpoint.folder / "tokenizer.model"
+    added, remarks = fitting(added_tokens(checkpoint.files), n_rows)
     if described is not None and is_byte_level(described):
-        return _from_byte_level(checkpoint, described, n_rows, bos_id, eos_id)
+        vocab = _from_byte_level(checkpoint, described, added, n_rows, bos_id, eos_id)
+        return replace(vocab, strip=strip_sides(added), remarks=remarks)
     if model.is_file():
         vocab = _from_sentencepiece(model)
     elif described is not None:
@@ -61,29 +68,65 @@ def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) ->
         vocab,
         bos_id=bos_id,
         eos_id=eos_id,
-        add_bos=config.get("add_bos_token") is not False,
+        add_bos=_adds_bos(described, config, vocab.tokens, bos_id),
         space_prefix=_space_prefix(described, config),
+        strip=strip_sides(added),
     )
-    added = _added_tokens(checkpoint)
     _extend(vocab, added, n_rows)
-    pad = {text: i for i, (text, _) in added.items()}.get(str(_text(config.get("pad_token"))))
-    return replace(vocab, pad_id=pad)
+    if described is None and "add_bos_token" not in config:
+        remarks += (
+            "tokenizer_config.json: no add_bos_token, so prompts begin without one, as transformers 5 has it",
+        )
+    return replace(vocab, pad_id=_pad_id(added, config), remarks=remarks)
+
+
+def with_image_token(vocab: Vocab, image_token_id: int) -> Vocab:
+    """The vocabulary with the image token as a special one: users' words must never stand for an image.
+
+    Raises ConvertError where config.json's id is no token's.
+    """
+    if image_token_id >= len(vocab.tokens) or vocab.types[image_token_id] == UNUSED:
+        raise ConvertError(
+            f"config.json: image_token_index {image_token_id}, which the tokenizer's files do not name; expected the"
+            " image token's id"
+        )
+    types = list(vocab.types)
+    types[image_token_id] = CONTROL
+    return replace(vocab, types=types)
+
+
+def _pad_id(added: dict[int, AddedToken], config: dict[str, Any]) -> int | None:
+    return {token.text: i for i, token in added.items()}.get(str(_text(config.get("pad_token"))))
+
+
+def _adds_bos(
+    described: dict[str, Any] | None, config: dict[str, Any], tokens: list[str], bos_id: int
+) -> bool:
+    """tokenizer.json's post-processor decides, whatever tokenizer_config.json says; without it the latter does."""
+    if described is None:
+        return config.get("add_bos_token") is True
+    return bos_id < len(tokens) and adds_bos(described, tokens[bos_id])
 
 
 def _from_byte_level(
-    checkpoint: Checkpoint, described: dict[str, Any], n_rows: int, bos_id: int, eos_id: int
+    checkpoint: Checkpoint,
+    described: dict[str, Any],
+    added: dict[int, AddedToken],
+    n_rows: int,
+    bos_id: int,
+    eos_id: int,
 ) -> Vocab:
     """Llama 3's kind: bos and eos are those of the tokenizer's files, or else config.json's."""
-    config, added = checkpoint.files.get("tokenizer_config.json", {}), _added_tokens(checkpoint)
-    b = read_byte_level(described, config, added, n_rows)
-    pad = {text: i for i, (text, _) in added.items()}.get(str(_text(config.get("pad_token"))))
+    config = checkpoint.files.get("tokenizer_config.json", {})
+    b = read_byte_level(described, config, {i: (t.text, t.special) for i, t in added.items()}, n_rows)
+    pad = _pad_id(added, config)
     bos = bos_id if b.bos_id is None else b.bos_id
     eos = eos_id if b.eos_id is None else b.eos_id
     return Vocab(b.tokens, [], b.types, bos, eos, -1, pad, b.add_bos, "none", b.merges, b.pre)
 
 
 def _from_sentencepiece(path: Path) -> Vocab:
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_MODEL_BYTES)
     if data.startswith(LFS):
         raise ConvertError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it")
     tokens, scores, types = [], [], []
@@ -139,9 +182,12 @@ def _score_of(token_id: int, text: str) -> float:
 
 
 def _space_prefix(described: dict[str, Any] | None, config: dict[str, Any]) -> str:
-    """Whether tokenizer.json puts "▁" before text: by a Prepend normalizer or a Metaspace pre-tokenizer."""
+    """Whether tokenizer.json puts "▁" before text: by a Prepend normalizer or a Metaspace pre-tokenizer.
+
+    tokenizer.model alone: before every run, with legacy=false before the first only, as transformers 5.24 converts it.
+    """
     if described is None:
-        return "none" if config.get("add_prefix_space") is False else "every"
+        return "first" if config.get("legacy") is False else "every"
     for step in _steps(described.get("normalizer")):
         if step.get("type") == "Prepend":
             return "every"
@@ -158,36 +204,22 @@ def _steps(part: Any) -> list[dict[str, Any]]:
     return [s for key in ("normalizers", "pretokenizers") for s in part.get(key, [])] or [part]
 
 
-def _added_tokens(checkpoint: Checkpoint) -> dict[int, tuple[str, bool]]:
-    """Tokens added after training: id -> (text, special), from every file that may name them."""
-    added: dict[int, tuple[str, bool]] = {}
-    for text, token_id in checkpoint.files.get("added_tokens.json", {}).items():
-        added[int(token_id)] = (str(text), True)
-    for entry in checkpoint.files.get("tokenizer.json", {}).get("added_tokens", []):
-        added[int(entry["id"])] = (str(entry["content"]), bool(entry.get("special")))
-    decoder = checkpoint.files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
-    for token_id, entry in decoder.items():
-        added[int(token_id)] = (str(entry["content"]), bool(entry.get("special")))
-    return added
-
-
-def _extend(vocab: Vocab, added: dict[int, tuple[str, bool]], n_rows: int) -> None:
+def _extend(vocab: Vocab, added: dict[int, AddedToken], n_rows: int) -> None:
     """Put added tokens in and pad to the embedding's rows, in place."""
-    if len(vocab.tokens) > n_rows or any(not 0 <= i < n_rows for i in added):
-        most = max([len(vocab.tokens) - 1, *added])
+    if len(vocab.tokens) > n_rows:
         raise ConvertError(
-            f"tokenizer: token id {most}, but the embedding has {n_rows} rows; expected one a token"
+            f"tokenizer: token id {len(vocab.tokens) - 1}, but the embedding has {n_rows} rows; expected one a token"
         )
     for i in range(len(vocab.tokens), n_rows):
         vocab.tokens.append(f"[PAD{i}]")
         vocab.scores.append(PADDING_SCORE)
         vocab.types.append(UNUSED)
-    for i, (text, special) in added.items():
+    for i, token in added.items():
         if vocab.types[i] == UNKNOWN:
             continue
-        vocab.tokens[i] = text if special else text.replace(SPACE, " ")
+        vocab.tokens[i] = token.text if token.special else token.text.replace(SPACE, " ")
         vocab.scores[i] = ADDED_SCORE
-        vocab.types[i] = CONTROL if special else USER_DEFINED
+        vocab.types[i] = CONTROL if token.special else USER_DEFINED
 
 
 def _text(token: Any) -> Any:

@@ -51,7 +51,7 @@ def read_byte_level(
     model = described["model"]
     pre = _pre_tokenizer(described, bool(model.get("ignore_merges")))
     ids = _vocabulary(model)
-    _expect_fits(ids, added, n_rows)
+    _expect_fits(ids, n_rows)
     tokens, types = [f"[PAD{i}]" for i in range(n_rows)], [UNUSED] * n_rows
     for text, i in ids.items():
         tokens[i], types[i] = text, NORMAL
@@ -59,7 +59,7 @@ def read_byte_level(
         tokens[i], types[i] = text, CONTROL if special or _looks_special(text) else USER_DEFINED
     named = {text: i for i, text in enumerate(tokens)}
     bos, eos = (named.get(_text(config.get(f"{end}_token"))) for end in ("bos", "eos"))
-    begins = _begins_with(described, bos, tokens)
+    begins = bos is not None and adds_bos(described, tokens[bos])
     return ByteLevel(tokens, types, _merges(model, ids), pre, bos, eos, begins)
 
 
@@ -120,21 +120,20 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def _expect_fits(ids: Mapping[str, int], added: Added, n_rows: int) -> None:
-    every = (*ids.values(), *added)
-    if max(every) >= n_rows or min(every) < 0:
+def _expect_fits(ids: Mapping[str, int], n_rows: int) -> None:
+    if max(ids.values()) >= n_rows:
         raise ConvertError(
-            f"tokenizer: token id {max(every)}, but the embedding has {n_rows} rows; expected one a token"
+            f"tokenizer: token id {max(ids.values())}, but the embedding has {n_rows} rows; expected one a token"
         )
 
 
-def _begins_with(described: Mapping[str, Any], bos: int | None, tokens: list[str]) -> bool:
-    """Whether the post-processor puts the beginning-of-sequence token before a text."""
+def adds_bos(described: Mapping[str, Any], bos: str) -> bool:
+    """Whether tokenizer.json's post-processor puts the beginning-of-sequence token before a text."""
     for step in _steps(described.get("post_processor"), "processors"):
         single = step.get("single") if isinstance(step, dict) else None
         first = single[0] if isinstance(single, list) and single else {}
         special = first.get("SpecialToken") if isinstance(first, dict) else None
-        if isinstance(special, dict) and bos is not None and special.get("id") == tokens[bos]:
+        if isinstance(special, dict) and special.get("id") == bos:
             return True
     return False
 

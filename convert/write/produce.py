@@ -17,7 +17,7 @@ from pocketllava.convert.plan.file_plan import FilePlan
 from pocketllava.convert.read.source_reader import SourceReader
 from pocketllava.convert.write.journal import Completed, Journal, identity
 from pocketllava.convert.write.staging import check_target, publish, working_folder
-from pocketllava.convert.write.verify import load_test, verify_file
+from pocketllava.convert.write.verify import check_contracts, load_test, verify_file
 from pocketllava.convert.write.writer import Output, Progress, write_together
 from pocketllava.errors import DiskFull, PocketLlavaError
 from pocketllava.models.bundle import MANIFEST, MMPROJ, MODEL, Bundle, Manifest, describe_file
@@ -72,6 +72,7 @@ def produce(jobs: Sequence[Job], run: Run) -> list[Bundle]:
         ]  # again: some may have been recovered
         for job in todo:
             check_target(job.target, run.force)
+            check_contracts(job.text.header(job.target / MODEL), job.mmproj.header(job.target / MMPROJ))
         if todo:
             _check_disk({job: works[job] for job in todo})
             _make({job: works[job] for job in todo}, run)

@@ -19,6 +19,8 @@ from pocketllava.errors import BackendError, BundleError, ConvertError
 from pocketllava.llamacpp import load_test as child
 from pocketllava.llamacpp.children import run_child
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.mmproj_contract import check_mmproj
+from pocketllava.models.text_contract import check_text
 
 SquaredSums = tuple[float, float]  # of differences, of source values
 
@@ -32,6 +34,15 @@ def verify_file(plan: FilePlan, path: Path) -> Header:
     _compare_lists(plan, header)
     _compare_keys(plan, header)
     return header
+
+
+def check_contracts(text: Header, mmproj: Header) -> None:
+    """Refuse files that llama.cpp would end the process over. Raises ConvertError."""
+    try:
+        check_text(text)
+        check_mmproj(mmproj)
+    except BundleError as error:
+        raise ConvertError(f"llama.cpp cannot load what this would make: {error}") from error
 
 
 def difference(data: bytes, kind: GGMLQuantizationType, rows: Floats) -> SquaredSums:

@@ -18,8 +18,8 @@ from typing import Any
 
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
-from pocketllava.models.files import atomic_write
-from pocketllava.types import ImageSource, Message, Timings
+from pocketllava.models.files import atomic_write, open_regular, read_regular
+from pocketllava.types import MAX_FILE_BYTES, ImageSource, Message, Timings
 
 FORMAT, VERSION = "pocketllava conversation", 1
 HEAD_BYTES = 4096  # of a saved conversation, which hold FORMAT
@@ -76,7 +76,9 @@ class Gallery:
         if isinstance(source, str) and source[:5].lower() == "data:":
             return Picture(base64.b64decode(source.partition(",")[2]), size)
         path = Path(source).expanduser().absolute()
-        return Picture(path.read_bytes(), size, path.resolve() if ".." in path.parts else path)
+        return Picture(
+            read_regular(path, MAX_FILE_BYTES), size, path.resolve() if ".." in path.parts else path
+        )
 
 
 class Dialogue:
@@ -172,7 +174,7 @@ class Dialogue:
             path = path.resolve()
             if not _is_conversation(path):
                 raise InputError(f"{path}: not a conversation that /save wrote")
-            content = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+            content = json.loads(read_regular(path, MAX_FILE_BYTES).decode("utf-8", "surrogateescape"))
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: cannot be read ({_reason(error)})") from error
         if content.get("version") != VERSION:
@@ -242,7 +244,7 @@ def _reference(picture: Picture, folder: Path) -> dict[str, str]:
 
 def _is_unchanged(picture: Picture) -> bool:
     try:
-        return picture.path is not None and picture.path.read_bytes() == picture.data
+        return picture.path is not None and read_regular(picture.path, MAX_FILE_BYTES) == picture.data
     except OSError:
         return False
 
@@ -263,7 +265,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _is_conversation(path: Path) -> bool:
     """Whether a file says that it is a saved conversation. Raises OSError."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
     return head.lstrip().startswith(b"{") and f'"{FORMAT}"'.encode() in head
 

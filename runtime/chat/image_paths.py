@@ -1,7 +1,8 @@
 """A line that a person typed, pasted or dragged files into -> image paths, and the rest of the line.
 
-Knows quoting and the file system, and opens nothing: a word is an image if it ends as images do and such a
-file exists. Terminals drag files in as quoted or escaped paths, as bare paths with spaces, or as file URLs.
+Knows quoting and the file system, and opens nothing. A word that ends as images do is an image: a file, or a
+complaint, but never text, because a model answers about pictures that it was not shown. Terminals drag files in as
+quoted or escaped paths, as bare paths with spaces, or as file URLs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from pocketllava.errors import InputError
 
 WINDOWS = os.name == "nt"
 MAX_CHARACTERS = 1024  # of a path, as typed
+MAX_COMPLAINTS = 20
 MAX_ENDS = 8  # extensions tried for one name, which may hold ".png " in its middle
-_EXTENSION = r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)"
+# Formats that are opened, then those that the image loader names in its error.
+_EXTENSION = (
+    r"\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|heif|hif|avif"
+    r"|apng|jpe|jfif|mpo|dib|jp2|j2[kc]|jp[cfx]|jx[lr]|ico|icns|cur|svgz?|psd|xcf|p[bgpn]m|tga|dds|exr|hdr|pcx|qoi|wmf|emf"
+    r"|dng|cr[23w]|nef|arw|orf|rw2|raf)"
+)
 _PUNCTUATION = ".,;:!?)]}>"  # what may follow a path
 _CLOSING = rf"[{re.escape(_PUNCTUATION)}]*"
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
@@ -33,6 +40,11 @@ _START = re.compile(
     r"(?:^|(?<=\s))(?=\S)|(?<=[(\[{<])(?=[^\s(\[{<])"
     r"|(?<=\S)(?=['\"](?:[/\\~]|file:|[A-Za-z]:[\\/]))|(?<=[?!.,;)'\"])(?=[/~]|file:|[A-Za-z]:[\\/])"
 )
+# Such an ending of any name, wherever it stands: "(see photo.jpg)", "photo.jpg's", but not "photo.jpg.txt" or ".jpg".
+_LOOKS = re.compile(
+    rf"[^\s.(\[{{<'\"`*/\\,;:]{_EXTENSION}(?![A-Za-z0-9_])(?!(?-i:\.[a-z0-9]{{1,5}}\b))", re.I
+)
+_DATA_URI = re.compile(r"(?<![A-Za-z0-9])data:image/", re.I)
 _WORD = re.compile(
     rf"(?<!\S)[(\[{{<]*(?:'[^'\n]+'(?={_CLOSING}(?:\s|$))|\"[^\"\n]+\"(?={_CLOSING}(?:\s|$))|(?:\\.|\S)+)"
 )
@@ -59,7 +71,9 @@ def find_images(line: str, *, windows: bool = WINDOWS) -> ImagePaths:
             spans.append((position if between in ("", "&") else start, end))  # PowerShell drags "& 'C:\...'"
             images.append(path)
             position = end
-    return ImagePaths(_without(line, spans), tuple(images), tuple(_missing(line, spans, windows)))
+    return ImagePaths(
+        _without(line, spans), tuple(images), tuple(islice(_missing(line, spans, windows), MAX_COMPLAINTS))
+    )
 
 
 def image_arguments(text: str, *, windows: bool = WINDOWS) -> tuple[Path, ...]:
@@ -165,14 +179,33 @@ def _joined(left: str, right: str) -> str:
 
 def _missing(line: str, spans: list[tuple[int, int]], windows: bool) -> Iterator[str]:
     """A complaint for each word outside the spans that looks like an image's path."""
-    for word in _WORD.finditer(line):
-        if any(start < word.end() and word.start() < end for start, end in spans):
+    if _DATA_URI.search(line):
+        yield "data URI: found in a message, expected behind /image"
+    last = -1
+    for m in _LOOKS.finditer(line):
+        if any(start < m.end() and m.start() < end for start, end in spans) or m.end() <= last:
             continue
-        typed = word[0].lstrip("([{<").rstrip(_PUNCTUATION)
+        word = _word_at(line, m.start())
+        last = word.end() if word else m.end()
+        typed = word[0].lstrip("([{<").rstrip(_PUNCTUATION) if word else m[0]
         value = next(_readings(typed, windows), "").strip("'\"")
-        if not _IS_IMAGE.fullmatch(value):
-            continue
         if _URL.match(value) and not _FILE_URL.match(value):
             yield f"{value}: URLs are not opened, save the image and give its path"
-        elif "/" in value or value.startswith("~") or _DRIVE.match(value) or (windows and "\\" in value):
-            yield f"{value}: no such file"
+        else:
+            yield f"{value}: {_state(value)}"
+
+
+def _word_at(line: str, position: int) -> re.Match[str] | None:
+    """The word around a position, which may be quoted."""
+    return next((w for w in _WORD.finditer(line) if w.start() <= position < w.end()), None)
+
+
+def _state(value: str) -> str:
+    """What stands in an image's place."""
+    try:
+        path = _as_path(value)
+        if path.is_dir():
+            return "a folder, expected an image"
+        return "a pipe or device, expected an image" if path.exists() else "no such file"
+    except (OSError, ValueError):  # too long, a null character, a folder that may not be looked into
+        return "no such file"

@@ -23,6 +23,7 @@ GOODBYES = ("exit", "quit")
 KEYS = (
     "  Drag images in, or paste or type their paths, anywhere in a line. On a line",
     "  of their own they wait for the next message, and are evaluated meanwhile.",
+    "  A word that ends like an image file is one: to mention a name, leave out its end.",
     "  Alt-Enter, or \\ at the end, starts another line. Up and Down bring earlier",
     "  lines back, Ctrl-R searches them. // sends a line that starts with /.",
     "  Ctrl-C stops an answer or clears the line. Ctrl-D, exit and /bye leave.",

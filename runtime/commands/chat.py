@@ -25,7 +25,7 @@ from pocketllava.commands.common import (
 )
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import ContextOverflow, PocketLlavaError
-from pocketllava.types import MAX_SEED, ImageSource
+from pocketllava.types import MAX_FILE_BYTES, MAX_SEED, ImageSource
 
 if TYPE_CHECKING:
     from pocketllava import Bundle, Chunk, Llava, Options
@@ -216,13 +216,14 @@ class Chat:
     def look_ahead(self, line: str) -> None:
         """Evaluate the images of a line while it is being typed."""
         from pocketllava.chat.image_paths import find_images
+        from pocketllava.models.files import read_regular
 
         images = find_images(line.removeprefix("/image ")).images if len(line) < MAX_AHEAD else ()
         if images == self._images_ahead:
             return
         self._images_ahead = images
         with suppress(OSError):
-            data = [path.read_bytes() for path in images]
+            data = [read_regular(path, MAX_FILE_BYTES) for path in images]
             waiting = [picture.data for picture in self._dialogue.waiting]
             if data:
                 self._llava.prefill([*waiting, *data], after=self._dialogue.messages())
@@ -230,12 +231,14 @@ class Chat:
 
 def examination(bundle: Bundle, max_pixels: int | None) -> Examine:
     """The check that an image can be shown to this model."""
-    from pocketllava.vision.image import MAX_PIXELS, load, resize_and_crop
+    from pocketllava.vision.decoding import MAX_PIXELS
+    from pocketllava.vision.image import decode, resize_and_crop
+    from pocketllava.vision.sources import name_of, read
 
     def examine(source: ImageSource) -> tuple[int, int]:
-        image = load(source, max_pixels or MAX_PIXELS)
-        resize_and_crop(image, bundle.preprocessing)
-        return image.size
+        picture = decode(read(source), name_of(source), max_pixels or MAX_PIXELS)
+        resize_and_crop(picture, bundle.preprocessing)
+        return picture.size
 
     return examine
 

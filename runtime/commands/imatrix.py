@@ -79,9 +79,10 @@ def _check_source(source: Path, pictures: bool) -> None:
 
 def _lines(path: Path) -> tuple[str, ...]:
     from pocketllava.errors import InputError
+    from pocketllava.models.files import read_text
 
     try:
-        questions = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        questions = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not questions:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pocketllava.models import Bundle
     from pocketllava.models.gguf_header import Header, TensorInfo
     from pocketllava.models.memory import Memory
+    from pocketllava.models.mmproj_contract import MmprojInfo
+    from pocketllava.models.text_contract import TextInfo
 
 NEIGHBORS = 6  # token ids shown on either side of an image
 SHOWN_S = 0.005  # a shorter wait in the queue would read as 0.00 s
@@ -55,11 +57,11 @@ def tree(bundle: Bundle) -> list[str]:
     return [
         f"{bundle.folder}  ({bundle.manifest.source.id}, {types.model} + {types.mmproj})",
         f"├── vision tower  {_summary(towers)}",
-        *_below("│   ", [*_vision_facts(vision), *_first_block(towers, "v.blk.")]),
+        *_below("│   ", [*_vision_facts(vision, bundle.mmproj_info), *_first_block(towers, "v.blk.")]),
         f"├── projector  {_summary(projector)}",
         *_below("│   ", [_line(t) for t in projector]),
         f"└── text model  {_summary(list(text.tensors.values()))}",
-        *_below("    ", [*_text_facts(text), *_first_block(list(text.tensors.values()), "blk.")]),
+        *_below("    ", [*_text_facts(bundle.text_info), *_first_block(list(text.tensors.values()), "blk.")]),
         _preprocessing(bundle),
         f"chat template: {json.dumps(bundle.template)}",
     ]
@@ -149,33 +151,32 @@ def _figure(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"
 
 
-def _vision_facts(header: Header) -> list[str]:
-    k = {name.removeprefix("clip.vision."): value for name, value in header.keys.items()}
-    grid = k["image_size"] // k["patch_size"]
+def _vision_facts(header: Header, info: MmprojInfo) -> list[str]:
+    heads, wide = (
+        header.keys[f"clip.vision.{name}"] for name in ("attention.head_count", "feed_forward_length")
+    )
+    side, grid = info.image_size, info.grid
     return [
-        f"{k['block_count']} CLIP blocks, width {k['embedding_length']}, {k['attention.head_count']} heads,"
-        f" feed-forward {k['feed_forward_length']}",
-        f"{k['image_size']} x {k['image_size']} pixels, patches of {k['patch_size']}: {grid} x {grid} = {grid**2}",
-        *_tiling_facts(k),
+        f"{info.n_blocks} CLIP blocks, width {info.vision_width}, {heads} heads, feed-forward {wide}",
+        f"{side} x {side} pixels, patches of {info.patch_size}: {grid} x {grid} = {info.n_patches}",
+        *_tiling_facts(info),
     ]
 
 
-def _tiling_facts(k: dict[str, Any]) -> list[str]:
-    edges = k.get("image_grid_pinpoints")
-    if not edges:
+def _tiling_facts(info: MmprojInfo) -> list[str]:
+    if info.tiling is None:
         return []
-    sizes = ", ".join(f"{w} x {h}" for w, h in zip(edges[::2], edges[1::2], strict=True))
+    sizes = ", ".join(f"{width} x {height}" for width, height in info.tiling.pinpoints)
     return [
-        f"tiles of a picture fitted to {sizes} pixels, and the whole picture; {k.get('mm_patch_merge_type')}"
+        f"a picture is tiled: the whole of it, and tiles of it fitted to {sizes} pixels; {info.tiling.merge}"
     ]
 
 
-def _text_facts(header: Header) -> list[str]:
-    k = {name.removeprefix("llama."): value for name, value in header.keys.items()}
+def _text_facts(info: TextInfo) -> list[str]:
     return [
-        f"{k['block_count']} blocks, width {k['embedding_length']}, {k['attention.head_count']} heads"
-        f" ({k['attention.head_count_kv']} for keys and values), feed-forward {k['feed_forward_length']}",
-        f"vocabulary {k['vocab_size']}, context {k['context_length']}",
+        f"{info.n_layer} blocks, width {info.n_embd}, {info.n_head} heads ({info.n_head_kv} for keys and values),"
+        f" feed-forward {info.n_ff}",
+        f"vocabulary {info.n_vocab}, context {info.n_ctx_train}",
     ]
 
 

@@ -21,10 +21,10 @@ from pocketllava.models.memory import (
     available_bytes,
     batch_size,
     better_in_memory,
+    check_memory,
     context_size,
     memory,
 )
-from pocketllava.models.text_contract import check_text
 from pocketllava.types import GIGA, LoadOptions
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Loaded:
 
 def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
     """Raises UnsupportedOption for what this build cannot do, BundleError, BackendError."""
+    _ = bundle.text_info, bundle.mmproj_info  # both are checked before anything is loaded
     devices = gpus()
     if options.n_gpu_layers > 0 and not devices:
         raise UnsupportedOption(
@@ -79,8 +80,8 @@ def or_on_cpu(load: Callable[[int], T], layers: int, bundle: Bundle, devices: li
 def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextModel, str]:
     """The text model, and where it is. Raises UnsupportedOption, BundleError, BackendError."""
     threads = options.n_threads if options.n_threads is not None else cores()
-    info = check_text(bundle.model_header)
-    in_memory = _in_memory(bundle, layers != 0, options)
+    info = bundle.text_info
+    in_memory = _in_memory(bundle, layers != 0, threads, options)
     settings: dict[str, Any] = {
         "n_ctx": context_size(options.n_ctx, info.n_ctx_train, bundle.image_tokens),
         "n_batch": batch_size(bundle),
@@ -99,16 +100,19 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
     return text, f"{device_of(lines, gpus(), threads)}, weights {'in memory' if in_memory else 'mapped'}"
 
 
-def _in_memory(bundle: Bundle, on_gpu: bool, options: LoadOptions) -> bool:
+def _in_memory(bundle: Bundle, on_gpu: bool, threads: int, options: LoadOptions) -> bool:
+    """Whether the weights will be read; raises BackendError where there is no room for them."""
     needed = memory(bundle, options.n_ctx, options.kv_type)
     if not on_gpu and (free := available_bytes()) < needed.total:
         logger.warning(
             "%s: needs about %.1f GB of memory, %.1f GB are free; a smaller n_ctx (--ctx) or kv_type q8_0 (--kv-type)"
             " takes less", bundle.folder, needed.total / GIGA, free / GIGA,
         )  # fmt: skip
-    return options.weights == "memory" or (
+    in_memory = options.weights == "memory" or (
         options.weights == "auto" and better_in_memory(bundle, needed, on_gpu)
     )
+    check_memory(bundle, needed, in_memory=in_memory, on_gpu=on_gpu, threads=threads)
+    return in_memory
 
 
 def device_of(lines: list[str], devices: list[str], threads: int) -> str:

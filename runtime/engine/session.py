@@ -30,9 +30,9 @@ from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_
 from pocketllava.prompt.template import Template
 from pocketllava.prompt.truncation import without_oldest
 from pocketllava.types import ImageSource, LoadOptions, Message, Options
+from pocketllava.vision.decoding import MAX_PIXELS
 from pocketllava.vision.encoder import ENCODER_VERSION, VisionEncoder
 from pocketllava.vision.feature_cache import FeatureCache, Features, Order
-from pocketllava.vision.image import MAX_PIXELS
 from pocketllava.vision.image_processor import ImageProcessor, PreparedImage
 from pocketllava.vision.selection import METHOD, chosen, select
 from pocketllava.vision.tiles import pack
@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_TOKEN = "<image>"
+# Other special tokens that a chat template may name, and their keys in the text model's file.
+NAMED_TOKENS = {
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+}
 
 
 @dataclass(frozen=True)
@@ -310,9 +315,13 @@ def _template(text: TextModel, bundle: Bundle | None) -> Template:
     vocabulary = text.vocabulary
     own = text.metadata.get("tokenizer.chat_template", "")
     special = vocabulary.special()
+    if vocabulary.adds_bos:  # some files do not mark it as a control token
+        special.setdefault(vocabulary.text(vocabulary.bos), vocabulary.bos)
     texts = {i: token for token, i in special.items()}
     special.setdefault(IMAGE_TOKEN, max(0, vocabulary.eos))  # no row of its own: any id will do
-    return Template(
+    keys = {name: text.metadata.get(key) for name, key in NAMED_TOKENS.items()}
+    named = {name: vocabulary.text(int(i)) for name, i in keys.items() if i is not None}
+    template = Template(
         source=bundle.template if bundle else own if "image" in own else DEFAULT_TEMPLATE,
         special=special,
         image_token=bundle.manifest.image_token if bundle else IMAGE_TOKEN,
@@ -320,7 +329,11 @@ def _template(text: TextModel, bundle: Bundle | None) -> Template:
         eos=texts.get(vocabulary.eos, ""),
         add_bos=vocabulary.adds_bos,
         space_prefix=bundle.space_prefix if bundle else "every",
+        tokens=named,
+        strip=bundle.manifest.strip if bundle else {},
     )
+    template.check()
+    return template
 
 
 def _check(should_stop: Callable[[], bool] | None) -> None:

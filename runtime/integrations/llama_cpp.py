@@ -16,10 +16,11 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler
 from llama_cpp.llama_grammar import JSON_GBNF
 
 from pocketllava.engine.session import Session
-from pocketllava.errors import BundleError, UnsupportedOption
+from pocketllava.errors import BundleError, StateError, UnsupportedOption
 from pocketllava.llamacpp.private import private
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
+from pocketllava.models.limits import check_room
 from pocketllava.names import open_bundle
 from pocketllava.prompt.openai import as_messages
 from pocketllava.types import load_options
@@ -72,12 +73,13 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             )
         self.options = load_options(**load)
         self._session: Session | None = None
+        self._closed = False
         self._llama: weakref.ref[Llama] | None = None
 
     def __call__(self, *, llama: Llama, messages: Any, **options: Any) -> Any:
         """Answer an OpenAI-style chat request, as Llama.create_chat_completion passes it on.
 
-        Images are data URIs. Raises InputError and its kinds before anything is evaluated.
+        Images are data URIs. Raises InputError and its kinds before anything is evaluated, StateError after close().
         """
         options = _checked(options)
         top_logprobs = options.pop("top_logprobs", None)
@@ -93,18 +95,27 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         """The engine of a Llama, made with the first call. Raises BundleError for an mmproj of another model.
 
         Another Llama than the last one begins anew: nothing that was computed for that holds for it. The Llama
-        is referred to weakly, because it holds this handler and must be free to go.
+        is referred to weakly, because it holds this handler and must be free to go. Raises StateError after close(),
+        the handler's or the Llama's.
         """
+        if self._closed or not llama.model:
+            owner = "handler" if self._closed else "Llama"
+            raise StateError(f"{owner}: used after close(); make another")
         if self._session is None or self._llama is None or self._llama() is not llama:
-            self.close()
+            self._free()
             text = TextModel(weakref.proxy(llama))
             mmproj = Path(self.clip_model_path)
+            check_room(mmproj, mmproj.stat().st_size)
             self._session = Session(text, mmproj, self.bundle, self.options, use_gpu=self.use_gpu)
             self._llama = weakref.ref(llama)
         return self._session
 
     def close(self) -> None:
-        """Free the vision tower; the handler may be used again, which loads it anew."""
+        """Free the vision tower. A second call does nothing, any other raises StateError."""
+        self._closed = True
+        self._free()
+
+    def _free(self) -> None:
         if self._session is not None:
             self._session.vision.close()
             self._session = None

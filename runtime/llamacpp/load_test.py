@@ -17,6 +17,7 @@ import numpy as np
 from pocketllava.errors import BackendError
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.gguf_writer import header_bytes, padding, stored_keys
+from pocketllava.models.limits import check_room
 
 FUNCTION = "pocketllava.llamacpp.load_test:load_test"
 LARGE_BYTES = 256 << 20
@@ -33,6 +34,9 @@ def load_test(model_path: str, mmproj_path: str, large_bytes: str = str(LARGE_BY
     import llama_cpp
     from llama_cpp import mtmd_cpp
 
+    check_room(
+        Path(mmproj_path), min(_size(mmproj_path), int(large_bytes)), _size(model_path), threads=THREADS
+    )
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
     params.use_extra_bufts = False  # the file as mapped: no repacking, little memory
@@ -49,6 +53,10 @@ def load_test(model_path: str, mmproj_path: str, large_bytes: str = str(LARGE_BY
     if not context or not mtmd_cpp.mtmd_support_vision(context):
         raise BackendError(f"{mmproj_path}: libmtmd cannot encode an image with it")
     return True
+
+
+def _size(path: str) -> int:
+    return Path(path).stat().st_size
 
 
 def _vision_params(mtmd_cpp: Any) -> Any:

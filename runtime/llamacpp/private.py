@@ -17,7 +17,7 @@ MODULE_NAMES = {
     "llama_cpp._ggml": ("libggml",),
     "llama_cpp._internals": ("suppress_stdout_stderr",),
     "llama_cpp.llama": ("suppress_stdout_stderr",),
-    "llama_cpp.llama_chat_format": ("_convert_completion_to_chat", "Jinja2ChatFormatter"),
+    "llama_cpp.llama_chat_format": ("_convert_completion_to_chat",),
 }
 # Attributes of a Llama: its record of evaluated tokens, and whether the last logits can be sampled from.
 LLAMA_ATTRIBUTES = ("input_ids", "n_tokens", "scores", "_requires_eval")

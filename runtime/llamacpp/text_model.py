@@ -7,6 +7,7 @@ images, no templates.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketllava.errors import BackendError
+from pocketllava.errors import BackendError, InputError
 from pocketllava.llamacpp.batch import decode_features
 from pocketllava.llamacpp.devices import cores
 from pocketllava.llamacpp.guard import ShouldStop, deferred_interrupts, interruptible, translated
@@ -24,8 +25,11 @@ from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
 from pocketllava.llamacpp.private import check_llama
 from pocketllava.llamacpp.vocabulary import Vocabulary
 from pocketllava.models.gguf_header import Header
-from pocketllava.models.text_contract import TextInfo, check_text
+from pocketllava.models.text_contract import MAX_RUN, TextInfo, check_text, is_unbounded
 
+LONG_RUN = re.compile(
+    "|".join(f"{kind}{{{MAX_RUN + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)"))
+)
 State = npt.NDArray[np.uint8]
 
 
@@ -61,6 +65,8 @@ class TextModel:
         self.n_ctx = min(
             int(llama.n_ctx()), len(llama.input_ids)
         )  # llama.cpp rounds up, llama_cpp's record does not
+        pre = self.metadata.get("tokenizer.ggml.pre", "")
+        self._bounded = self.metadata.get("tokenizer.ggml.model") == "gpt2" and not is_unbounded(pre)
         self.n_embd, self.n_vocab = int(llama.n_embd()), int(llama.n_vocab())
 
     @classmethod
@@ -126,7 +132,15 @@ class TextModel:
         return layers, p.n_batch, p.n_ubatch, p.type_k, p.type_v, p.flash_attn_type
 
     def tokenize(self, text: str) -> list[int]:
-        """Text -> ids; special tokens are text like any other, and no BOS is added."""
+        """Text -> ids; special tokens are text like any other, and no BOS is added.
+
+        Raises InputError for a run that would overflow the stack in libllama's regex.
+        """
+        if self._bounded and (run := LONG_RUN.search(text)):
+            raise InputError(
+                f"message text: found {len(run[0])} letters, digits, signs or spaces in a row, expected at most"
+                f" {MAX_RUN}: this model's file names no pre-tokenizer; break them up, or convert the checkpoint"
+            )
         return list(self._llama.tokenize(text.encode(), add_bos=False, special=False))
 
     @property

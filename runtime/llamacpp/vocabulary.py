@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 PIECE_BYTES = 1024
-CONTROL = 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_CONTROL
+SPECIAL = 1 << 0 | 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_UNKNOWN and LLAMA_TOKEN_ATTR_CONTROL
 
 
 class Vocabulary:
@@ -36,13 +36,13 @@ class Vocabulary:
         return str(llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
 
     def special(self) -> dict[str, int]:
-        """Control tokens by their text."""
+        """Control tokens and <unk> by their text: what a template may write and a user may not."""
         from llama_cpp import llama_cpp
 
         return {
             self.text(i): i
             for i in range(llama_cpp.llama_vocab_n_tokens(self._vocab))
-            if llama_cpp.llama_vocab_get_attr(self._vocab, i) & CONTROL
+            if llama_cpp.llama_vocab_get_attr(self._vocab, i) & SPECIAL
         }
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import sha256
+from pocketllava.models.files import read_text
 from pocketllava.types import Answer, ImageSource, Message, Options
 
 SCENES = "scenes"
@@ -91,7 +92,7 @@ def file_items(path: Path, limit: int | None) -> Iterator[Item]:
     Raises InputError naming the line.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     filled = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -182,7 +183,7 @@ class ResultsFile:
         """Raises InputError if the file has another header."""
         self.path, self.done = path, dict[str, Result]()
         if path.exists():
-            first, *rest = path.read_text("utf-8").splitlines() or [""]
+            first, *rest = read_text(path).splitlines() or [""]
             if _parsed(first) != header:
                 raise InputError(
                     f"{path}: holds results of another model or set; give another --results file"

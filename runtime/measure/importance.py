@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pocketllava.errors import BundleError, ImageError, InputError
 from pocketllava.llamacpp.guard import translated
 from pocketllava.measure.activations import Activations
-from pocketllava.models.files import atomic_write
+from pocketllava.models.files import atomic_write, read_text
 from pocketllava.models.gguf_header import Header
 from pocketllava.types import Message
 
@@ -153,7 +153,7 @@ def _pictures(folder: Path, limit: int | None) -> Iterator[Path]:
 def _chunks(session: Session, path: Path, size: int, limit: int | None) -> Iterator[list[int]]:
     """Token ids of a text in pieces, each beginning with BOS in place of its first token, as llama-imatrix has it."""
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: found no folder and no readable text ({error})") from error
     vocabulary = session.text.vocabulary

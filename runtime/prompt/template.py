@@ -1,20 +1,19 @@
 """Messages -> runs of text, special tokens and image spans, by the checkpoint's own chat template -> token ids.
 
-Knows Jinja templates and which texts are special; no engine (a tokenizer is a function it is given) and
-no pixels. What a user writes stays text: special tokens and image markers count only where the template
-itself writes them.
+Knows which texts are special and which get a space; models/chat_template.py renders. No engine (a tokenizer is a
+function it is given) and no pixels. What a user writes stays text: special tokens and image markers count only where
+the template itself writes them.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from pocketllava.errors import BackendError, BundleError, InputError
-from pocketllava.llamacpp.private import private
+from pocketllava.errors import BackendError, InputError
+from pocketllava.models import chat_template
 from pocketllava.prompt.items import ImageSpan, PromptItem
 from pocketllava.types import Message
 
@@ -24,7 +23,11 @@ ANCHOR = "\n"  # a text that no SentencePiece merge crosses
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and what it may write: special tokens by text, one of them the image token."""
+    """A chat template and what it may write: special tokens by text, one of them the image token.
+
+    tokens: special tokens by the names that templates know, such as pad_token, beside bos and eos. strip: special
+    tokens that swallow white space beside them ("left", "right" or "both").
+    """
 
     source: str
     special: Mapping[str, int]
@@ -33,19 +36,33 @@ class Template:
     eos: str
     add_bos: bool
     space_prefix: str
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    strip: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise BundleError unless the template renders conversations with and without images, in bounded time."""
+        chat_template.check(self.source, self.image_token, self._named)
 
     def pieces(self, messages: Sequence[Message], spans: Sequence[ImageSpan]) -> list[str | PromptItem]:
         """Render a conversation: runs of text, special tokens' ids and the spans of its images, one each.
 
         Raises InputError for one without turns, or whose images do not appear.
         """
+        written = self._written(messages, spans)
+        return [self.special[self.bos], *written] if self._needs_bos(written) else written
+
+    def _needs_bos(self, written: Sequence[str | PromptItem]) -> bool:
+        return self.add_bos and written[:1] != [self.special.get(self.bos)]
+
+    def _written(self, messages: Sequence[Message], spans: Sequence[ImageSpan]) -> list[str | PromptItem]:
         if not messages:
             raise InputError("conversation: found no messages, expected at least one")
         guard = _guard([m.text for m in messages])
-        text = self._render([_as_dict(m, lambda t: self._shield(t, guard)) for m in messages])
+        turns = [_as_dict(m, lambda t: self._shield(t, guard)) for m in messages]
+        text = chat_template.render(self.source, turns, self._named)
         pieces: list[str | PromptItem] = []
         n_images = 0
-        for run in self._runs(text):
+        for run in self._stripped(list(self._runs(text))):
             if run == self.image_token:
                 pieces.extend(spans[n_images : n_images + 1])
                 n_images += 1
@@ -55,34 +72,47 @@ class Template:
                 pieces.append(run.replace(guard, ""))
         if n_images != len(spans):
             raise InputError(f"chat template: it shows {n_images} of the conversation's {len(spans)} images")
-        if self.add_bos and pieces[:1] != [self.special.get(self.bos)]:
-            pieces.insert(0, self.special[self.bos])
         return pieces
+
+    @property
+    def _named(self) -> dict[str, str]:
+        return {"bos_token": self.bos, "eos_token": self.eos, **self.tokens}
+
+    def _stripped(self, runs: list[str]) -> list[str]:
+        """Without the white space that special tokens swallow, whoever wrote it."""
+        for n, run in enumerate(runs):
+            side = self.strip.get(run, "") if run in self.special else ""
+            if side in ("left", "both") and n and runs[n - 1] not in self.special:
+                runs[n - 1] = runs[n - 1].rstrip()
+            if side in ("right", "both") and n + 1 < len(runs) and runs[n + 1] not in self.special:
+                runs[n + 1] = runs[n + 1].lstrip()
+        return [run for run in runs if run]
 
     def prompt(
         self, messages: Sequence[Message], spans: Sequence[ImageSpan], tokenize: Tokenize
     ) -> list[PromptItem]:
         """A conversation's token ids, with the spans where its images stand. Raises as pieces() does."""
-        items: list[PromptItem] = []
+        written = self._written(messages, spans)
+        items: list[PromptItem] = [self.special[self.bos]] if self._needs_bos(written) else []
         first = True
-        for piece in self.pieces(messages, spans):
-            if not isinstance(piece, str):
-                first = self._begins_anew(piece, first)
+        for piece in written:
+            if isinstance(piece, str):
+                prefixed = self._prefixed(piece, first)
+                items.extend(tokenize(piece) if prefixed else without_prefix(piece, tokenize))
+            else:
                 items.append(piece)
-                continue
-            items.extend(tokenize(piece) if self._prefixed(first) else without_prefix(piece, tokenize))
-            first = False
+            first = isinstance(piece, ImageSpan) and self.space_prefix == "chunk"
         return items
 
-    def _prefixed(self, first: bool) -> bool:
-        """Whether a run of text gets the tokenizer's leading space (llama.cpp adds it to every run)."""
-        return self.space_prefix not in ("first", "chunk") or first
+    def _prefixed(self, text: str, first: bool) -> bool:
+        """Whether a run of text gets the tokenizer's leading space (llama.cpp adds it to every run).
 
-    def _begins_anew(self, piece: PromptItem, first: bool) -> bool:
-        """Whether text after this piece stands at the start: after BOS, and after an image if chunks do."""
-        if isinstance(piece, ImageSpan):
-            return self.space_prefix == "chunk"
-        return first and piece == self.special.get(self.bos)
+        first: it stands where the prompt starts, or after an image where each chunk is tokenized by itself. With
+        "first", a space that is there already is enough (tokenizers, Metaspace).
+        """
+        if self.space_prefix == "first":
+            return first and not text.startswith((" ", "▁"))
+        return self.space_prefix != "chunk" or first
 
     def _shield(self, text: str, guard: str) -> str:
         """Break up anything in a user's text that could be read as special, reversibly."""
@@ -93,19 +123,6 @@ class Template:
         longest_first = sorted(self.special, key=len, reverse=True)
         pattern = "|".join(re.escape(s) for s in longest_first)
         return (run for run in re.split(f"({pattern})", text) if run)
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            template = _compiled(self.source)
-            return str(
-                template.render(
-                    messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos
-                )
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
-            raise BundleError(f"chat template: cannot be rendered ({error})") from error
 
 
 def without_prefix(text: str, tokenize: Tokenize) -> list[int]:
@@ -130,32 +147,3 @@ def _guard(texts: Sequence[str]) -> str:
     while any(guard in text for text in texts):
         guard += "\U0010fffd"
     return guard
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> Any:
-    """A jinja2 template: compiling it takes as long as tokenizing a page."""
-    return _environment().from_string(source)
-
-
-def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates, sandboxed."""
-    import json
-
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise InputError(f"chat template: {message}")
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[
-            loopcontrols,
-            private("llama_cpp.llama_chat_format", "Jinja2ChatFormatter").IgnoreGenerationTags,
-        ],
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
-    return environment

@@ -1,43 +1,90 @@
 """Path, bytes, PIL image, array or data URI -> upright RGB -> (336, 336, 3) uint8, as the checkpoint's processor does.
 
-Knows Pillow and a checkpoint's Preprocessing; no model. Pillow decodes, from a list of formats and after
-the size in the header was checked; nothing is fetched.
+Knows modes, orientations and a checkpoint's Preprocessing; no model, no file format. Turning, converting, padding and
+the first pass of resizing work on a few rows at a time, so that a large picture is in memory once, as it was decoded.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.types import ImageSource
 from pocketllava.vision import sources
+from pocketllava.vision.decoding import MAX_PIXELS, check_size, open_encoded, open_header, pillow_errors
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 50_000_000
-MAX_PADDED_PIXELS = 200_000_000  # of the square that a long picture is padded to: 600 MB
+MAX_PADDED_PIXELS = 200_000_000  # of the square that a long picture is padded to
 MAX_ASPECT = 200  # beyond it, resizing the short side to 336 would make gigapixels
+MAX_RESIZED_PIXELS = 45_000_000  # after each of the two passes of resizing, together: 180 MB
+STRIP_PIXELS = 1 << 18  # worked on at once
 BACKGROUND = (255, 255, 255)  # what shows through transparency
-SIXTEEN_BIT = 257  # 65535 / 255
+WHITE_16, WHITE_8, WHITE_1 = 65535, 255, 1  # the largest value of a mode of more than 8 bits, as it is used
+ARRAY_TYPES = (np.uint8, np.uint16, np.floating)
 
+SIXTEEN_BIT = WHITE_16 // WHITE_8  # 257
+FROM_16_BITS = np.rint(np.arange(WHITE_16 + 1) / SIXTEEN_BIT).astype(np.uint8)
+
+T = Image.Transpose
 TURNS = {  # EXIF orientation -> what makes it upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: T.FLIP_LEFT_RIGHT,
+    3: T.ROTATE_180,
+    4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE,
+    6: T.ROTATE_270,
+    7: T.TRANSVERSE,
+    8: T.ROTATE_90,
 }
+LYING = (T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # rows are columns
+FROM_THE_END = (T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSVERSE, T.ROTATE_90)  # the first row is the last one
 
 Pixels = npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture, shown upright and in RGB a few rows at a time.
+
+    stored: (width, height) before it is turned. part: a box of it, in RGB.
+    """
+
+    stored: tuple[int, int]
+    part: Callable[[Box], Image.Image]
+    turn: Image.Transpose | None = None
+
+    @classmethod
+    def of(cls, image: Image.Image, orientation: int | None = None) -> Picture:
+        """A loaded image of any mode."""
+        white = _white(image) if image.mode.startswith("I") or image.mode == "F" else WHITE_8
+        return cls(image.size, lambda box: to_rgb(image.crop(box), white), TURNS.get(orientation or 0))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), upright."""
+        return self.stored[::-1] if self.turn in LYING else self.stored
+
+    def rows(self, top: int, bottom: int) -> Image.Image:
+        """Some of its rows, RGB."""
+        width, height = self.stored
+        end = self.size[1]
+        first, last = (end - bottom, end - top) if self.turn in FROM_THE_END else (top, bottom)
+        box = (first, 0, last, height) if self.turn in LYING else (0, first, width, last)
+        strip = self.part(box)
+        return strip if self.turn is None else strip.transpose(self.turn)
+
+    def strips(self) -> Iterator[tuple[int, Image.Image]]:
+        """All rows in order, each strip with the number of its first one."""
+        width, height = self.size
+        n_rows = max(1, STRIP_PIXELS // width)
+        for top in range(0, height, n_rows):
+            yield top, self.rows(top, min(top + n_rows, height))
 
 
 def preprocess(source: ImageSource, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -46,85 +93,88 @@ def preprocess(source: ImageSource, preprocessing: Preprocessing, max_pixels: in
     Equals transformers' CLIPImageProcessor (LlavaImageProcessor with padding), Pillow back end, before
     rescaling and normalizing. Raises ImageError.
     """
-    return resize_and_crop(load(source, max_pixels), preprocessing)
+    return prepare(sources.read(source), sources.name_of(source), preprocessing, max_pixels)
 
 
 def load(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to an upright RGB picture: first frame, EXIF orientation applied, transparency on white."""
-    return decode(sources.read(source), sources.name_of(source), max_pixels)
-
-
-def decode(content: sources.Content, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The same of what sources.read() gave; `name` is what errors call it."""
-    check_pixels(content, name, max_pixels)
+    name = sources.name_of(source)
     with pillow_errors(name):
-        if isinstance(content, np.ndarray):
-            return to_rgb(_from_array(content))
-        if isinstance(content, Image.Image):
-            return to_rgb(upright(content))
-        try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except UnidentifiedImageError as error:
-            raise ImageError(
-                f"{name}: {len(content)} bytes that are not an image; expected one of {', '.join(FORMATS)}"
-            ) from error
-        _check_size(image.size, name, max_pixels)
-        return to_rgb(upright(image))
+        picture = decode(sources.read(source), name, max_pixels)
+        image = Image.new("RGB", picture.size)
+        for top, strip in picture.strips():
+            image.paste(strip, (0, top))
+    return image
+
+
+def prepare(
+    content: sources.Content, name: str, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS
+) -> Pixels:
+    """preprocess() of what sources.read() gave; `name` is what errors call it."""
+    with pillow_errors(name):
+        return resize_and_crop(decode(content, name, max_pixels), preprocessing)
+
+
+def decode(content: sources.Content, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
+    """What sources.read() gave, decoded and not converted yet."""
+    check_pixels(content, name, max_pixels)
+    if isinstance(content, np.ndarray):
+        return _of_array(content)
+    if isinstance(content, Image.Image):
+        content.load()  # first: Pillow 13 turns a TIFF then, and takes the tag away
+        return Picture.of(content, sources.orientation_of(content))
+    return Picture.of(*open_encoded(content, name, max_pixels))
 
 
 def check_pixels(content: sources.Content, name: str, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise ImageError for a picture or an array of more than max_pixels, before anything is made of it."""
+    """Raise ImageError for a picture of more than max_pixels or an array of no picture, before any of it is copied."""
     if isinstance(content, Image.Image):
-        _check_size(content.size, name, max_pixels)
-    elif isinstance(content, np.ndarray) and content.size and content.ndim in (2, 3):
-        _check_size((content.shape[1], content.shape[0]), name, max_pixels)
+        check_size(content.size, name, max_pixels)
+    elif isinstance(content, np.ndarray):
+        shape = content.shape[:2] if content.shape[2:] in ((1,), (3,), (4,)) else content.shape
+        if len(shape) != 2 or not content.size:
+            raise ImageError(f"array: shape {content.shape}, expected (H, W), (H, W, 3) or (H, W, 4)")
+        if not any(np.issubdtype(content.dtype, kind) for kind in ARRAY_TYPES):
+            raise ImageError(f"array: {content.dtype}, expected uint8, uint16, or floats from 0 to 1")
+        check_size((shape[1], shape[0]), name, max_pixels)
 
 
 def size_of(content: sources.Content, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of what sources.read() gave, upright; of a file only the header is read. Raises ImageError."""
     check_pixels(content, name, max_pixels)
     if isinstance(content, np.ndarray):
-        return _from_array(content).size
+        return content.shape[1], content.shape[0]
     with pillow_errors(name):
-        image = Image.open(io.BytesIO(content), formats=FORMATS) if isinstance(content, bytes) else content
-        lies = (sources.orientation_of(image) or 0) >= 5
-    return image.size[::-1] if lies else image.size
+        if isinstance(content, Image.Image):
+            content.load()
+            size, orientation = content.size, sources.orientation_of(content)
+        else:
+            image, orientation = open_header(content, name, max_pixels)
+            size = image.size
+    return size[::-1] if TURNS.get(orientation or 0) in LYING else size
 
 
-@contextmanager
-def pillow_errors(name: str) -> Iterator[None]:
-    """Whatever Pillow's decoders raise inside the block is an ImageError; their remarks on metadata are not."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: more pixels than Pillow opens ({error})") from error
-    except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, MemoryError) as error:
-        raise ImageError(f"{name}: a damaged image ({error})") from error
+def to_rgb(image: Image.Image, white: int) -> Image.Image:
+    """Any Pillow mode -> RGB: 16-bit values scaled (convert() would clip them), transparency on white.
 
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says."""
-    turn = TURNS.get(sources.orientation_of(image) or 0)
-    return image if turn is None else image.transpose(turn)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB: 16-bit values scaled (convert() would clip them), transparency on white."""
+    white: of modes I and F, the value that becomes 255.
+    """
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        values = np.asarray(image)
+        if values.dtype.itemsize != 2:
+            values = np.nan_to_num(values.astype(np.float64))
+        return Image.fromarray(_eight_bits(values, white)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         upper = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), upper).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Pixels:
     """RGB picture -> (crop_size, crop_size, 3) uint8, in the steps of CLIPImageProcessor."""
+    width, height = picture.size
     if preprocessing.pad_to_square:
-        image = _pad_to_square(image, preprocessing)
-    width, height = image.size
+        width = height = _padded_side(width, height)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(
             f"image: {width} x {height} pixels, expected sides of at most {MAX_ASPECT}:1; crop it"
@@ -134,8 +184,39 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
         short, long = sorted((width, height))
         longer = int(edge * long / short)  # transformers' get_resize_output_image_size
         size = (edge, longer) if width <= height else (longer, edge)
-    resized = image.resize(size, resample=Image.Resampling(preprocessing.resample))
+    if size[0] * (height + size[1]) > MAX_RESIZED_PIXELS:
+        raise ImageError(
+            f"image: {width} x {height} pixels, resized to {size[0]} x {size[1]}, expected at most"
+            f" {MAX_RESIZED_PIXELS / 1e6:.0f} megapixels on the way there; crop or scale it"
+        )
+    filling = tuple(int(255 * m) for m in preprocessing.mean)
+    resized = resize(picture, size, preprocessing.resample, canvas=(width, height), filling=filling)
     return _center_crop(np.asarray(resized), preprocessing.crop_size)
+
+
+def resize(
+    picture: Picture,
+    size: tuple[int, int],
+    resample: int,
+    *,
+    canvas: tuple[int, int] | None = None,
+    filling: tuple[int, ...] = (0, 0, 0),
+) -> Image.Image:
+    """The picture, centered on a canvas of a color if there is one, resized; sizes are (width, height), RGB.
+
+    Image.resize() makes rows narrower first, then columns shorter, rounding in between: the same pixels here, while
+    only a strip of the canvas exists at a time.
+    """
+    canvas, kind = canvas or picture.size, Image.Resampling(resample)
+    left, above = ((whole - part) // 2 for whole, part in zip(canvas, picture.size, strict=True))
+    narrow = Image.new("RGB", (size[0], canvas[1]), filling)
+    for top, strip in picture.strips():
+        if canvas[0] > strip.width:
+            padded = Image.new("RGB", (canvas[0], strip.height), filling)
+            padded.paste(strip, (left, 0))
+            strip = padded
+        narrow.paste(strip.resize((size[0], strip.height), resample=kind), (0, above + top))
+    return narrow.resize(size, resample=kind)
 
 
 def _center_crop(pixels: Pixels, crop: int) -> Pixels:
@@ -150,50 +231,52 @@ def _center_crop(pixels: Pixels, crop: int) -> Pixels:
     return np.ascontiguousarray(pixels[top : top + crop, left : left + crop])
 
 
-def _pad_to_square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Center the picture on a square of the mean color: expand2square of the original LLaVA code."""
-    side = max(image.size)
+def _padded_side(width: int, height: int) -> int:
+    """The side of the square on which the original LLaVA code centers a picture (expand2square)."""
+    side = max(width, height)
     if side * side > MAX_PADDED_PIXELS:
         raise ImageError(
-            f"image: {image.width} x {image.height} pixels, padded to a square of {side} x {side}, expected at most"
+            f"image: {width} x {height} pixels, padded to a square of {side} x {side}, expected at most"
             f" {MAX_PADDED_PIXELS / 1e6:.0f} megapixels; crop or scale it"
         )
-    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in preprocessing.mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    return side
 
 
-def _from_array(array: npt.NDArray[np.generic]) -> Image.Image:
+def _of_array(array: npt.NDArray[np.generic]) -> Picture:
     """(H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, uint16 (scaled), or floats from 0 to 1."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ImageError(f"array: shape {array.shape}, expected (H, W), (H, W, 3) or (H, W, 4)")
-    if array.dtype == np.uint8:
-        return Image.fromarray(np.ascontiguousarray(array))
-    if array.dtype == np.uint16:
-        return Image.fromarray(np.ascontiguousarray(_eight_bits(array)))
-    if np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
-        return Image.fromarray(np.ascontiguousarray(np.rint(array * 255).astype(np.uint8)))
-    raise ImageError(f"array: {array.dtype}, expected uint8, uint16, or floats from 0 to 1")
+    white = {np.dtype(np.uint8): WHITE_8, np.dtype(np.uint16): WHITE_16}.get(array.dtype, WHITE_1)
+    if white == WHITE_1 and not (array.min() >= 0 and array.max() <= 1):
+        raise ImageError(f"array: {array.dtype}, expected uint8, uint16, or floats from 0 to 1")
+
+    def part(box: Box) -> Image.Image:
+        left, top, right, bottom = box
+        values = array[top:bottom, left:right]
+        eight = values if white == WHITE_8 else _eight_bits(values, white)
+        return to_rgb(Image.fromarray(np.ascontiguousarray(eight)), WHITE_8)
+
+    return Picture((array.shape[1], array.shape[0]), part)
 
 
-def _eight_bits(values: npt.NDArray[np.generic]) -> Pixels:
-    """16-bit values to 8 bits; values that need no more than 8 bits, and floats up to 1, as they look."""
-    v = np.nan_to_num(values.astype(np.float64))
-    if values.dtype.itemsize == 2 or v.max(initial=0) > 255:
-        v = v / SIXTEEN_BIT
-    elif np.issubdtype(values.dtype, np.floating) and v.max(initial=0) <= 1:
-        v = v * 255
-    return np.rint(np.clip(v, 0, 255)).astype(np.uint8)
+def _white(image: Image.Image) -> int:
+    """The value of modes I and F that is white: 65535 in 16 bits or beyond 255, 1 for floats up to 1."""
+    n_rows, most = max(1, STRIP_PIXELS // image.width), 0.0
+    for top in range(0, image.height, n_rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + n_rows, image.height))))
+        if values.dtype.itemsize == 2:
+            return WHITE_16
+        most = max(most, float(np.fmax.reduce(values, axis=None, initial=0)))  # NaN counts as 0
+    if most > WHITE_8:
+        return WHITE_16
+    return WHITE_1 if image.mode == "F" and most <= WHITE_1 else WHITE_8
 
 
-def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name}: {width} x {height} = {width * height / 1e6:.0f} megapixels, expected at most"
-            f" {max_pixels / 1e6:.0f}; scale it down or raise max_pixels (--max-pixels)"
-        )
-    if width * height == 0:
-        raise ImageError(f"{name}: {width} x {height} pixels, expected at least one")
+def _eight_bits(values: npt.NDArray[Any], white: int) -> Pixels:
+    """Values up to white, as 0 to 255."""
+    if values.dtype.itemsize == 2 and values.dtype.kind == "u":
+        eight: Pixels = FROM_16_BITS[values]
+        return eight
+    v: npt.NDArray[Any] = values / SIXTEEN_BIT if white == WHITE_16 else values * (WHITE_8 // white)
+    np.rint(v.clip(0, WHITE_8, out=v), out=v)
+    return v.astype(np.uint8)

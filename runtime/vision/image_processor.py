@@ -13,22 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from pocketllava.errors import ImageError
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.models.tiling import Box, TileLayout
 from pocketllava.types import ImageSource
 from pocketllava.vision import sources
-from pocketllava.vision.image import (
-    MAX_PIXELS,
-    Pixels,
-    check_pixels,
-    decode,
-    pillow_errors,
-    resize_and_crop,
-    size_of,
-)
+from pocketllava.vision.decoding import MAX_PIXELS, pillow_errors
+from pocketllava.vision.image import Picture, Pixels, check_pixels, decode, resize_and_crop, size_of
 from pocketllava.vision.selection import METHOD, n_selected
 from pocketllava.vision.tiles import cut
 
@@ -99,12 +91,12 @@ class ImageProcessor:
             return image
         content, digest = self._read(source, identity)
         if (image := self._images.get(digest)) is None:
-            picture = decode(content, sources.name_of(source), self.max_pixels)
-            image = self._prepared(picture)
+            with pillow_errors(name := sources.name_of(source)):
+                image = self._prepared(decode(content, name, self.max_pixels))
             self._images.put(digest, image)
         return image
 
-    def _prepared(self, picture: Image.Image) -> PreparedImage:
+    def _prepared(self, picture: Picture) -> PreparedImage:
         if (tiling := self.preprocessing.tiling) is None:
             pixels = resize_and_crop(picture, self.preprocessing)
             key = key_of(pixels, self._encoder)

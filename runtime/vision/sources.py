@@ -20,9 +20,10 @@ from PIL import Image
 from pocketllava.errors import ImageError
 from pocketllava.models.files import read_regular
 from pocketllava.types import MAX_FILE_BYTES, ImageSource, read_file
+from pocketllava.vision.containers import exif
 
 SETTLED_S = 2.0  # a file changed since may change again without another time of change (FAT counts 2 s)
-ORIENTATION = 0x0112  # the only EXIF tag that is read
+STRIP_BYTES = 4 << 20  # of pixels, hashed at once
 
 Content = Image.Image | npt.NDArray[np.generic] | bytes
 
@@ -78,6 +79,7 @@ def read(source: ImageSource) -> Content:
     if isinstance(source, np.ndarray | Image.Image):
         return source
     if isinstance(source, bytes | bytearray | memoryview):
+        _check_bytes(len(source) if isinstance(source, bytes | bytearray) else source.nbytes, "image")
         return bytes(source)
     if isinstance(source, str) and _is_data_uri(source):
         return _decode_data_uri(source)
@@ -99,24 +101,34 @@ def digest(content: Content) -> str:
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     if isinstance(content, np.ndarray):
-        about, pixels = repr((content.dtype.str, content.shape)), np.ascontiguousarray(content).tobytes()
-    else:
-        transparency, palette = (
-            content.info.get("transparency"),
-            content.getpalette() if content.palette else None,
-        )
-        about = repr((content.mode, content.size, transparency, palette, orientation_of(content)))
-        pixels = content.tobytes()
-    return hashlib.sha256(about.encode() + b"\0" + pixels).hexdigest()
+        sha256 = hashlib.sha256(repr((content.dtype.str, content.shape)).encode() + b"\0")
+        for top in range(0, len(content), n_rows := max(1, STRIP_BYTES // max(1, content[0].nbytes))):
+            sha256.update(np.ascontiguousarray(content[top : top + n_rows]).data)
+        return sha256.hexdigest()
+    content.load()
+    transparency, palette = (
+        content.info.get("transparency"),
+        content.getpalette() if content.palette else None,
+    )
+    about = repr((content.mode, content.size, transparency, palette, orientation_of(content)))
+    sha256 = hashlib.sha256(about.encode() + b"\0")
+    for top in range(0, content.height, n_rows := max(1, STRIP_BYTES // (4 * content.width))):
+        sha256.update(content.crop((0, top, content.width, min(top + n_rows, content.height))).tobytes())
+    return sha256.hexdigest()
 
 
 def orientation_of(image: Image.Image) -> int | None:
     """What its EXIF says of which side is up. No other tag is read, so that none can be wrong."""
     try:
-        value = image.getexif().get(ORIENTATION)
+        value = image.getexif().get(exif.ORIENTATION)
     except Exception:  # whatever Pillow makes of damaged metadata, the picture itself may be whole
         return None
     return value if isinstance(value, int) else None
+
+
+def _check_bytes(n_bytes: int, name: str) -> None:
+    if n_bytes > MAX_FILE_BYTES:
+        raise ImageError(f"{name}: {n_bytes} bytes, expected at most {MAX_FILE_BYTES}")
 
 
 def _is_data_uri(source: ImageSource) -> bool:
@@ -129,6 +141,7 @@ def _decode_data_uri(uri: str) -> bytes:
     if not comma or not head.lower().endswith(";base64"):
         raise ImageError("data URI: expected data:image/...;base64,...")
     try:
+        _check_bytes(len(body) * 3 // 4, "data URI")
         return base64.b64decode("".join(body.split()), validate=True)
     except binascii.Error as error:
         raise ImageError(f"data URI: not base64 ({error})") from error

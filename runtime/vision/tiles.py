@@ -1,6 +1,6 @@
 """A picture -> its tiles' pixels, and its tiles' features -> one sequence of feature rows, as LLaVA-1.6 does.
 
-Knows Pillow and a TileLayout; no vision tower, no prompt. Where transformers and llama.cpp differ (order of the
+Knows pictures and a TileLayout; no vision tower, no prompt. Where transformers and llama.cpp differ (order of the
 tiles, padding, newlines), transformers is followed.
 """
 
@@ -14,20 +14,21 @@ from PIL import Image
 
 from pocketllava.models.tiling import TileLayout
 from pocketllava.vision.feature_cache import Features
+from pocketllava.vision.image import Picture, resize
 
 Pixels = npt.NDArray[np.uint8]
 
 
-def cut(image: Image.Image, layout: TileLayout, resample: int) -> list[Pixels]:
-    """RGB picture -> its tiles, each (side, side, 3) uint8: the base, then the grid's row by row.
+def cut(picture: Picture, layout: TileLayout, resample: int) -> list[Pixels]:
+    """A picture -> its tiles, each (side, side, 3) uint8: the base, then the grid's row by row.
 
     The base is the whole picture, stretched to a square. The grid's picture keeps its aspect ratio and is centered
     on black: LlavaNextImageProcessor, before rescaling and normalizing.
     """
-    filter_, side = Image.Resampling(resample), layout.side
-    base = np.asarray(image.resize((side, side), resample=filter_))
+    side = layout.side
+    base = np.asarray(resize(picture, (side, side), resample))
     grid = Image.new("RGB", layout.resolution)
-    grid.paste(image.resize(layout.scaled, resample=filter_), layout.corner)
+    grid.paste(resize(picture, layout.scaled, resample), layout.corner)
     rows = np.asarray(grid).reshape(layout.rows, side, layout.columns, side, 3).swapaxes(1, 2)
     return [base, *(np.ascontiguousarray(tile) for row in rows for tile in row)]
 

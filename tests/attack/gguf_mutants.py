@@ -1,57 +1,33 @@
-"""Damaged text models, drawn from a seed: keys, vocabularies, tensor lists, header bytes.
+"""Damaged GGUF files of both kinds, drawn from a seed: keys, vocabularies, tensor lists, header bytes.
 
-    python tests/attack_text.py SEED NUMBER FOLDER
-
-Each mutant of a few small models is refused by Header.read or check_text, or goes to a child process that loads
-it with llama.cpp, tokenizes, evaluates tokens and features, and samples. Prints one JSON object: how many were
-refused, loaded, or failed in an orderly way in llama.cpp, the slowest check, and every case that ended in a
-signal, a traceback, an error of several lines or a hang.
+Knows the container and which keys llama.cpp reads; loads nothing (gguf.py does).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import struct
-import subprocess
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import small_checkpoint
 from gguf import GGML_QUANT_SIZES
-from small_checkpoint import Layout
 
-from pocketllava.convert import convert
-from pocketllava.errors import BackendError, BundleError
+from pocketllava.models import mmproj_contract, text_contract
+from pocketllava.models.contract import Rule
 from pocketllava.models.gguf_header import ARRAY, SCALARS, STRING, Header
-from pocketllava.models.text_contract import PRE_TOKENIZERS, RULES, TOKEN_IDS, check_text
+from pocketllava.models.text_contract import PRE_TOKENIZERS, TOKEN_IDS
 
 Draw = random.Random
-CHECK_S, LOAD_S = 1.0, 30.0
-TEXT = "USER: <image>\nWhat is é 日本 🙂 \t\0 \x7f</s> here?  ASSISTANT:"
-N_LONG = 60_000  # twice what overflows std::regex on a stack of 8 MB
-LONG = (*(c * N_LONG for c in "a 1日\n!é"), "a b'll " * (N_LONG // 7))
-LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Q4_K_M", {"layers": 1, "ffn": 256}),
-    "grouped": ("F16", {"layers": 2, "ffn": 256, "kv_heads": 2, "kind": "mistral"}),
-    "llama3": ("Q8_0", {"layers": 1, "ffn": 256, "llama3": True, "rope": "llama3"}),
-}
 NUMBERS = (0, 1, 2, 3, 4, 7, 8, 11, 16, 32, 64, 128, 255, 256, 511, 512, 513, 703, 704, 705, 960, 65535, 2**20 - 1,
            2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, -1, -(2**31))  # fmt: skip
 REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e38, 1e4, 5e5, float("nan"), float("inf"), -float("inf"))
-WORDS = ("", "x", "llama", "gpt2", "bert", "none", "no_vocab", "t5", "rwkv", "gemma4", "hybriddna", "plamo2", "clip",
+WORDS = ("", "x", "mlp", "ldp", "resampler", "llama", "gpt2", "bert", "none", "no_vocab", "t5", "rwkv", "gemma4", "hybriddna", "plamo2", "clip",
          "linear", "yarn", "longrope", "su", "phi-3", "Phi3 mini", "modern-bert", "llama\0x", "a\0", "<s>", "</s>",
          "<0x0A>", "[EMPTY_5]", "[EMPTY_0]", "<unk>", "\ufffd", "日本", "é" * 300, "x" * 2000, "{{", "{% for x in",
-         "{{ " + "(" * 500, "<|end|>", "<|return|>", "<|call|>", "<|tool_response>", "tekken", "chatglm-bpe", *PRE_TOKENIZERS.split())  # fmt: skip
+         "{{ " + "(" * 500, "<|end|>", "<|return|>", "<|call|>", "<|tool_response>", "tekken", "chatglm-bpe", "default", *PRE_TOKENIZERS.split())  # fmt: skip
 OTHER_KEYS = (
     "llama.attention.sliding_window", "llama.attention.scale", "llama.logit_scale", "llama.expert_shared_count",
     "llama.expert_feed_forward_length", "llama.leading_dense_block_count", "llama.n_deepstack_layers",
@@ -64,7 +40,26 @@ OTHER_KEYS = (
     "llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length",
     "llama.rope.scaling.yarn_log_multiplier", "llama.rope.scaling.yarn_ext_factor", "llama.swin_norm", "zzz",
 )  # fmt: skip
-KNOWN_KEYS = (*RULES, *TOKEN_IDS, *OTHER_KEYS)
+RULES: dict[str, Rule] = {**text_contract.RULES, **mmproj_contract.OPTIONAL}
+TEXT_KEYS = (*text_contract.RULES, *TOKEN_IDS, *OTHER_KEYS)
+MMPROJ_KEYS = (
+    *mmproj_contract.KNOWN, "clip.audio.projector_type", "clip.audio.block_count", "clip.gen.audio.projector_type",
+    "clip.minicpmv_version", "clip.minicpmv_query_num", "clip.vision.spatial_merge_size", "clip.vision.window_size",
+    "clip.vision.projector.scale_factor", "clip.vision.image_min_pixels", "clip.vision.wa_layer_indexes",
+    "clip.vision.sam.block_count", "clip.vision.n_wa_pattern", "clip.text.context_length", "clip.nobody", "split.count",
+    "general.type", "general.quantization_version", "general.tags", "general.size_label", "zzz",
+)  # fmt: skip
+TEXT_TENSORS = (
+    "rope_freqs.weight", "rope_factors_long.weight", "output.weight", "blk.0.attn_qkv.weight", "blk.0.attn_q.bias",
+    "blk.0.ffn_gate_inp.weight", "blk.0.attn_rot_embd", "blk.1.attn_q.weight", "cls.weight", "blk.0.attn_q.scale",
+    "blk.0.ffn_down.bias", "output.bias",
+)  # fmt: skip
+MMPROJ_TENSORS = (
+    "v.class_embd", "v.patch_embd.bias", "v.patch_embd.weight.1", "v.post_ln.weight", "v.post_ln.bias", "mm.1.weight",
+    "mm.1.bias", "mm.3.weight", "mm.4.bias", "mm.model.fc.weight", "model.image_newline", "v.view_seperator",
+    "v.blk.0.attn_qkv.weight", "v.blk.0.ls1.weight", "v.blk.9.ln1.weight", "v.blk.0.attn_q_norm.weight", "a.conv1d.1.weight",
+    "v.norm_embd.weight", "mm.input_norm.weight",
+)  # fmt: skip
 
 
 @dataclass
@@ -120,6 +115,16 @@ class File:
             parts += [text(t.name), dims, struct.pack("<IQ", t.type % 2**32, t.offset % 2**64)]
         whole = b"".join(parts)
         return whole + bytes(-len(whole) % self.alignment)
+
+    @property
+    def is_mmproj(self) -> bool:
+        """Whether it began as a projector file; its architecture may say otherwise by now."""
+        return any(t.name.startswith(("v.", "mm.")) for t in self.tensors)
+
+    @property
+    def known_keys(self) -> tuple[str, ...]:
+        """Keys that mean something in such a file."""
+        return MMPROJ_KEYS if self.is_mmproj else TEXT_KEYS
 
     @property
     def alignment(self) -> int:
@@ -238,7 +243,7 @@ def change_key(rng: Draw, file: File) -> str:
     if how in ("left out", "moved"):
         del file.keys[at]
     if how == "renamed":
-        file.keys[at] = (rng.choice((key[0] + "x", key[0][:-1], "", rng.choice(KNOWN_KEYS))), *key[1:])
+        file.keys[at] = (rng.choice((key[0] + "x", key[0][:-1], "", rng.choice(file.known_keys))), *key[1:])
     if how in ("twice", "moved"):
         file.keys.insert(rng.randrange(len(file.keys) + 1), key)
     if how == "zero byte":
@@ -249,7 +254,7 @@ def change_key(rng: Draw, file: File) -> str:
 
 def add_key(rng: Draw, file: File) -> str:
     """A key that libllama reads, or reads for other models, with a value of mostly the right type."""
-    name = rng.choice(KNOWN_KEYS)
+    name = rng.choice(file.known_keys)
     kind = (
         RULES[name].kind
         if name in RULES and rng.random() < 0.7
@@ -318,10 +323,8 @@ def change_tensor(rng: Draw, file: File) -> str:
     elif how == "twice":
         file.tensors.append(t)
     else:
-        names = ("rope_freqs.weight", "rope_factors_long.weight", "output.weight", "blk.0.attn_qkv.weight",
-                 "blk.0.attn_q.bias", "blk.0.ffn_gate_inp.weight", "blk.0.attn_rot_embd", "blk.1.attn_q.weight",
-                 "cls.weight", "blk.0.attn_q.scale", "blk.0.ffn_down.bias", "output.bias")  # fmt: skip
-        dims = rng.choice(([32], [256], [256, 256], [256, 704], [1]))
+        names = MMPROJ_TENSORS if file.is_mmproj else TEXT_TENSORS
+        dims = rng.choice(([32], [64], [256], [64, 64], [256, 256], [256, 704], [1]))
         file.tensors.append(Tensor(rng.choice(names), dims, rng.choice((0, 0, 1, 8)), 0))
     if rng.random() < 0.75 and how != "offset":
         file.lay_out()
@@ -339,6 +342,8 @@ def change_shape(rng: Draw, file: File) -> str:
             file.keys.append((name, kind, value, 0))
 
     heads = rng.choice((1, 2, 4, 8, 16, 64, 128, 256))
+    if file.is_mmproj:
+        return change_tower(rng, file, heads, put)
     how = rng.randrange(5)
     if how == 0:
         put("llama.attention.head_count", heads)
@@ -362,6 +367,33 @@ def change_shape(rng: Draw, file: File) -> str:
                 t.type = rng.choice([int(k) for k in GGML_QUANT_SIZES])
     file.lay_out()
     return f"shape {how} with {heads} heads"
+
+
+def change_tower(rng: Draw, file: File, heads: int, put: Callable[..., None]) -> str:
+    """Sizes of a vision tower that fit each other, but are odd: heads, blocks, layers of features, types of matrices."""
+    how = rng.randrange(6)
+    if how == 0:
+        put("clip.vision.attention.head_count", rng.choice((heads, 3, 32)))
+    elif how == 1:
+        put("clip.vision.block_count", rng.choice((0, 1, 2, 3, 23, 24, 512, 513, 2**20 - 1)))
+    elif how == 2:
+        layers = rng.choice(([0], [1], [2], [3], [1, 2], [2, 1], [0, 1, 2], [-1], [2] * 999, []))
+        file.keys = [key for key in file.keys if key[0] != "clip.vision.feature_layer"]
+        file.keys.append(("clip.vision.feature_layer", ARRAY, layers, rng.choice((5, 5, 5, 4, 11, 6))))
+    elif how == 3:
+        file.tensors = [t for t in file.tensors if t.name != rng.choice(("v.class_embd", "v.pre_ln.weight"))]
+    elif how == 4:
+        side, patch = rng.choice(
+            ((336, 14), (335, 14), (14, 14), (28, 14), (336, 1), (2**20 - 1, 1), (14, 336))
+        )
+        put("clip.vision.image_size", side)
+        put("clip.vision.patch_size", patch)
+    else:
+        for t in file.tensors:
+            if len(t.dims) == 2 and rng.random() < 0.5:
+                t.type = rng.choice([int(k) for k in GGML_QUANT_SIZES])
+    file.lay_out()
+    return f"tower {how} with {heads} heads"
 
 
 def change_data(rng: Draw, file: File) -> str:
@@ -415,176 +447,3 @@ def mutant(case: str, files: dict[str, File]) -> tuple[str, bytes]:
         change = rng.choices([c for c, _ in CHANGES], [weight for _, weight in CHANGES])[0]
         remarks.append(change(rng, file))
     return "; ".join(remarks), file.header() + file.data
-
-
-def whole_files(folder: Path) -> dict[str, Path]:
-    """The models that mutants are made of, converted into a folder."""
-    paths = {}
-    for name, (quant, layout) in LAYOUTS.items():
-        source = small_checkpoint.write(folder / f"{name}-checkpoint", Layout(**layout))
-        paths[name] = convert(source, folder / name, quant=quant).model
-    return paths
-
-
-def refused(path: Path) -> str:
-    """The message of the check that refused a file, "" for one that passed. Raises what no check should."""
-    try:
-        check_text(Header.read(path))
-    except BundleError as error:
-        return str(error)
-    return ""
-
-
-def use(path: Path) -> None:
-    """Load a text model and do all that a conversation does with one. Raises BackendError."""
-    from llama_cpp import llama_cpp
-
-    from pocketllava.llamacpp.guard import translated
-    from pocketllava.llamacpp.text_model import TextModel
-
-    settings: dict[str, Any] = dict.fromkeys(("n_threads", "n_threads_batch"), 1)
-    settings |= {"n_ctx": 256, "n_batch": 64, "n_ubatch": 64, "n_gpu_layers": 0}
-    settings["flash_attn"] = bool(path.stat().st_size // 32 % 2)  # both kinds, by chance
-    with translated("using it"):
-        model, _ = TextModel.load(path, **settings)
-        try:
-            raw, out = TEXT.encode(), (llama_cpp.llama_token * 512)()
-            vocab = llama_cpp.llama_model_get_vocab(model.model)
-            llama_cpp.llama_tokenize(vocab, raw, len(raw), out, 512, True, True)  # BOS, special tokens
-            ids = model.tokenize(TEXT)[:40] or [0]
-            for run in LONG if path.parent.name == "long" else ():
-                assert model.tokenize(run)
-            model.decode_tokens(ids)
-            model.decode_features(np.ones((4, model.n_embd), np.float32), 0)
-            model.decode_tokens([0, model.n_vocab - 1])
-            model.logits()
-            words = model.vocabulary
-            n = sum(len(words.piece(i)) + words.is_end(i) for i in range(model.n_vocab))
-            for temperature in (0.0, 0.8):
-                n += sum(1 for _ in islice(model.generate(ids, seed=1, temp=temperature), 2))
-            assert n + len(words.special()) > 0
-        finally:
-            model.close()
-
-
-class Child:
-    """A process that loads files one after the other, and is started again when one killed it."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-
-    def use(self, path: Path) -> str:
-        """ "loaded", "failed: ..." for an orderly BackendError, else what went wrong."""
-        if self.process is None:
-            command = [sys.executable, str(Path(__file__)), "--child"]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{path}\n")
-        self.process.stdin.flush()
-        watch = threading.Timer(LOAD_S, self.process.kill)
-        watch.start()
-        answer = self.process.stdout.readline()
-        hung = not watch.is_alive()
-        watch.cancel()
-        if answer:
-            return str(json.loads(answer))
-        code = self.process.wait()
-        self.close()
-        return "hang" if hung else f"signal {-code}"
-
-    def close(self) -> None:
-        """End the process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                assert pipe is not None
-                pipe.close()
-        self.process = None
-
-
-def serve() -> None:
-    """Answer each path on stdin with one line of JSON."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what C prints is no answer
-    for line in sys.stdin:
-        try:
-            use(Path(line.rstrip("\n")))
-            answer = "loaded"
-        except BackendError as error:
-            answer = f"failed: {error}"
-        except Exception:
-            answer = f"traceback: {traceback.format_exc()}"
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
-
-
-def cases(
-    seed: str, number: int, files: dict[str, File], path: Path, child: Child, max_loads: int
-) -> Iterator[tuple[str, str, str, float]]:
-    """For each mutant: its case, what was changed, what came of it, and how long the check took."""
-    n_loads = 0
-    for n in range(number):
-        case = f"{seed} {n}"
-        change, raw = mutant(case, files)
-        path.unlink(missing_ok=True)
-        path.write_bytes(raw)
-        start = time.perf_counter()
-        try:
-            message = refused(path)
-        except Exception:
-            message = f"traceback: {traceback.format_exc()}"
-        took = time.perf_counter() - start
-        if message.startswith("traceback"):
-            outcome = message
-        elif message:
-            # The container's own messages are gguf_header's concern (test_header.py).
-            short = "\n" not in message and (len(message) < 1000 or "not a whole GGUF file" in message)
-            outcome = "refused" if short and str(path) in message else f"not one line: {message[:300]}"
-        elif n_loads < max_loads:
-            n_loads += 1
-            outcome = child.use(path)
-        else:
-            outcome = "passed"
-        yield case, change, outcome, took
-
-
-def attack(
-    seed: str, number: int, models: dict[str, Path], folder: Path, max_loads: int = 1 << 30
-) -> dict[str, Any]:
-    """Try a number of mutants of the models, at one place in the folder; load so many of those that pass."""
-    files = {name: File.read(path) for name, path in models.items()}
-    counts = dict.fromkeys(("refused", "passed", "loaded", "failed"), 0)
-    wrong, failures, slowest, child = [], [], 0.0, Child()
-    try:
-        for case, change, outcome, took in cases(
-            seed, number, files, folder / "mutant.gguf", child, max_loads
-        ):
-            slowest = max(slowest, took)
-            kind = outcome.partition(":")[0]
-            if kind in counts and took < CHECK_S:
-                counts[kind] += 1
-            else:
-                wrong.append({"case": case, "change": change, "took_s": round(took, 2), "outcome": outcome})
-            if kind == "failed":
-                failures.append(f"{case}: {change}: {outcome[:300]}")
-    finally:
-        child.close()
-    return {**counts, "slowest_s": round(slowest, 3), "wrong": wrong, "failures": failures}
-
-
-def main() -> None:
-    """The command line of this file's first lines, or a child's loop."""
-    if sys.argv[1:] == ["--child"]:
-        serve()
-        return
-    seed, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(attack(seed, number, whole_files(folder), folder), indent=1))
-
-
-if __name__ == "__main__":
-    main()

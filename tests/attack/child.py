@@ -1,0 +1,114 @@
+"""Runs the cases of a campaign in a child process, which a signal or a hang may end, and counts how each ended.
+
+Knows no input. A target makes a case from a random number generator and uses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from attack.counts import Counts
+
+from pocketllava import PocketLlavaError
+
+MAX_S, HANG_S = 2.0, 30.0
+MAX_CHARACTERS = 1000  # of an error
+TESTS = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is attacked. make: a case's bytes; use: raises PocketLlavaError, or AssertionError for a wrong result."""
+
+    make: Callable[[random.Random], bytes]
+    use: Callable[[bytes, Path], None]
+
+
+def outcome(target: Target, data: bytes, folder: Path) -> tuple[str, str]:
+    """(a field of Counts, what is wrong) of one case."""
+    start = time.process_time()
+    try:
+        target.use(data, folder)
+        kind, detail = "accepted", ""
+    except PocketLlavaError as error:
+        kind, detail = "refused", ""
+        if "\n" in str(error) or len(str(error)) > MAX_CHARACTERS:
+            kind, detail = "wrong", f"not one line: {str(error)[:200]!r}"
+    except AssertionError as error:
+        kind, detail = "wrong", str(error)[:500]
+    except Exception:
+        kind, detail = "tracebacks", traceback.format_exc(limit=-4)
+    took = time.process_time() - start
+    return ("hangs", f"took {took:.1f} s") if took > MAX_S else (kind, detail)
+
+
+def serve(target: Target, seed: int, numbers: Iterator[int], folder: Path) -> None:
+    """In the child: one line before each case, one after it."""
+    for n in numbers:
+        data = target.make(random.Random(f"{seed} {n}"))
+        (folder / "case").write_bytes(data)
+        kind, detail = outcome(target, data, folder)
+        print(json.dumps([n, kind, detail]), flush=True)
+
+
+def campaign(script: Path, name: str, seed: int, cases: int, folder: Path) -> Counts:
+    """Run cases in children of this script, `script --child NAME SEED FIRST LAST FOLDER`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, first = Counts(cases=cases), 0
+    while first < cases:
+        command = [
+            sys.executable,
+            str(script),
+            "--child",
+            name,
+            str(seed),
+            str(first),
+            str(cases),
+            str(folder),
+        ]
+        environment = os.environ | {"PYTHONPATH": str(TESTS)}
+        with (folder / "stderr").open("wb") as chatter:  # libtiff has much to say
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=chatter, env=environment)
+        for n, kind, detail in _answers(child):
+            setattr(counts, kind, getattr(counts, kind) + 1)
+            if detail:
+                _keep(counts, folder, f"{name} {seed} {n}", f"{kind}: {detail}")
+            first = n + 1
+        if first < cases:
+            kind = "hangs" if child.wait() == -9 else "crashes"
+            setattr(counts, kind, getattr(counts, kind) + 1)
+            end = (folder / "stderr").read_text("utf-8", "replace")[-300:]
+            _keep(counts, folder, f"{name} {seed} {first}", f"{kind}: exit code {child.wait()} {end}")
+            first += 1
+    return counts
+
+
+def _answers(child: subprocess.Popen[bytes]) -> Iterator[tuple[int, str, str]]:
+    """The lines of a child, which is killed where none comes for a while."""
+    assert child.stdout is not None
+    while True:
+        watch = threading.Timer(HANG_S, child.kill)
+        watch.start()
+        line = child.stdout.readline()
+        watch.cancel()
+        if not line:
+            child.stdout.close()
+            child.wait()
+            return
+        yield json.loads(line)
+
+
+def _keep(counts: Counts, folder: Path, case: str, fault: str) -> None:
+    counts.failures.append(f"{case}: {fault}")
+    if (folder / "case").exists():
+        (folder / "case").replace(folder / case.replace(" ", "-"))
