@@ -174,13 +174,6 @@ def stdin_bytes(name: str) -> bytes:
     return data
 
 
-def use_utf8() -> None:
-    """Let the standard streams speak UTF-8 whatever the locale says: answers are in any script."""
-    for standard_stream in (sys.stdin, sys.stdout, sys.stderr):
-        if reconfigure := getattr(standard_stream, "reconfigure", None):
-            reconfigure(encoding="utf-8", errors="replace")
-
-
 def complain(kind: str, text: str) -> None:
     """A line on stderr, "kind: text"; in color and broken between words on a terminal."""
     line = f"{kind}: {' '.join(text.translate(INERT).split())}"
