@@ -201,7 +201,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(
         process.wait()
         assert not out.exists() or Bundle.open(out)
         if kind == "SIGINT":
-            assert not work.exists()
+            assert not work.exists() or has_tensors(work)  # for --resume
     assert convert(checkpoint, out, quant="Q2_K", force=True).manifest.types.model == "Q2_K"
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 

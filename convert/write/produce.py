@@ -102,7 +102,8 @@ def _make(works: dict[Job, Path], run: Run) -> None:
         load_test(work / MODEL, work / MMPROJ, run.worker_command)
         record = replace(job.manifest, files=files)
         manifest = json.dumps(record.to_json(), indent=2, ensure_ascii=False)
-        (work / MANIFEST).write_text(manifest + "\n", "utf-8")
+        # a name that is not UTF-8 holds lone surrogates: \udcff, which is JSON's own escape
+        (work / MANIFEST).write_text(manifest + "\n", "utf-8", "backslashreplace")
 
 
 def _outputs(works: dict[Job, Path], journals: dict[Job, Journal], stack: ExitStack) -> list[list[Output]]:
@@ -147,7 +148,7 @@ def _is_finished(job: Job) -> bool:
 
 def _check_disk(works: dict[Job, Path]) -> None:
     """Raise DiskFull if what is still to be written of all bundles does not fit beside the first one's target."""
-    folder = next(iter(works)).target.parent
+    folder = next(iter(works.values())).parent
     written = sum(p.stat().st_size for work in works.values() for p in work.iterdir() if p.suffix == ".gguf")
     needed = sum(job.disk_bytes for job in works) - written + DISK_MARGIN_BYTES
     free = shutil.disk_usage(folder).free
