@@ -32,6 +32,7 @@ from pocketllava.llamacpp.children import printable
 from pocketllava.llamacpp.devices import cores
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.chat_template import check
+from pocketllava.models.files import expanded
 from pocketllava.models.manifest import IMAGE_TOKEN, MAX_TOKEN_ID, Manifest, Source, Types
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 from pocketllava.version import __version__
@@ -264,7 +265,7 @@ def convert(
     Example:
         >>> bundle = convert("llava-hf/llava-1.5-7b-hf", "llava-7b", quant="Q4_K_M")
     """
-    target = Path(out).expanduser()
+    target = expanded(out)
     if not resume:
         check_target(target, force)
     planned = plan(

@@ -6,6 +6,7 @@ A file is written beside its final path, flushed to the disk, then renamed. Know
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import secrets
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from platformdirs import user_cache_path
+
+from pocketllava.errors import InputError
 
 MAX_TEXT_BYTES = 256 << 20  # of a text to measure on, a list of questions or an evaluation set
 
@@ -37,8 +40,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """This user's cache folder on this platform."""
-    return Path(user_cache_path("pocketllava", appauthor=False, ensure_exists=True))
+    """This user's cache folder on this platform. Raises InputError where there can be none."""
+    folder = Path(user_cache_path("pocketllava", appauthor=False))
+    try:
+        if not folder.is_absolute():  # "~" of a user without a home stays as it is
+            raise OSError(errno.ENOENT, "this user has no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be used as the cache folder ({error.strerror or error}); set HOME (or XDG_CACHE_HOME on"
+            " Linux) to a folder that can be written"
+        ) from error
+    return folder
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ replaced; as it is where ~ means nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def text_of(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 where its mark says so, as PowerShell's > writes it. Raises UnicodeDecodeError."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -70,8 +97,8 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file of at most MAX_TEXT_BYTES, UTF-8. Raises OSError, UnicodeDecodeError."""
-    text = read_regular(path, MAX_TEXT_BYTES).decode()
+    """The text of a regular file of at most MAX_TEXT_BYTES. Raises OSError, UnicodeDecodeError."""
+    text = text_of(read_regular(path, MAX_TEXT_BYTES))
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

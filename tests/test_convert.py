@@ -23,6 +23,7 @@ from pocketllava.convert import convert
 from pocketllava.convert.pipeline import plan
 from pocketllava.convert.read.checkpoint import canonical
 from pocketllava.convert.write import produce
+from pocketllava.convert.write.journal import has_tensors
 from pocketllava.models.gguf_header import Header
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, pro
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pocketllava.convert.read import original
 from pocketllava.convert.read.shards import FORMATS, SAFETENSORS, has_weights, read_tensors
 from pocketllava.convert.read.sources import SourceTensor, read_bytes, read_json
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
+from pocketllava.models.files import expanded
 
 logger = logging.getLogger("pocketllava")
 # Other JSON files in a folder are other programs': never read, whatever they hold.
@@ -61,9 +63,10 @@ def fetch(source: str, revision: str | None = None, weights: bool = True) -> tup
 
     Downloads resume, land in huggingface_hub's cache, and honor HF_HUB_OFFLINE. Raises ConvertError.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
-        return folder, {"id": folder.resolve().name, "revision": None}
+        name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")  # it becomes a GGUF key
+        return folder, {"id": name, "revision": None}
     if folder.exists() or not HUB_ID.match(source):
         state = "a file" if folder.exists() else "nothing"
         raise ConvertError(

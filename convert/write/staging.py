@@ -30,9 +30,13 @@ def place_of(target: Path) -> Path:
         place = target.resolve()
         str(place).encode()
     except UnicodeEncodeError as error:
-        raise ConvertError(f"{target}: not UTF-8, which llama.cpp expects of paths; choose another --out") from error
+        raise ConvertError(
+            f"{target}: not UTF-8, which llama.cpp expects of paths; choose another --out"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a null character
-        raise ConvertError(f"{target}: cannot be a folder ({getattr(error, 'strerror', None) or error})") from error
+        raise ConvertError(
+            f"{target}: cannot be a folder ({getattr(error, 'strerror', None) or error})"
+        ) from error
     return place
 
 
@@ -46,7 +50,9 @@ def check_target(target: Path, force: bool) -> None:
     except NotADirectoryError:
         raise ConvertError(f"{target}: a file; --out names the folder to make") from None
     except OSError as error:
-        raise ConvertError(f"{target}: cannot be used ({error.strerror or error}); choose another --out") from error
+        raise ConvertError(
+            f"{target}: cannot be used ({error.strerror or error}); choose another --out"
+        ) from error
     if foreign := sorted(names - {MODEL, MMPROJ, MANIFEST}):
         raise ConvertError(
             f"{target}: holds {foreign[0]!r}; --out must be a new or empty folder, or a bundle"
@@ -86,8 +92,7 @@ def working_folder(target: Path, resume: bool) -> Iterator[Path]:
         yield work
     except BaseException as error:
         keep = has_tensors(work) and (
-            isinstance(error, KeyboardInterrupt)
-            or (resume and isinstance(error.__cause__ or error, OSError))
+            isinstance(error, KeyboardInterrupt) or (resume and isinstance(error.__cause__ or error, OSError))
         )
         if isinstance(error, OSError):
             raise ConvertError(f"{target}: cannot be written ({error.strerror or error})") from error
@@ -103,7 +108,9 @@ def working_folder(target: Path, resume: bool) -> Iterator[Path]:
 def _empty(work: Path, target: Path) -> None:
     """Remove what an earlier run left."""
     if has_tensors(work):
-        logger.warning("%s: begins anew, without the tensors of a stopped run; --resume goes on from them", target)
+        logger.warning(
+            "%s: begins anew, without the tensors of a stopped run; --resume goes on from them", target
+        )
     for name in (MODEL, MMPROJ, MANIFEST, JOURNAL):
         (work / name).unlink(missing_ok=True)
 

@@ -16,15 +16,17 @@ import click
 
 from pocketllava.commands.common import (
     INERT,
+    Place,
+    Text,
     color,
     complain,
     load_options,
     quiet_option,
     sampling_options,
-    text_argument,
 )
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import ContextOverflow, PocketLlavaError
+from pocketllava.models.files import expanded
 from pocketllava.types import MAX_FILE_BYTES, MAX_SEED, ImageSource
 
 if TYPE_CHECKING:
@@ -39,10 +41,14 @@ LEAVING = "Ctrl-D or /quit leaves"
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE")
-@click.argument("images", metavar="[IMAGE]...", nargs=-1)
-@click.option("-sys", "--system", metavar="TEXT", help="A system message before the conversation.")
-@click.option("--load", "saved", metavar="FILE", help="Continue a conversation that /save wrote.")
+@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=Place())
+@click.option(
+    "-sys", "--system", metavar="TEXT", type=Text(), help="A system message before the conversation."
+)
+@click.option(
+    "--load", "saved", metavar="FILE", type=Place(), help="Continue a conversation that /save wrote."
+)
 @sampling_options()
 @click.option("--stats", is_flag=True, help="Show timings after every answer.")
 @quiet_option("No welcome.")
@@ -72,8 +78,8 @@ def chat(
     on_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     bundle = open_bundle(model)
     dialogue = Dialogue(Gallery(examination(bundle, load["max_pixels"])), bundle_id(bundle))
-    lines = list(load_conversation(dialogue, Path(saved).expanduser()).lines) if saved else []
-    dialogue.system = dialogue.system if system is None else text_argument(system)
+    lines = list(load_conversation(dialogue, expanded(saved)).lines) if saved else []
+    dialogue.system = dialogue.system if system is None else system
     lines += attach(dialogue, [dialogue.gallery.open(image) for image in images]).lines
     welcome = on_terminal and not quiet
     if welcome:

@@ -7,16 +7,20 @@ from dataclasses import asdict
 
 import click
 
-from pocketllava.commands.common import image_argument, refuse, setting_option
+from pocketllava.commands.common import Place, Text, image_argument, refuse, setting_option
 from pocketllava.commands.show import memory_line, trace_lines, tree
 from pocketllava.types import LoadOptions
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE")
-@click.option("--image", metavar="IMAGE", help="Follow this picture through the model.")
+@click.argument("model", metavar="BUNDLE", type=Place())
+@click.option("--image", metavar="IMAGE", type=Place(), help="Follow this picture through the model.")
 @click.option(
-    "--question", default="What is in the image?", show_default=True, help="The question asked with --image."
+    "--question",
+    default="What is in the image?",
+    type=Text(),
+    show_default=True,
+    help="The question with --image.",
 )
 @click.option("--check", is_flag=True, help="Compare both files' SHA-256 with the recorded ones.")
 @setting_option(LoadOptions, "n_ctx")

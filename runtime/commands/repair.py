@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
+from pocketllava.models.files import expanded
+
 
 def repair_file(broken: str, out: str | None, *, force: bool, dry_run: bool, quiet: bool) -> None:
     """Examine, repair and measure; faults go to stdout. Raises ConvertError."""
     from pocketllava.convert.repair import examine, find_mmproj, repair
 
-    source = find_mmproj(Path(broken).expanduser())
+    source = find_mmproj(expanded(broken))
     examined = examine(source)
     for fault in examined.faults:
         click.echo(f"{source.name}: {fault}")
@@ -20,7 +22,7 @@ def repair_file(broken: str, out: str | None, *, force: bool, dry_run: bool, qui
     if dry_run or not examined.faults:
         return
     beside = source if force else source.with_name(f"{source.stem}-repaired.gguf")
-    target = Path(out).expanduser() if out is not None else beside
+    target = expanded(out) if out is not None else beside
     lines: list[str] = []
     repair(
         examined, target, force=force, look=None if quiet else lambda new: lines.append(_moved(source, new))
