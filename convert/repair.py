@@ -18,7 +18,7 @@ from gguf import GGUFValueType as V
 from pocketllava.errors import BundleError, ConvertError
 from pocketllava.models.bundle import MANIFEST
 from pocketllava.models.contract import check_layout, shown
-from pocketllava.models.files import atomic_write
+from pocketllava.models.files import locked_write
 from pocketllava.models.gguf_header import Header, TensorInfo
 from pocketllava.models.gguf_writer import ARCHITECTURE, Key, header_bytes, padding, stored_keys
 from pocketllava.models.mmproj_contract import PREFIX, check_mmproj
@@ -100,7 +100,7 @@ def repair(
         raise ConvertError(f"{out}: a folder, or a bundle's file; --out names the file to make")
     try:
         mode = plan.path.stat().st_mode
-        with atomic_write(out) as part:
+        with locked_write(out) as part:
             digests = _write(plan, part)
             _check(plan, part, digests)
             if look is not None:

@@ -12,10 +12,11 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from pocketllava.errors import InputError
@@ -39,6 +40,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked_write(path: Path) -> Iterator[Path]:
+    """As atomic_write, for large files: what a killed process left is removed by the next one that writes `path`.
+
+    The hidden path is always the same, and a lock says whether its writer is alive. Raises OSError, BlockingIOError
+    where another process is writing `path`.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(errno.EAGAIN, "another process is writing it") from None
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        yield part
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes it with its last handle
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def cache_folder() -> Path:
     """This user's cache folder on this platform. Raises InputError where there can be none."""
     folder = Path(user_cache_path("pocketllava", appauthor=False))
@@ -60,6 +86,11 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def utf8(name: str) -> str:
+    """A file's name as a text that can be stored: bytes of it that are not UTF-8 are replaced."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def text_of(data: bytes) -> str:

@@ -8,7 +8,6 @@ text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, pro
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pocketllava.convert.read import original
 from pocketllava.convert.read.shards import FORMATS, SAFETENSORS, has_weights, read_tensors
 from pocketllava.convert.read.sources import SourceTensor, read_bytes, read_json
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
-from pocketllava.models.files import expanded
+from pocketllava.models.files import expanded, utf8
 
 logger = logging.getLogger("pocketllava")
 # Other JSON files in a folder are other programs': never read, whatever they hold.
@@ -65,8 +64,7 @@ def fetch(source: str, revision: str | None = None, weights: bool = True) -> tup
     """
     folder = expanded(source)
     if folder.is_dir():
-        name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")  # it becomes a GGUF key
-        return folder, {"id": name, "revision": None}
+        return folder, {"id": utf8(folder.resolve().name), "revision": None}
     if folder.exists() or not HUB_ID.match(source):
         state = "a file" if folder.exists() else "nothing"
         raise ConvertError(

@@ -102,8 +102,7 @@ def _make(works: dict[Job, Path], run: Run) -> None:
         load_test(work / MODEL, work / MMPROJ, run.worker_command)
         record = replace(job.manifest, files=files)
         manifest = json.dumps(record.to_json(), indent=2, ensure_ascii=False)
-        # a name that is not UTF-8 holds lone surrogates: \udcff, which is JSON's own escape
-        (work / MANIFEST).write_text(manifest + "\n", "utf-8", "backslashreplace")
+        (work / MANIFEST).write_text(manifest + "\n", "utf-8")
 
 
 def _outputs(works: dict[Job, Path], journals: dict[Job, Journal], stack: ExitStack) -> list[list[Output]]:

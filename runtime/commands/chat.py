@@ -99,7 +99,7 @@ class Chat:
         self._llava, self._dialogue, self._options = llava, dialogue, options
         self._stats, self._on_terminal = stats, on_terminal
         self._images_ahead: tuple[Path, ...] = ()
-        self._retries = 0
+        self._retries = self._n_failed = 0
         self._wrap = wrap() if on_terminal and sys.stdout.isatty() else None
         dialogue.n_ctx = llava.n_ctx
 
@@ -110,8 +110,10 @@ class Chat:
             self._run_on_terminal()
             return
         for line in sys.stdin:
-            if not self.handle(line):
-                return
+            if not self.handle(line.removeprefix("\ufeff")):
+                break
+        if self._n_failed and not self._dialogue.turns:
+            raise click.exceptions.Exit(1)
 
     def _run_on_terminal(self) -> None:
         from pocketllava.chat.slash import COMMANDS
@@ -137,6 +139,7 @@ class Chat:
         try:
             step = handle(self._dialogue, line.encode("utf-8", "replace").decode())
         except PocketLlavaError as error:
+            self._n_failed += 1
             complain("error", str(error))
             return True
         for text in [*([timing_line(step.timings)] if step.timings else []), *step.lines]:
@@ -166,6 +169,7 @@ class Chat:
         except PocketLlavaError as error:
             self._end_line(bool(text) and not text.endswith("\n"))
             self._dialogue.add_failure(question)
+            self._n_failed += 1
             complain("error", f"{error}{HINT if isinstance(error, ContextOverflow) else ''}")
         else:
             self._end_line(True)

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import InputError
+from pocketllava.models.files import utf8
 from pocketllava.settings import Setting, nearest, settings
 from pocketllava.types import LoadOptions, Options
 
@@ -189,7 +190,7 @@ def stream(
 
 def text_argument(value: str) -> str:
     """A text of the command line, as UTF-8 whatever the locale says."""
-    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return utf8(value)
 
 
 def image_argument(value: str) -> str | bytes:
