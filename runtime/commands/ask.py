@@ -115,7 +115,14 @@ def _exists(word: str) -> bool:
 
 
 def _text(data: bytes) -> str:
+    from pocketllava.chat.slash import MAX_CHARACTERS
+
     try:
-        return text_of(data).strip()
+        text = text_of(data).strip()
     except UnicodeDecodeError as error:
         raise InputError(f"question: stdin is not UTF-8 ({error})") from error
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            f"question: found {len(text)} characters on stdin, expected at most {MAX_CHARACTERS}"
+        )
+    return text

@@ -19,12 +19,15 @@ from pocketllava import Bundle
 from pocketllava.convert import convert
 
 # As the installed script. A shell that starts a program with & has it ignore SIGINT, and its children after it.
-LAUNCHER = """import os, signal
+LAUNCHER = """import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if gone := os.environ.get("ATTACK_GONE"):  # Python itself cannot start in a folder that is no more
     os.chdir(gone)
     os.rmdir(gone)
 from pocketllava.__main__ import main
+if "ATTACK_STARTED" in os.environ:
+    sys.stderr.write("started\\n")
+    sys.stderr.flush()
 main()
 """
 DEPTH = "clip.vision.feature_layer"

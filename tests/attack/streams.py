@@ -222,16 +222,24 @@ def run(seed: int, cases: int, folder: Path) -> Counts:
     prepared = setup(folder / "setup")
     pairs = [(c, o) for c in COMMANDS for o in ODDITIES]
     rng.shuffle(pairs)
-    while len(pairs) < cases:
-        pairs += pairs
-    for n, (command, oddity) in enumerate(pairs[:cases]):
-        place = folder / f"case{n}"
-        place.mkdir()
-        case = Case(command, oddity, COMMANDS[command](prepared, place), place, environment(prepared.home))
-        ODDITIES[oddity](case, prepared)
-        _judge(case, prepared, counts)
-        shutil.rmtree(place, ignore_errors=True)
+    for n in range(cases):
+        _try(prepared, *pairs[n % len(pairs)], folder / f"case{n}", counts)
     return counts
+
+
+def one(prepared: Setup, command: str, oddity: str, place: Path) -> Counts:
+    """One command with one oddity."""
+    counts = Counts()
+    _try(prepared, command, oddity, place, counts)
+    return counts
+
+
+def _try(prepared: Setup, command: str, oddity: str, place: Path, counts: Counts) -> None:
+    place.mkdir()
+    case = Case(command, oddity, COMMANDS[command](prepared, place), place, environment(prepared.home))
+    ODDITIES[oddity](case, prepared)
+    _judge(case, prepared, counts)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _judge(case: Case, prepared: Setup, counts: Counts) -> None:
