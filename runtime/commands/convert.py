@@ -71,7 +71,7 @@ CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "thread
     help="Threads that quantize [default: physical cores].",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
-@click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
+@click.option("--resume", is_flag=True, help="Go on after the last whole tensor of a run that was stopped.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @quiet_option("No progress bar, no summary.")
 def convert(

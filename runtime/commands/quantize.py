@@ -45,7 +45,7 @@ from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundl
     help="Threads that quantize [default: physical cores].",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
-@click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
+@click.option("--resume", is_flag=True, help="Go on after the last whole tensor of a run that was stopped.")
 @quiet_option("No progress bar, no summary.")
 def quantize(
     bundle: str,
