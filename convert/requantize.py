@@ -131,4 +131,4 @@ def _manifest(bundle: Bundle, quant: str, mmproj: str | None) -> Manifest:
     source = bundle.manifest
     origin = QuantizedFrom(source.types, {name: record.sha256 for name, record in source.files.items()})
     types = Types(quant, mmproj or source.types.mmproj)
-    return replace(source, version=__version__, types=types, files={}, quantized_from=origin)
+    return replace(source, version=__version__, types=types, files={}, file_names={}, quantized_from=origin)

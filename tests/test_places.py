@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 from attack import commands, streams
 from click.testing import CliRunner
 from test_repair import DEPTH, rewritten
 
-from pocketllava import Bundle, ConvertError, InputError, UnsupportedOption
+from pocketllava import Bundle, ConvertError, InputError, Llava, Options, UnsupportedOption
 from pocketllava.cli import cli
 from pocketllava.convert import convert, requantize
 from pocketllava.convert.pipeline import plan
@@ -153,6 +156,34 @@ def test_what_a_killed_repair_left_goes_with_the_next(bundle: Bundle, tmp_path: 
     repair(examine(broken), out)
     check_mmproj(Header.read(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.gguf", "new.gguf"]
+
+
+def test_a_repaired_pair_can_be_asked(make_bundle: Any, tmp_path: Path) -> None:
+    """Two files under their own names, as the hub has them."""
+    converted = make_bundle("Q4_0")
+    shutil.copy(converted.model, tmp_path / "llava-q4_0.gguf")
+    rewritten(converted.mmproj, tmp_path / "mmproj-f16.gguf", drop=(DEPTH,))
+    arguments = ["convert", "--repair", str(tmp_path)]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "bundle.json: written for llava-q4_0.gguf; pictures are cropped" in done.stderr
+    pair = Bundle.open(tmp_path)
+    assert (pair.model.name, pair.mmproj.name) == ("llava-q4_0.gguf", "mmproj-f16-repaired.gguf")
+    pair.check_hashes()
+    assert pair.template == converted.template
+    assert replace(pair.manifest, source=converted.manifest.source, files={}, file_names={}) == replace(
+        converted.manifest, files={}
+    )
+    photo, options = pictures.four()[0], Options(max_tokens=8)
+    with Llava.load(tmp_path) as a, Llava.load(converted.folder) as b:
+        assert (
+            a.ask(photo, "What?", options=options).token_ids
+            == b.ask(photo, "What?", options=options).token_ids
+        )
+    again = CliRunner().invoke(
+        cli, [*arguments, "--out", str(tmp_path / "mmproj-f16-repaired.gguf"), "--force"]
+    )
+    assert again.exit_code == 0, again.stderr
 
 
 def half_written(path: Path) -> None:

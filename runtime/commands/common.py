@@ -34,7 +34,7 @@ Command = Callable[..., None]
 STDIN = "-"
 DRAWING = ("top_p", "top_k", "min_p", "seed")
 _PRINTED = {ord(c): c for c in "\n\t"}
-INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}") | _PRINTED
+INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\ufffd") | _PRINTED
 _METAVARS = {"whole": "N", "number": "X", "texts": "TEXT", "folder": "DIR"}
 
 
