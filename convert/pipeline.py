@@ -32,6 +32,7 @@ from pocketllava.llamacpp.children import printable
 from pocketllava.llamacpp.devices import cores
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.chat_template import check
+from pocketllava.models.files import expanded, utf8
 from pocketllava.models.manifest import IMAGE_TOKEN, MAX_TOKEN_ID, Manifest, Source, Types
 from pocketllava.models.preprocessing import Preprocessing, preprocessing
 from pocketllava.version import __version__
@@ -265,7 +266,7 @@ def convert(
     Example:
         >>> bundle = convert("llava-hf/llava-1.5-7b-hf", "llava-7b", quant="Q4_K_M")
     """
-    target = Path(out).expanduser()
+    target = expanded(out)
     if not resume:
         check_target(target, force)
     planned = plan(
@@ -340,7 +341,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of each weight file; with its folder's name where that is another, as a vision tower's is."""
     folder = checkpoint.folder
     files = sorted({t.file for t in checkpoint.tensors.values()})
-    names = [f.name if f.parent == folder else f"{f.parent.name}/{f.name}" for f in files]
+    names = [utf8(f.name if f.parent == folder else f"{f.parent.name}/{f.name}") for f in files]
     return {name: file.stat().st_size for name, file in zip(names, files, strict=True)}
 
 

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from gguf import GGUFValueType as V
 
 from pocketllava.errors import BundleError, ConvertError
-from pocketllava.models.bundle import MANIFEST
+from pocketllava.models.bundle import MANIFEST, Manifest
 from pocketllava.models.contract import check_layout, shown
-from pocketllava.models.files import atomic_write
+from pocketllava.models.files import locked_write
 from pocketllava.models.gguf_header import Header, TensorInfo
 from pocketllava.models.gguf_writer import ARCHITECTURE, Key, header_bytes, padding, stored_keys
 from pocketllava.models.mmproj_contract import PREFIX, check_mmproj
@@ -96,11 +96,11 @@ def repair(
     """
     if out.exists() and not force:
         raise ConvertError(f"{out}: is there already; use --force to replace it, or another --out")
-    if out.is_dir() or (out.parent / MANIFEST).exists():
+    if out.is_dir() or in_bundle(out):
         raise ConvertError(f"{out}: a folder, or a bundle's file; --out names the file to make")
     try:
         mode = plan.path.stat().st_mode
-        with atomic_write(out) as part:
+        with locked_write(out) as part:
             digests = _write(plan, part)
             _check(plan, part, digests)
             if look is not None:
@@ -109,6 +109,16 @@ def repair(
     except OSError as error:
         raise ConvertError(f"{out}: cannot be written ({error.strerror or error})") from error
     return out
+
+
+def in_bundle(out: Path) -> bool:
+    """Whether a converted bundle is there, whose files are recorded; a pair's bundle.json can be written again."""
+    if not (out.parent / MANIFEST).exists():
+        return False
+    try:
+        return not Manifest.read(out.parent / MANIFEST).file_names
+    except BundleError:
+        return True
 
 
 def _is_clip(path: Path) -> bool:

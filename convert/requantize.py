@@ -17,7 +17,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType as T
 
 from pocketllava.convert.plan.file_plan import FilePlan, PlannedTensor
-from pocketllava.convert.plan.importance import read_matrix
+from pocketllava.convert.plan.importance import ImportanceMatrix, read_matrix
 from pocketllava.convert.plan.mmproj import type_of
 from pocketllava.convert.plan.quantize import MMPROJ_TYPES, TEXT_TYPES, UNQUANTIZED, Mix, known
 from pocketllava.convert.read.sources import SourceTensor
@@ -40,6 +40,7 @@ def requantize(
     targets: Mapping[Path, str],
     *,
     mmproj: str | None = None,
+    imatrix: str | PathLike[str] | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -53,9 +54,9 @@ def requantize(
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     types = {target: known(quant, TEXT_TYPES, "--quant") for target, quant in targets.items()}
-    read_matrix(None, *types.values())  # refuses the types that need one
+    matrix = read_matrix(imatrix, *types.values())
     vision = known(mmproj, MMPROJ_TYPES, "--mmproj") if mmproj else None
-    jobs = plan_requantize(source, types, vision)
+    jobs = plan_requantize(source, types, vision, matrix)
     run = Run(
         force=force,
         threads=threads or cores(),
@@ -66,7 +67,9 @@ def requantize(
     return produce(jobs, run)
 
 
-def plan_requantize(bundle: Bundle, types: Mapping[Path, str], mmproj: str | None) -> list[Job]:
+def plan_requantize(
+    bundle: Bundle, types: Mapping[Path, str], mmproj: str | None, matrix: ImportanceMatrix | None = None
+) -> list[Job]:
     """Plan a bundle of each type; no tensor is read. Raises BundleError for files that llama.cpp cannot load."""
     text, vision = bundle.model_header, bundle.mmproj_header
     info, _ = bundle.text_info, bundle.mmproj_info
@@ -75,7 +78,7 @@ def plan_requantize(bundle: Bundle, types: Mapping[Path, str], mmproj: str | Non
         _check_floats(vision, "--mmproj", bundle.manifest.types.mmproj)
     vision_plan = _mmproj(vision, mmproj)
     return [
-        Job(target, _text(text, info, quant), vision_plan, _manifest(bundle, quant, mmproj))
+        Job(target, _text(text, info, quant, matrix), vision_plan, _manifest(bundle, quant, mmproj))
         for target, quant in types.items()
     ]
 
@@ -90,10 +93,14 @@ def _check_floats(header: Header, option: str, kind: str) -> None:
             )
 
 
-def _text(header: Header, info: TextInfo, quant: str) -> FilePlan:
-    mix = Mix(quant, info.n_layer, info.n_head // info.n_head_kv, info.tied)
+def _text(header: Header, info: TextInfo, quant: str, matrix: ImportanceMatrix | None) -> FilePlan:
+    mix = Mix(quant, info.n_layer, info.n_head // info.n_head_kv, info.tied, matrix is not None)
     types = {name: mix.type_of(name, info.shape) for name, info in header.tensors.items()}
-    return _plan(header, types, int(TEXT_TYPES[quant][1]))
+    plan = _plan(header, types, int(TEXT_TYPES[quant][1]))
+    if matrix is None:
+        return plan
+    tensors = tuple(replace(t, importance=matrix.of(t.name, t.shape, t.type)) for t in plan.tensors)
+    return replace(plan, keys=(*plan.keys, *matrix.keys()), tensors=tensors)
 
 
 def _mmproj(header: Header, quant: str | None) -> FilePlan:
@@ -124,4 +131,4 @@ def _manifest(bundle: Bundle, quant: str, mmproj: str | None) -> Manifest:
     source = bundle.manifest
     origin = QuantizedFrom(source.types, {name: record.sha256 for name, record in source.files.items()})
     types = Types(quant, mmproj or source.types.mmproj)
-    return replace(source, version=__version__, types=types, files={}, quantized_from=origin)
+    return replace(source, version=__version__, types=types, files={}, file_names={}, quantized_from=origin)

@@ -71,12 +71,16 @@ class Bundle:
     @property
     def model(self) -> Path:
         """The text model's GGUF file."""
-        return self.folder / MODEL
+        return self.path_of(MODEL)
 
     @property
     def mmproj(self) -> Path:
         """The vision tower's and projector's GGUF file."""
-        return self.folder / MMPROJ
+        return self.path_of(MMPROJ)
+
+    def path_of(self, name: str) -> Path:
+        """The path of MODEL or MMPROJ, which may have another name in a published pair."""
+        return self.folder / self.manifest.file_names.get(name, name)
 
     @cached_property
     def model_header(self) -> Header:
@@ -121,15 +125,15 @@ class Bundle:
     def check_hashes(self) -> None:
         """Compare both files' SHA-256 with the recorded ones (reads them whole). Raises BundleError."""
         for name in (MODEL, MMPROJ):
-            actual, expected = sha256(self.folder / name), self.manifest.files[name].sha256
+            actual, expected = sha256(self.path_of(name)), self.manifest.files[name].sha256
             if actual != expected:
                 raise BundleError(
-                    f"{self.folder / name}: SHA-256 is {actual[:12]}..., expected {expected[:12]}...;"
+                    f"{self.path_of(name)}: SHA-256 is {actual[:12]}..., expected {expected[:12]}...;"
                     " the file changed since it was converted: convert again"
                 )
 
     def _check_file(self, name: str) -> None:
-        path, record = self.folder / name, self.manifest.files[name]
+        path, record = self.path_of(name), self.manifest.files[name]
         if not path.is_file():
             raise BundleError(f"{path}: missing, though {MANIFEST} names it; convert again")
         if (size := path.stat().st_size) != record.bytes:
@@ -145,11 +149,11 @@ class Bundle:
         """Say whose header a file has, with both widths where they differ."""
         expected = self.manifest.projected_width
         try:
-            header = self.mmproj_header if path.name == MMPROJ else self.model_header
+            header = self.mmproj_header if path == self.mmproj else self.model_header
         except BundleError as error:
             return str(error)
         width = header.keys.get("clip.vision.projection_dim")
-        if path.name == MMPROJ and width is not None and width != expected:
+        if path == self.mmproj and width is not None and width != expected:
             return f"{path}: projects to width {width}, the text model has {expected}; it belongs to another model"
         return f"{path}: its header is not the one recorded in {MANIFEST}; it belongs to another model"
 

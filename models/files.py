@@ -6,16 +6,20 @@ A file is written beside its final path, flushed to the disk, then renamed. Know
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
+
+from pocketllava.errors import InputError
 
 MAX_TEXT_BYTES = 256 << 20  # of a text to measure on, a list of questions or an evaluation set
 
@@ -36,9 +40,63 @@ def atomic_write(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked_write(path: Path) -> Iterator[Path]:
+    """As atomic_write, for large files: what a killed process left is removed by the next one that writes `path`.
+
+    The hidden path is always the same, and a lock says whether its writer is alive. Raises OSError, BlockingIOError
+    where another process is writing `path`.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(errno.EAGAIN, "another process is writing it") from None
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        yield part
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes it with its last handle
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def cache_folder() -> Path:
-    """This user's cache folder on this platform."""
-    return Path(user_cache_path("pocketllava", appauthor=False, ensure_exists=True))
+    """This user's cache folder on this platform. Raises InputError where there can be none."""
+    folder = Path(user_cache_path("pocketllava", appauthor=False))
+    try:
+        if not folder.is_absolute():  # "~" of a user without a home stays as it is
+            raise OSError(errno.ENOENT, "this user has no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be used as the cache folder ({error.strerror or error}); set HOME (or XDG_CACHE_HOME on"
+            " Linux) to a folder that can be written"
+        ) from error
+    return folder
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ replaced; as it is where ~ means nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def utf8(name: str) -> str:
+    """A file's name as a text that can be stored: bytes of it that are not UTF-8 are replaced."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def text_of(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 where its mark says so, as PowerShell's > writes it. Raises UnicodeDecodeError."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -70,8 +128,8 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file of at most MAX_TEXT_BYTES, UTF-8. Raises OSError, UnicodeDecodeError."""
-    text = read_regular(path, MAX_TEXT_BYTES).decode()
+    """The text of a regular file of at most MAX_TEXT_BYTES. Raises OSError, UnicodeDecodeError."""
+    text = text_of(read_regular(path, MAX_TEXT_BYTES))
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -70,7 +70,8 @@ class QuantizedFrom:
 class Manifest:
     """bundle.json's content.
 
-    version: of the pocketllava that converted. image_token: the text that stands for an image in the template;
+    version: of the pocketllava that converted. file_names: of a published pair, whose files keep their own names, by
+    the names that they would have in a bundle. image_token: the text that stands for an image in the template;
     image_token_id: its row of the vocabulary, None where it has none. n_patches: of one picture, or of one tile where
     pictures are tiled. vision_width, projected_width: columns of the tower's features, before and after the
     projector. space_prefix: which text between special tokens gets a leading space: "every" run, only the
@@ -82,6 +83,7 @@ class Manifest:
     source: Source
     types: Types
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    file_names: Mapping[str, str] = field(default_factory=dict)
     image_token: str
     image_token_id: int | None
     n_patches: int
@@ -117,6 +119,9 @@ class Manifest:
             source=_source(top.section("source")),
             types=_types(top.section("types")),
             files={name: _file(files.section(name)) for name in (MODEL, MMPROJ)},
+            file_names=top.get("file_names", _file_names, "names of files in the bundle's folder")
+            if "file_names" in top.value
+            else {},
             image_token=image.text("token"),
             image_token_id=image.get("token_id", _optional(_id), "a token id or null"),
             n_patches=image.get("n_patches", _square, f"a square number from 1 to {MAX_DIMENSION}"),
@@ -163,6 +168,8 @@ class Manifest:
             "preprocessing": asdict(self.preprocessing),
             "chat_template": self.chat_template,
         }
+        if self.file_names:
+            data["file_names"] = dict(self.file_names)
         if self.quantized_from is not None:
             origin = self.quantized_from
             data["quantized_from"] = {"types": asdict(origin.types), "sha256": dict(origin.sha256)}
@@ -260,6 +267,16 @@ def _tiling(preprocessing: _Section) -> Tiling:
         section.get("pinpoints", pinpoints, f"widths and heights that are multiples of {side}"),
         section.get("merge", _one_of(MERGE_TYPES), f"one of {', '.join(MERGE_TYPES)}"),
     )
+
+
+def _file_names(value: Any) -> dict[str, str]:
+    """Of files in the manifest's own folder."""
+    names = {key: _text(name) for key, name in value.items()} if type(value) is dict else {}
+    if set(names) != {MODEL, MMPROJ} or any(
+        set(name) & set("/\\:\0") or name == ".." for name in names.values()
+    ):
+        raise ValueError
+    return names
 
 
 def _whole(value: Any, first: int, last: int) -> int:

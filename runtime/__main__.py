@@ -13,6 +13,8 @@ def main() -> None:
         from pocketllava.cli import main as run
 
         run()
+    except KeyboardInterrupt:  # while it was being imported
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise

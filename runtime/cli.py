@@ -5,6 +5,8 @@ An error of ours is one line and exit code 1, wrong usage 2, Ctrl-C 130; a broke
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 
 import click
@@ -12,13 +14,14 @@ import click
 from pocketllava.commands.ask import ask
 from pocketllava.commands.bench import bench
 from pocketllava.commands.chat import chat
-from pocketllava.commands.common import complain, show_warnings, use_utf8
+from pocketllava.commands.common import complain, show_warnings
 from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.quantize import quantize
+from pocketllava.commands.streams import OutputError, flush_results, open_streams
 from pocketllava.errors import PocketLlavaError
 from pocketllava.settings import nearest
 
@@ -28,6 +31,7 @@ SECTIONS = {
     "Look and measure": (inspect, evaluate, bench),
 }
 MAX_HELP = 200  # characters of a command's line in --help
+FAILED = 1
 INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
@@ -64,19 +68,39 @@ for section in SECTIONS.values():
 
 def main() -> None:
     """Entry point."""
-    use_utf8()
+    open_streams()
     show_warnings()
     try:
-        cli.main(prog_name="pocketllava", standalone_mode=False)
-    except PocketLlavaError as error:
+        code = exit_code()
+    except KeyboardInterrupt:  # a second one, while the first is being answered
+        code = INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
+    sys.exit(code)
+
+
+def exit_code() -> int:
+    """Run the command that the arguments name; whatever goes wrong is one line."""
+    try:
+        code = cli.main(prog_name="pocketllava", standalone_mode=False)
+        flush_results()
+        return code if isinstance(code, int) else 0
+    except (PocketLlavaError, OutputError) as error:
         complain("error", str(error))
-        sys.exit(1)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
         click.echo(err=True)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    except OSError as error:  # a folder that vanished, a disk that fails: commands cannot foresee them all
+        name = f"{error.filename}: " if error.filename else ""
+        complain("error", f"{name}{error.strerror or error}")
+    except MemoryError:
+        complain("error", "memory: found none free; close other programs, or take a smaller --ctx or model")
+    finally:
+        with contextlib.suppress(OSError, OutputError):
+            flush_results()
+    return FAILED
 
 
 if __name__ == "__main__":

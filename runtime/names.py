@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from importlib.resources import as_file, files
 from os import PathLike
 from pathlib import Path
 
+from filelock import FileLock
+
 from pocketllava.errors import BundleError, InputError, ModelNotFound
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import MANIFEST
-from pocketllava.models.files import cache_folder
+from pocketllava.models.files import cache_folder, expanded
 from pocketllava.settings import nearest
 
 DEMO = "demo"
@@ -26,24 +29,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_bundle(name: str | PathLike[str]) -> Bundle:
-    """Open a bundle by its folder or name. A folder called "demo" comes before the name.
+    """Open a bundle by its folder or name. A bundle in a folder called "demo" comes before the name.
 
     Raises InputError for other types; ModelNotFound, BundleError; ConvertError if the demo cannot be converted.
     """
     if not isinstance(name, str | PathLike) or not os.fspath(name):
         raise InputError(f"model: found {name!r}, expected a bundle's folder or {DEMO!r}")
-    folder = _folder(name)
+    folder = expanded(name)
     exists = _exists(folder)
-    if name == DEMO and not (exists and folder.is_dir()):
+    if name == DEMO and not _exists(folder / MANIFEST):
         return demo_bundle()
     return Bundle.open(folder) if exists else _missing(str(name), folder)
-
-
-def _folder(name: str | PathLike[str]) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~ of somebody who has no home here
-        return Path(name)
 
 
 def _exists(path: Path) -> bool:
@@ -88,7 +84,9 @@ def demo_bundle(quant: str = DEMO_QUANT, mmproj: str = DEMO_MMPROJ) -> Bundle:
             raise ModelNotFound(f"{DEMO}: this installation has no {weights}; reinstall pocketllava")
         identity = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
         folder = cache_folder() / f"demo-{identity}-{quant}-{mmproj}"
-        try:
+        with suppress(ModelNotFound, BundleError):
             return Bundle.open(folder)
-        except (ModelNotFound, BundleError):
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # several first uses at once convert it once
+            with suppress(ModelNotFound, BundleError):
+                return Bundle.open(folder)
             return convert(checkpoint, folder, quant=quant, mmproj=mmproj, force=True)

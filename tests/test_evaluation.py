@@ -132,10 +132,80 @@ def test_files_of_questions(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len(list(file_items(path, 2))) == 2
     path.write_text('{"question": "no answer"}\n')
-    with pytest.raises(InputError, match=r"line 1: KeyError\('answer'\); expected a JSON object"):
+    with pytest.raises(InputError, match=r"line 1: found no 'answer'; expected a JSON object"):
         list(file_items(path, None))
     with pytest.raises(InputError, match="cannot be read"):
         list(file_items(tmp_path / "none.jsonl", None))
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"question": "a", "anwser": "b"}, "unknown key 'anwser', did you mean 'answer'"),
+        ({"question": "a", "answers": []}, r"answers is \[\], expected at least one"),
+        ({"question": "a", "answers": "yes"}, "answers is 'yes'"),
+        ({"question": "a", "answers": [None]}, "answer is None, expected a text"),
+        ({"question": "a", "answer": "b", "answers": ["b"]}, "both answer and answers"),
+        ({"question": "  ", "answer": "b"}, "question is empty"),
+        ({"question": ["a"], "answer": "b"}, "question is"),
+        ({"question": "\udcff", "answer": "b"}, "surrogates not allowed"),
+        ({"question": "a", "answer": "b", "image": "gone.png"}, "gone.png': No such file"),
+        ({"question": "a", "answer": "b", "image": "."}, "is no regular file"),
+        ({"question": "a", "answer": "b", "image": 7}, "image is 7, expected a path"),
+        ({"question": "a", "answer": "b", "id": "1"}, "id '1' a second time"),
+        (["question", "answer"], "found list"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_wrong_line_is_named_whatever_the_limit(tmp_path: Path, row: Any, fault: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    good = json.dumps({"question": "a", "answer": "b"})
+    path.write_text(f"{good}\n\n{row if isinstance(row, str) else json.dumps(row)}\n")
+    with pytest.raises(
+        InputError, match=f"questions.jsonl, line 3: .*{fault}.*; expected a JSON object with"
+    ):
+        file_items(path, 1)
+
+
+def test_sets_as_other_programs_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    line = json.dumps({"question": "one\u2028line", "answer": 4}, ensure_ascii=False)
+    for data in (line.encode("utf-8-sig"), line.encode("utf-16"), f"{line}\r\n".encode()):
+        path.write_bytes(data)
+        (item,) = file_items(path, None)
+        assert (item.messages[0].text, item.answers) == ("one\u2028line", ("4",))
+    path.write_bytes(b"\n \n")
+    with pytest.raises(InputError, match="no questions; expected a JSON object"):
+        file_items(path, None)
+
+
+def test_answers_on_stdout_are_a_file_of_results(bundle: Bundle, tmp_path: Path) -> None:
+    questions, results = tmp_path / "questions.jsonl", tmp_path / "results.jsonl"
+    questions.write_text('{"question": "Is it red?", "answer": "yes"}')
+    arguments = ["eval", str(bundle.folder), "--set", str(questions), "--quiet", "--results"]
+    printed = CliRunner().invoke(cli, [*arguments, "-"])
+    assert "of 1 right" in printed.stderr
+    written = CliRunner().invoke(cli, [*arguments, str(results)])
+    assert "of 1 right" in written.stdout
+    assert printed.stdout == results.read_text()
+
+
+def test_a_set_and_a_place_are_checked_before_the_model(bundle: Bundle, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "Is it red?", "answer": "yes"}')
+    for results in (tmp_path, tmp_path / "none" / "results.jsonl", Path("/dev/full")):
+        done = CliRunner().invoke(
+            cli,
+            ["eval", str(bundle.folder), "--set", str(questions), "--results", str(results), "-c", "9999"],
+        )
+        assert "cannot be written" in str(done.exception)
+    results = tmp_path / "results.jsonl"
+    done = CliRunner().invoke(
+        cli, ["eval", str(bundle.folder), "--set", str(questions), "--results", str(results), "-c", "9999"]
+    )
+    assert "n_ctx: found 9999" in str(done.exception)  # and an empty file of results is not left behind
+    assert list(tmp_path.iterdir()) == [questions]
 
 
 def test_eval_on_the_command_line(bundle: Bundle, tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from gguf import GGUFValueType as V
 
 from pocketllava.convert.plan.quantize import NEED_MATRIX, UNQUANTIZED
 from pocketllava.errors import BundleError, ConvertError, UnsupportedOption
+from pocketllava.models.files import expanded
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.gguf_writer import Key
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = (f"imatrix.{n}" for n in ("datasets", "chunk_count", "chunk_size"))
+FLOATS = tuple(kind.name for kind in UNQUANTIZED)
 MAX_KEY_BYTES = 127  # llama-quantize cuts its texts there
 LARGEST = 1e30  # beyond it products in the quantizers' float32 overflow
 
@@ -71,13 +73,20 @@ def read_matrix(path: str | PathLike[str] | None, *quants: str) -> ImportanceMat
                 " with `pocketllava imatrix` and give it as --imatrix"
             )
         return None
-    file = Path(fspath(path)).expanduser()
+    file = expanded(fspath(path))
+    if not file.is_file():
+        state = "nothing" if not file.exists() else "a folder" if file.is_dir() else "no regular file"
+        raise ConvertError(
+            f"{file}: found {state}, expected an importance matrix; `pocketllava imatrix` makes one"
+        )
+    if quants and all(quant in FLOATS for quant in quants):
+        raise UnsupportedOption(f"--imatrix: does nothing with --quant {quants[0]}, which is not quantized")
     try:
         header = Header.read(file)
     except BundleError as error:
         raise ConvertError(
-            f"{file}: not an importance matrix in GGUF ({str(error).removeprefix(f'{file}: ')}); an old .dat file:"
-            " make it again with `pocketllava imatrix`"
+            f"{file}: not an importance matrix in GGUF ({str(error).removeprefix(f'{file}: ')}); `pocketllava"
+            " imatrix` makes one, and llama-imatrix since 2025"
         ) from error
     return _checked(header)
 

@@ -18,6 +18,7 @@ from pocketllava.convert.read import original
 from pocketllava.convert.read.shards import FORMATS, SAFETENSORS, has_weights, read_tensors
 from pocketllava.convert.read.sources import SourceTensor, read_bytes, read_json
 from pocketllava.errors import ConvertError, TensorMismatch, UnsupportedCheckpoint
+from pocketllava.models.files import expanded, utf8
 
 logger = logging.getLogger("pocketllava")
 # Other JSON files in a folder are other programs': never read, whatever they hold.
@@ -61,9 +62,9 @@ def fetch(source: str, revision: str | None = None, weights: bool = True) -> tup
 
     Downloads resume, land in huggingface_hub's cache, and honor HF_HUB_OFFLINE. Raises ConvertError.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
-        return folder, {"id": folder.resolve().name, "revision": None}
+        return folder, {"id": utf8(folder.resolve().name), "revision": None}
     if folder.exists() or not HUB_ID.match(source):
         state = "a file" if folder.exists() else "nothing"
         raise ConvertError(

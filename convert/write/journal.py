@@ -77,6 +77,12 @@ class Journal:
         return steps
 
 
+def has_tensors(folder: Path) -> bool:
+    """Whether a stopped conversion left a complete tensor there; whether it can be used is for `confirmed`."""
+    lines = [_parsed(line) for line in _text(folder / JOURNAL).split("\n")]
+    return any(isinstance(line, list) and len(line) > 1 and line[1] not in (0, None) for line in lines)
+
+
 def _hash(file: Any, n_bytes: int, digest: Any) -> None:
     """Feed the next n_bytes of a file to a hash; fewer if it ends."""
     while n_bytes and (block := file.read(min(n_bytes, BLOCK_BYTES))):
@@ -94,13 +100,23 @@ def _is_plausible(line: list[Any], n_tensors: int, end: int) -> bool:
 
 def _read(path: Path, identity: str) -> list[Any]:
     """The journal's lines up to the first that is torn; none if it is of another conversion."""
-    lines: list[Any] = []
+    lines = [_parsed(line) for line in _text(path).split("\n")[:-1]]
+    whole = lines[: lines.index(None)] if None in lines else lines
+    return whole if whole[:1] == [identity] else []
+
+
+def _text(path: Path) -> str:
     try:
-        for line in path.read_text("utf-8").split("\n")[:-1]:
-            lines.append(json.loads(line))
+        return path.read_text("utf-8")
     except (OSError, ValueError):
-        pass
-    return lines if lines[:1] == [identity] else []
+        return ""
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def identity(plans: Iterable[FilePlan]) -> str:
@@ -117,7 +133,8 @@ def identity(plans: Iterable[FilePlan]) -> str:
         sources |= {tensor.source.file for tensor in plan.tensors}
     for path in sorted(path for path in sources if path.is_file()):
         status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        about = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n"
+        digest.update(about.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

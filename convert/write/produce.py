@@ -147,7 +147,7 @@ def _is_finished(job: Job) -> bool:
 
 def _check_disk(works: dict[Job, Path]) -> None:
     """Raise DiskFull if what is still to be written of all bundles does not fit beside the first one's target."""
-    folder = next(iter(works)).target.parent
+    folder = next(iter(works.values())).parent
     written = sum(p.stat().st_size for work in works.values() for p in work.iterdir() if p.suffix == ".gguf")
     needed = sum(job.disk_bytes for job in works) - written + DISK_MARGIN_BYTES
     free = shutil.disk_usage(folder).free

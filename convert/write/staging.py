@@ -1,10 +1,13 @@
 """The staging folder: a bundle is made in a hidden folder beside the final one, then renamed into place.
 
-Knows folders, locks and renames; nothing of the files' content.
+Knows folders, locks and renames; nothing of the files' content. A target that is a link stays one: all of it happens
+where the link points.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +15,44 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pocketllava.convert.write.journal import JOURNAL
+from pocketllava.convert.write.journal import JOURNAL, has_tensors
 from pocketllava.errors import ConvertError
 from pocketllava.models.bundle import MANIFEST, MMPROJ, MODEL
+
+logger = logging.getLogger(__name__)
 
 LOCK = "lock"
 
 
+def place_of(target: Path) -> Path:
+    """The target's absolute path without links. Raises ConvertError for one that llama.cpp could not open."""
+    try:
+        place = target.resolve()
+        str(place).encode()
+    except UnicodeEncodeError as error:
+        raise ConvertError(
+            f"{target}: not UTF-8, which llama.cpp expects of paths; choose another --out"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a null character
+        raise ConvertError(
+            f"{target}: cannot be a folder ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    return place
+
+
 def check_target(target: Path, force: bool) -> None:
     """Refuse a file, a folder with other files in it, and, without `force`, an existing bundle."""
-    if not target.exists():
+    place = place_of(target)
+    if not place.exists():
         return
-    if not target.is_dir():
-        raise ConvertError(f"{target}: a file; --out names the folder to make")
-    names = {path.name for path in target.iterdir()}
+    try:
+        names = {path.name for path in place.iterdir()}
+    except NotADirectoryError:
+        raise ConvertError(f"{target}: a file; --out names the folder to make") from None
+    except OSError as error:
+        raise ConvertError(
+            f"{target}: cannot be used ({error.strerror or error}); choose another --out"
+        ) from error
     if foreign := sorted(names - {MODEL, MMPROJ, MANIFEST}):
         raise ConvertError(
             f"{target}: holds {foreign[0]!r}; --out must be a new or empty folder, or a bundle"
@@ -38,12 +65,13 @@ def check_target(target: Path, force: bool) -> None:
 def working_folder(target: Path, resume: bool) -> Iterator[Path]:
     """A folder beside the target, for one conversion at a time; removed when the block ends.
 
-    A killed run leaves it behind; the next run to the same target empties it, unless `resume`. A resumable run also
-    keeps it when it is interrupted or the disk fails.
+    A killed or interrupted run leaves it behind once it holds a complete tensor; the next run to the same target
+    empties it, unless `resume`. A resumable run also keeps it when the disk fails.
     """
-    work = target.parent / f".{target.name}.partial"
+    place = place_of(target)
+    work = place.parent / f".{place.name}.partial"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(exist_ok=True)
         lock = FileLock(work / LOCK)
         lock.acquire(timeout=0)
@@ -57,44 +85,81 @@ def working_folder(target: Path, resume: bool) -> Iterator[Path]:
         ) from error
     keep = False
     try:
-        _recover(target)
-        for name in () if resume else (MODEL, MMPROJ, MANIFEST, JOURNAL):
-            (work / name).unlink(missing_ok=True)
+        _recover(place)
+        _check_movable(place, target)
+        if not resume:
+            _empty(work, target)
         yield work
     except BaseException as error:
-        keep = resume and (
-            isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__ or error, OSError)
+        keep = has_tensors(work) and (
+            isinstance(error, KeyboardInterrupt) or (resume and isinstance(error.__cause__ or error, OSError))
         )
         if isinstance(error, OSError):
             raise ConvertError(f"{target}: cannot be written ({error.strerror or error})") from error
         raise
     finally:
         lock.release()
-        if not keep:
+        if keep:
+            logger.warning("%s: stopped; rerun with --resume to go on after the last complete tensor", target)
+        else:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _beside(target: Path) -> tuple[Path, Path]:
+def _empty(work: Path, target: Path) -> None:
+    """Remove what an earlier run left."""
+    if has_tensors(work):
+        logger.warning(
+            "%s: begins anew, without the tensors of a stopped run; --resume goes on from them", target
+        )
+    for name in (MODEL, MMPROJ, MANIFEST, JOURNAL):
+        (work / name).unlink(missing_ok=True)
+
+
+def _check_movable(place: Path, target: Path) -> None:
+    """Refuse a folder that cannot be replaced, before the work; only trying shows all of them.
+
+    The current folder could be renamed on Linux, but whoever is in it would stay in the one that is removed.
+    """
+    if not place.exists():
+        return
+    with contextlib.suppress(OSError):
+        if Path.cwd().resolve().is_relative_to(place):
+            raise ConvertError(f"{target}: the current folder is in it; --out must be another folder")
+    aside = _beside(place)[1]
+    try:
+        try:
+            place.replace(aside)
+        finally:
+            if not place.exists():
+                aside.replace(place)
+    except OSError as error:
+        raise ConvertError(
+            f"{target}: a mount point, or in use ({error.strerror or error}); give a folder in it as --out"
+        ) from error
+
+
+def _beside(place: Path) -> tuple[Path, Path]:
     """Paths of a finished bundle and of the one it replaces, between the two renames of `publish`."""
-    return target.parent / f".{target.name}.finished", target.parent / f".{target.name}.old"
+    return place.parent / f".{place.name}.finished", place.parent / f".{place.name}.old"
 
 
-def _recover(target: Path) -> None:
+def _recover(place: Path) -> None:
     """Complete the renames of a run that was killed between them; lose no bundle."""
-    finished, old = _beside(target)
-    if not target.exists() and old.is_dir():
-        (finished if (finished / MANIFEST).is_file() else old).replace(target)
+    finished, old = _beside(place)
+    if not place.exists() and old.is_dir():
+        (finished if (finished / MANIFEST).is_file() else old).replace(place)
     for leftover in (finished, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(work: Path, target: Path) -> None:
     """Rename the finished files' folder to the target; the old bundle stays until then."""
-    finished, old = _beside(target)
+    place = place_of(target)
+    finished, old = _beside(place)
     finished.mkdir()
     for name in (MODEL, MMPROJ, MANIFEST):
         (work / name).replace(finished / name)
-    if target.exists():
-        target.replace(old)
-    finished.replace(target)
+    if place.exists():
+        place.replace(old)
+    finished.replace(place)
     shutil.rmtree(old, ignore_errors=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
-from pocketllava.models.files import cache_folder
+from pocketllava.models.files import atomic_write, cache_folder
 
 SCENE = 10_000_003  # a held-out seed
 QUESTIONS = (
@@ -20,6 +21,9 @@ def drawn_picture() -> Path:
     """Draw the scene into the user's cache; returns its path."""
     from pocketllava.models.demo import scenes
 
-    path = cache_folder() / "demo.png"
-    scenes.scene(SCENE).draw().save(path)
+    path, png = cache_folder() / "demo.png", io.BytesIO()
+    scenes.scene(SCENE).draw().save(png, "png")
+    if not path.is_file() or path.read_bytes() != png.getvalue():
+        with atomic_write(path) as part:
+            part.write_bytes(png.getvalue())
     return path

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
-from pocketllava.models.files import atomic_write, open_regular, read_regular
+from pocketllava.models.files import atomic_write, expanded, open_regular, read_regular
 from pocketllava.types import MAX_FILE_BYTES, ImageSource, Message, Timings
 
 FORMAT, VERSION = "pocketllava conversation", 1
@@ -75,7 +76,7 @@ class Gallery:
         size = self._examine(source)
         if isinstance(source, str) and source[:5].lower() == "data:":
             return Picture(base64.b64decode(source.partition(",")[2]), size)
-        path = Path(source).expanduser().absolute()
+        path = expanded(source).absolute()
         return Picture(
             read_regular(path, MAX_FILE_BYTES), size, path.resolve() if ".." in path.parts else path
         )
@@ -174,7 +175,8 @@ class Dialogue:
             path = path.resolve()
             if not _is_conversation(path):
                 raise InputError(f"{path}: not a conversation that /save wrote")
-            content = json.loads(read_regular(path, MAX_FILE_BYTES).decode("utf-8", "surrogateescape"))
+            data = read_regular(path, MAX_FILE_BYTES).removeprefix(BOM_UTF8)
+            content = json.loads(data.decode("utf-8", "surrogateescape"))
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: cannot be read ({_reason(error)})") from error
         if content.get("version") != VERSION:
@@ -267,7 +269,7 @@ def _is_conversation(path: Path) -> bool:
     """Whether a file says that it is a saved conversation. Raises OSError."""
     with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
-    return head.lstrip().startswith(b"{") and f'"{FORMAT}"'.encode() in head
+    return head.removeprefix(BOM_UTF8).lstrip().startswith(b"{") and f'"{FORMAT}"'.encode() in head
 
 
 def _text(value: Any) -> str:

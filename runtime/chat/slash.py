@@ -17,6 +17,7 @@ from pocketllava.chat.image_paths import find_images, image_arguments, one_path
 from pocketllava.errors import InputError
 from pocketllava.types import Timings
 
+MAX_CHARACTERS = 1 << 17  # of a message; llama.cpp needs minutes for the tokens of a megabyte without spaces
 SHOWN = 100  # characters of the last question and answer, after /load
 SIMILARITY = 0.4  # of a mistyped command to the one that is suggested
 GOODBYES = ("exit", "quit")
@@ -44,6 +45,10 @@ class Step:
 def handle(dialogue: Dialogue, line: str) -> Step:
     """Apply one line. Raises InputError and its kinds, and then leaves the conversation as it was."""
     line = line.strip()
+    if len(line) > MAX_CHARACTERS and line[:5].lower() != "data:" and not line.startswith("/image "):
+        raise InputError(
+            f"message: found {len(line)} characters, expected at most {MAX_CHARACTERS}; shorten it"
+        )
     if line.lower() in GOODBYES:
         return Step(leave=True)
     if line.startswith("//"):

@@ -11,6 +11,8 @@ import click
 
 from pocketllava.commands.common import (
     STDIN,
+    Place,
+    Text,
     image_argument,
     load_options,
     quiet_option,
@@ -20,14 +22,15 @@ from pocketllava.commands.common import (
     text_argument,
 )
 from pocketllava.errors import InputError
+from pocketllava.models.files import expanded, text_of
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE")
+@click.argument("model", metavar="BUNDLE", type=Place())
 @click.argument("words", metavar="[IMAGE]... QUESTION", nargs=-1)
 @click.option("-p", "--question", metavar="TEXT", help="The question; all other arguments are images.")
 @click.option("--image", "more_images", multiple=True, metavar="IMAGE", help="A further image; repeatable.")
-@click.option("-sys", "--system", metavar="TEXT", help="A system message before the question.")
+@click.option("-sys", "--system", metavar="TEXT", type=Text(), help="A system message before the question.")
 @sampling_options("truncate")
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
@@ -62,7 +65,6 @@ def ask(
     sources, source = arguments(words, more_images, question)
     images = [image_argument(source) for source in sources]
     text = _text(stdin_bytes("question")) if source == STDIN else text_argument(source)
-    system = text_argument(system or "")
     with Llava.load(model, **load) as llava:
         if as_json:
             answer = llava.ask(images, text, options=options, system=system)
@@ -106,16 +108,21 @@ def _from_stdin(last: str) -> str:
 
 
 def _exists(word: str) -> bool:
-    from pathlib import Path
-
     try:
-        return Path(word).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null character, ~ of nobody
+        return expanded(word).exists()
+    except (OSError, ValueError):  # too long, a null character
         return False
 
 
 def _text(data: bytes) -> str:
+    from pocketllava.chat.slash import MAX_CHARACTERS
+
     try:
-        return data.decode("utf-8-sig").strip()
+        text = text_of(data).strip()
     except UnicodeDecodeError as error:
         raise InputError(f"question: stdin is not UTF-8 ({error})") from error
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            f"question: found {len(text)} characters on stdin, expected at most {MAX_CHARACTERS}"
+        )
+    return text

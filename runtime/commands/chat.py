@@ -16,15 +16,17 @@ import click
 
 from pocketllava.commands.common import (
     INERT,
+    Place,
+    Text,
     color,
     complain,
     load_options,
     quiet_option,
     sampling_options,
-    text_argument,
 )
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import ContextOverflow, PocketLlavaError
+from pocketllava.models.files import expanded
 from pocketllava.types import MAX_FILE_BYTES, MAX_SEED, ImageSource
 
 if TYPE_CHECKING:
@@ -39,10 +41,14 @@ LEAVING = "Ctrl-D or /quit leaves"
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE")
-@click.argument("images", metavar="[IMAGE]...", nargs=-1)
-@click.option("-sys", "--system", metavar="TEXT", help="A system message before the conversation.")
-@click.option("--load", "saved", metavar="FILE", help="Continue a conversation that /save wrote.")
+@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=Place())
+@click.option(
+    "-sys", "--system", metavar="TEXT", type=Text(), help="A system message before the conversation."
+)
+@click.option(
+    "--load", "saved", metavar="FILE", type=Place(), help="Continue a conversation that /save wrote."
+)
 @sampling_options()
 @click.option("--stats", is_flag=True, help="Show timings after every answer.")
 @quiet_option("No welcome.")
@@ -72,8 +78,8 @@ def chat(
     on_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     bundle = open_bundle(model)
     dialogue = Dialogue(Gallery(examination(bundle, load["max_pixels"])), bundle_id(bundle))
-    lines = list(load_conversation(dialogue, Path(saved).expanduser()).lines) if saved else []
-    dialogue.system = dialogue.system if system is None else text_argument(system)
+    lines = list(load_conversation(dialogue, expanded(saved)).lines) if saved else []
+    dialogue.system = dialogue.system if system is None else system
     lines += attach(dialogue, [dialogue.gallery.open(image) for image in images]).lines
     welcome = on_terminal and not quiet
     if welcome:
@@ -93,7 +99,7 @@ class Chat:
         self._llava, self._dialogue, self._options = llava, dialogue, options
         self._stats, self._on_terminal = stats, on_terminal
         self._images_ahead: tuple[Path, ...] = ()
-        self._retries = 0
+        self._retries = self._n_failed = 0
         self._wrap = wrap() if on_terminal and sys.stdout.isatty() else None
         dialogue.n_ctx = llava.n_ctx
 
@@ -104,8 +110,10 @@ class Chat:
             self._run_on_terminal()
             return
         for line in sys.stdin:
-            if not self.handle(line):
-                return
+            if not self.handle(line.removeprefix("\ufeff")):
+                break
+        if self._n_failed and not self._dialogue.turns:
+            raise click.exceptions.Exit(1)
 
     def _run_on_terminal(self) -> None:
         from pocketllava.chat.slash import COMMANDS
@@ -131,6 +139,7 @@ class Chat:
         try:
             step = handle(self._dialogue, line.encode("utf-8", "replace").decode())
         except PocketLlavaError as error:
+            self._n_failed += 1
             complain("error", str(error))
             return True
         for text in [*([timing_line(step.timings)] if step.timings else []), *step.lines]:
@@ -160,6 +169,7 @@ class Chat:
         except PocketLlavaError as error:
             self._end_line(bool(text) and not text.endswith("\n"))
             self._dialogue.add_failure(question)
+            self._n_failed += 1
             complain("error", f"{error}{HINT if isinstance(error, ContextOverflow) else ''}")
         else:
             self._end_line(True)

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from pocketllava.commands.show import timing_line
 from pocketllava.errors import InputError
+from pocketllava.models.files import utf8
 from pocketllava.settings import Setting, nearest, settings
 from pocketllava.types import LoadOptions, Options
 
@@ -31,8 +32,9 @@ else:
 
 Command = Callable[..., None]
 STDIN = "-"
+DRAWING = ("top_p", "top_k", "min_p", "seed")
 _PRINTED = {ord(c): c for c in "\n\t"}
-INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}") | _PRINTED
+INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\ufffd") | _PRINTED
 _METAVARS = {"whole": "N", "number": "X", "texts": "TEXT", "folder": "DIR"}
 
 
@@ -79,6 +81,31 @@ class OneOf(ParamType):
         return str(value).upper()
 
 
+class Text(ParamType):
+    """A text, as UTF-8 whatever the locale says; `expected` where an empty one is refused."""
+
+    name = "TEXT"
+
+    def __init__(self, expected: str = "") -> None:
+        self._expected = expected
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text without halves of characters, which no tokenizer takes."""
+        if self._expected and not value:
+            self.fail(f"found an empty text, expected {self._expected}", param, ctx)
+        return text_argument(str(value))
+
+
+class Place(ParamType):
+    """A path, which need not exist, or a model's name: as it was typed, but never empty."""
+
+    name = "PATH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, bytes that are not UTF-8 included."""
+        return str(value) or self.fail("found an empty text, expected a path", param, ctx)
+
+
 def load_options(command: Command) -> Command:
     """The options of Llava.load, handed to the command as one dictionary, `load`."""
 
@@ -93,7 +120,12 @@ def sampling_options(*without: str) -> Callable[[Command], Command]:
     """How tokens are chosen, handed to the command as one dictionary of Options' fields, `sampling`."""
     named = (name for name, setting in settings(Options).items() if setting.flags)
     names = tuple(name for name in named if name not in without)
-    return _with_options(Options, names, "sampling")
+
+    def check(sampling: dict[str, Any]) -> None:
+        if sampling["temperature"] == 0:
+            refuse("at --temperature 0, which takes the likeliest token", *DRAWING)
+
+    return _with_options(Options, names, "sampling", check)
 
 
 def setting_option(options: type, name: str) -> Callable[[Command], Command]:
@@ -103,7 +135,7 @@ def setting_option(options: type, name: str) -> Callable[[Command], Command]:
     text = setting.help
     more: dict[str, Any] = {"type": SettingType(setting)} if setting.kind != "switch" else {"is_flag": True}
     if setting.kind == "texts":
-        more |= {"multiple": True, "type": _NotEmpty()}
+        more |= {"multiple": True, "type": Text("one that can appear")}
     elif setting.kind == "choice" and len(setting.choices) == 1:
         more = {"is_flag": True, "flag_value": setting.choices[0], "default": None, "type": str}
     elif default is not None and setting.kind != "switch":
@@ -159,7 +191,7 @@ def stream(
 
 def text_argument(value: str) -> str:
     """A text of the command line, as UTF-8 whatever the locale says."""
-    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return utf8(value)
 
 
 def image_argument(value: str) -> str | bytes:
@@ -173,13 +205,6 @@ def stdin_bytes(name: str) -> bytes:
     if not data:
         raise InputError(f"{name}: found nothing on stdin")
     return data
-
-
-def use_utf8() -> None:
-    """Let the standard streams speak UTF-8 whatever the locale says: answers are in any script."""
-    for standard_stream in (sys.stdin, sys.stdout, sys.stderr):
-        if reconfigure := getattr(standard_stream, "reconfigure", None):
-            reconfigure(encoding="utf-8", errors="replace")
 
 
 def complain(kind: str, text: str) -> None:
@@ -207,14 +232,6 @@ def show_warnings() -> None:
     handler = Line(logging.WARNING)
     handler.addFilter(lambda record: not record.name.startswith("pocketllava.llama"))
     logging.getLogger("pocketllava").addHandler(handler)
-
-
-class _NotEmpty(ParamType):
-    name = "TEXT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text itself."""
-        return str(value) or self.fail("found an empty text, expected one that can appear", param, ctx)
 
 
 def _with_options(

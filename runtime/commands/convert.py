@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from pocketllava.commands.common import OneOf, quiet_option, refuse
+from pocketllava.commands.common import OneOf, Place, Text, quiet_option, refuse
 from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundles, targets, text_types
 from pocketllava.commands.show import plan_lines
+from pocketllava.models.files import expanded
 
 CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "threads", "resume")
 
 
 @click.command()
-@click.argument("source", required=False)
+@click.argument("source", required=False, type=Place())
 @click.option(
     "-o",
     "--out",
     metavar="DIR",
+    type=Place(),
     help="Folder to make: model.gguf, mmproj.gguf, bundle.json; of several --quant DIR/TYPE, or as {quant} says."
     " With --repair, the file to make.",
 )
@@ -26,6 +26,7 @@ CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "thread
     "--repair",
     "broken",
     metavar="FOLDER|FILE",
+    type=Place(),
     help="Instead of SOURCE: an mmproj to put right, as NAME-repaired.gguf; with --force in its place.",
 )
 @click.option(
@@ -45,12 +46,21 @@ CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "thread
     help="Type of the vision tower: F32, F16, BF16, Q8_0 (features about 3 % off, single tokens up to 8 %).",
 )
 @click.option(
-    "--imatrix", metavar="FILE", help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one."
+    "--imatrix",
+    metavar="FILE",
+    type=Place(),
+    help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one.",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+@click.option(
+    "--revision",
+    metavar="REV",
+    type=Text("a branch, tag or commit"),
+    help="Branch, tag or commit of a hub id.",
+)
 @click.option(
     "--vision-tower",
     metavar="FOLDER",
+    type=Place(),
     help="CLIP model (folder or hub id) for a checkpoint in the original LLaVA format [default: the one it names].",
 )
 @click.option(
@@ -61,7 +71,7 @@ CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "thread
     help="Threads that quantize [default: physical cores].",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
-@click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
+@click.option("--resume", is_flag=True, help="Go on after the last whole tensor of a run that was stopped.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @quiet_option("No progress bar, no summary.")
 def convert(
@@ -85,25 +95,32 @@ def convert(
     Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.
     """
     from pocketllava.convert.pipeline import execute_all, plan_types
+    from pocketllava.convert.write.staging import check_target
     from pocketllava.llamacpp.devices import cores
 
     if broken is not None:
         if source is not None:
             raise click.UsageError("--repair takes the place of SOURCE; give one of them")
         refuse("with --repair", *CONVERTING)
+        if dry_run:
+            refuse("with --dry-run", "out", "force")
         from pocketllava.commands.repair import repair_file
 
         repair_file(broken, out, force=force, dry_run=dry_run, quiet=quiet)
         return
     if source is None or out is None:
         raise click.UsageError("Missing argument 'SOURCE'." if source is None else "Missing option '--out'.")
-    if Path(source).expanduser().is_dir():
+    if dry_run:
+        refuse("with --dry-run", "force", "resume")
+    if expanded(source).is_dir():
         refuse("with a folder; it is a hub id's branch, tag or commit", "revision")
     elif quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
     types = targets(out, quants)
+    for target in () if dry_run or resume else types:
+        check_target(target, force)
     plans = plan_types(
         source,
         list(types.values()),

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import image_argument, load_options, quiet_option, stream
+from pocketllava.commands.common import Place, image_argument, load_options, quiet_option, stream
 
 
 @click.command()
-@click.option("--image", metavar="IMAGE", help="Ask about this picture instead of a drawn one.")
+@click.option("--image", metavar="IMAGE", type=Place(), help="Ask about this picture instead of a drawn one.")
 @load_options
 @quiet_option("Print questions and answers alone.")
 def demo(image: str | None, quiet: bool, load: dict[str, Any]) -> None:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import load_options, quiet_option
+from pocketllava.commands.common import Place, load_options, quiet_option
 from pocketllava.commands.show import summary_lines
+from pocketllava.models.files import expanded
+
+if TYPE_CHECKING:
+    from pocketllava import Bundle
+    from pocketllava.measure.accuracy import Result, ResultsFile
+
+STDOUT = "-"
 
 
 @click.command("eval")
-@click.argument("model", metavar="BUNDLE")
+@click.argument("model", metavar="BUNDLE", type=Place())
 @click.option(
     "--set",
     "questions",
     default="scenes",
     show_default=True,
     metavar="scenes|FILE.jsonl",
+    type=Place(),
     help="Held-out drawn scenes, or lines of {image, question, answer or answers}.",
 )
 @click.option(
@@ -27,7 +36,9 @@ from pocketllava.commands.show import summary_lines
 @click.option(
     "--results",
     metavar="FILE",
-    help="Where every answer goes; a run that was stopped goes on from it [default: MODEL.SET.results.jsonl].",
+    type=Place(),
+    help="Where every answer goes, - for stdout; a run that was stopped goes on from it"
+    " [default: MODEL.SET.results.jsonl].",
 )
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -45,20 +56,18 @@ def evaluate(
 
     Exact match after normalizing, VQA's soft match, and for yes/no questions POPE's precision and recall.
     """
-    from pathlib import Path
-
     from tqdm import tqdm
 
     from pocketllava import Llava
-    from pocketllava.measure.accuracy import SCENES, ResultsFile, header, items, run, summary
+    from pocketllava.measure.accuracy import header, items, run, summary
+    from pocketllava.names import open_bundle
 
-    with Llava.load(model, **load) as llava:
-        chosen = list(items(questions, limit))
-        name = "scenes" if questions == SCENES else Path(questions).stem
-        file = ResultsFile(
-            Path(results or f"{llava.bundle.folder.name}.{name}.results.jsonl"),
-            header(llava.bundle, questions),
-        )
+    bundle = open_bundle(model)
+    chosen = list(items(questions, limit))
+    with (
+        _results(results, bundle, questions, header(bundle, questions)) as file,
+        Llava.load(model, **load) as llava,
+    ):
         answered = []
         for result in tqdm(
             run(llava, chosen, file.done), total=len(chosen), unit="question", disable=True if quiet else None
@@ -66,5 +75,42 @@ def evaluate(
             file.add(result)
             answered.append(result)
     table = summary(answered)
-    click.echo(json.dumps(table) if as_json else "\n".join(summary_lines(table)))
-    click.echo(f"answers: {file.path}", err=True)
+    printed = results == STDOUT
+    click.echo(json.dumps(table) if as_json else "\n".join(summary_lines(table)), err=printed)
+    if not printed:
+        click.echo(f"answers: {file.path}", err=True)
+
+
+def _results(
+    results: str | None, bundle: Bundle, questions: str, header: dict[str, Any]
+) -> ResultsFile | _Printed:
+    """Where the answers go. Raises InputError."""
+    from pocketllava.measure.accuracy import SCENES, ResultsFile
+
+    if results == STDOUT:
+        return _Printed(header)
+    name = "scenes" if questions == SCENES else expanded(questions).stem
+    default = f"{bundle.folder.resolve().name}.{name}.results.jsonl"
+    return ResultsFile(expanded(results) if results is not None else Path(default), header)
+
+
+class _Printed:
+    """stdout in the place of a file of results."""
+
+    path = Path(STDOUT)
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        self.done: dict[str, Result] = {}
+        click.echo(json.dumps(header))
+
+    def __enter__(self) -> _Printed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, result: Result) -> None:
+        """Print a result."""
+        from pocketllava.measure.accuracy import line_of
+
+        click.echo(line_of(result))

@@ -7,14 +7,23 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.common import load_options, quiet_option, refuse
+from pocketllava.commands.common import Place, load_options, quiet_option, refuse
+from pocketllava.models.files import expanded
+
+CACHING = ("cache_dir", "cache_bytes", "keep_prefixes")
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE")
-@click.option("--images", metavar="FOLDER", help="Pictures; each is asked one of the questions.")
-@click.option("--text", metavar="FILE", help="Plain text instead of pictures, in chunks of 512 tokens.")
-@click.option("--questions", metavar="FILE", help="Questions, one a line, asked in turn [default: five].")
+@click.argument("model", metavar="BUNDLE", type=Place())
+@click.option(
+    "--images", metavar="FOLDER", type=Place(), help="Pictures; each is asked one of the questions."
+)
+@click.option(
+    "--text", metavar="FILE", type=Place(), help="Plain text instead of pictures, in chunks of 512 tokens."
+)
+@click.option(
+    "--questions", metavar="FILE", type=Place(), help="Questions, one a line, in turn [default: five]."
+)
 @click.option("--limit", type=click.IntRange(1), help="Pictures, or chunks of text, at most.")
 @click.option(
     "--answer-tokens",
@@ -24,7 +33,12 @@ from pocketllava.commands.common import load_options, quiet_option, refuse
     help="So much of the model's own answer to each question counts too.",
 )
 @click.option(
-    "-o", "--out", required=True, metavar="FILE", help="The matrix, in llama-quantize's GGUF format."
+    "-o",
+    "--out",
+    required=True,
+    metavar="FILE",
+    type=Place(),
+    help="The matrix, in llama-quantize's GGUF format.",
 )
 @load_options
 @quiet_option("No progress bar, no summary.")
@@ -51,9 +65,9 @@ def imatrix(
     if (images is None) == (text is None):
         raise click.UsageError("give either --images FOLDER or --text FILE")
     if text is not None:
-        refuse("with --text", "questions", "answer_tokens")
-    source = Path(str(images if text is None else text)).expanduser()
-    texts = QUESTIONS if questions is None else _lines(Path(questions).expanduser())
+        refuse("with --text", "questions", "answer_tokens", "max_pixels", *CACHING)
+    source = expanded(str(images if text is None else text))
+    texts = QUESTIONS if questions is None else _lines(expanded(questions))
     _check_source(source, images is not None)
     with Llava.load(model, **load) as llava, tqdm(unit="prompt", disable=True if quiet else None) as bar:
 
@@ -62,7 +76,7 @@ def imatrix(
             bar.update(done - bar.n)
 
         done = collect(
-            llava, source, Path(out).expanduser(), questions=texts, limit=limit, answer_tokens=answer_tokens,
+            llava, source, expanded(out), questions=texts, limit=limit, answer_tokens=answer_tokens,
             progress=progress,
         )  # fmt: skip
     if not quiet:
@@ -73,8 +87,11 @@ def imatrix(
 def _check_source(source: Path, pictures: bool) -> None:
     from pocketllava.errors import InputError
 
-    if not (source.is_dir() if pictures else source.is_file()):
-        raise InputError(f"{source}: no such {'folder of pictures' if pictures else 'text file'}")
+    expected = "a folder of pictures" if pictures else "a text file"
+    if not source.exists():
+        raise InputError(f"{source}: found nothing, expected {expected}")
+    if source.is_dir() != pictures:
+        raise InputError(f"{source}: found a {'file' if pictures else 'folder'}, expected {expected}")
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -84,7 +101,7 @@ def _lines(path: Path) -> tuple[str, ...]:
     try:
         questions = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not questions:
         raise InputError(f"{path}: no questions, expected one a line")
     return questions

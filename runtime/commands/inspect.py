@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketllava.commands.common import image_argument, refuse, setting_option
+from pocketllava.commands.common import Place, Text, image_argument, refuse, setting_option
 from pocketllava.commands.show import memory_line, trace_lines, tree
 from pocketllava.errors import InputError
 from pocketllava.models.files import atomic_write
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE")
-@click.option("--image", metavar="IMAGE", help="Follow this picture through the model.")
+@click.argument("model", metavar="BUNDLE", type=Place())
+@click.option("--image", metavar="IMAGE", type=Place(), help="Follow this picture through the model.")
 @click.option(
-    "--question", default="What is in the image?", show_default=True, help="The question asked with --image."
+    "--question",
+    default="What is in the image?",
+    type=Text(),
+    show_default=True,
+    help="The question with --image.",
 )
 @setting_option(LoadOptions, "image_tokens")
 @click.option(

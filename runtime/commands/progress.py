@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketllava.commands.show import size
+from pocketllava.models.files import expanded
 
 if TYPE_CHECKING:
     from pocketllava.models import Bundle
@@ -36,9 +37,9 @@ def targets(out: str, quants: Sequence[str]) -> dict[Path, str]:
     type, or a folder named after the type in it."""
     names = list(dict.fromkeys(quant.upper() for quant in quants))
     if len(names) == 1:
-        return {Path(out).expanduser(): names[0]}
+        return {expanded(out): names[0]}
     pattern = out if PLACEHOLDER in out else str(Path(out) / PLACEHOLDER)
-    return {Path(pattern.replace(PLACEHOLDER, name)).expanduser(): name for name in names}
+    return {expanded(pattern.replace(PLACEHOLDER, name)): name for name in names}
 
 
 @contextmanager

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import click
 
-from pocketllava.commands.common import OneOf, quiet_option
+from pocketllava.commands.common import OneOf, Place, quiet_option
 from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundles, targets, text_types
 
 
 @click.command()
-@click.argument("bundle")
+@click.argument("bundle", type=Place())
 @click.option(
     "-o",
     "--out",
     required=True,
     metavar="DIR",
+    type=Place(),
     help="Folder to make; of several --quant DIR/TYPE, or as {quant} says.",
 )
 @click.option(
@@ -31,6 +32,12 @@ from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundl
     help="Type of the vision tower: F32, F16, BF16, Q8_0 [default: copied].",
 )
 @click.option(
+    "--imatrix",
+    metavar="FILE",
+    type=Place(),
+    help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one.",
+)
+@click.option(
     "-t",
     "--threads",
     type=click.IntRange(1, 1024),
@@ -38,13 +45,14 @@ from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundl
     help="Threads that quantize [default: physical cores].",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
-@click.option("--resume", is_flag=True, help="Go on from the last whole tensor of a run that was killed.")
+@click.option("--resume", is_flag=True, help="Go on after the last whole tensor of a run that was stopped.")
 @quiet_option("No progress bar, no summary.")
 def quantize(
     bundle: str,
     out: str,
     quants: tuple[str, ...],
     mmproj: str | None,
+    imatrix: str | None,
     threads: int | None,
     force: bool,
     resume: bool,
@@ -63,6 +71,7 @@ def quantize(
             open_bundle(bundle),
             targets(out, quants),
             mmproj=mmproj,
+            imatrix=imatrix,
             force=force,
             threads=threads,
             progress=progress,

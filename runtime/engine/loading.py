@@ -81,9 +81,12 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
     """The text model, and where it is. Raises UnsupportedOption, BundleError, BackendError."""
     threads = options.n_threads if options.n_threads is not None else cores()
     info = bundle.text_info
+    n_ctx = context_size(options.n_ctx, info.n_ctx_train, bundle.image_tokens)
+    if options.n_ctx is not None and n_ctx != options.n_ctx:
+        logger.warning("n_ctx: %d became %d, the next length that llama.cpp allocates", options.n_ctx, n_ctx)
     in_memory = _in_memory(bundle, layers != 0, threads, options)
     settings: dict[str, Any] = {
-        "n_ctx": context_size(options.n_ctx, info.n_ctx_train, bundle.image_tokens),
+        "n_ctx": n_ctx,
         "n_batch": batch_size(bundle),
         "n_ubatch": batch_size(bundle),
         "n_threads": threads,

@@ -23,7 +23,7 @@ from pocketllava.llamacpp.private import library_version
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
 from pocketllava.models.blob_cache import BlobCache
-from pocketllava.models.bundle import DEFAULT_TEMPLATE, file_identity
+from pocketllava.models.bundle import DEFAULT_TEMPLATE, MMPROJ, MODEL, file_identity
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
@@ -306,7 +306,7 @@ class Session:
         """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""
         bundle = self.bundle
         if bundle and path in (bundle.model, bundle.mmproj):
-            return bundle.manifest.files[path.name].sha256
+            return bundle.manifest.files[MODEL if path == bundle.model else MMPROJ].sha256
         return file_identity(path, header)
 
 

@@ -7,7 +7,9 @@ Results are appended to a file line by line, so an interrupted run continues wit
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +18,16 @@ from typing import Any, Protocol
 from pocketllava.errors import InputError
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import sha256
-from pocketllava.models.files import read_text
+from pocketllava.models.files import MAX_TEXT_BYTES, expanded, read_regular, read_text
+from pocketllava.settings import nearest
 from pocketllava.types import Answer, ImageSource, Message, Options
 
 SCENES = "scenes"
 DEFAULT_SCENES = 1000
+KEYS = ("image", "question", "answer", "answers", "id", "type")
+EXPECTED = (
+    "expected a JSON object with question, answer or answers, and image, id and type where there are any"
+)
 YES_NO = ("yes", "no")
 VQA_ANSWERS = 3  # so many of ten annotators make an answer fully right
 SHORT_ANSWER = Options(max_tokens=128)
@@ -59,16 +66,16 @@ class Result:
 
 
 def items(questions: str, limit: int | None) -> Iterator[Item]:
-    """Held-out scenes, or a JSONL file's questions. Raises InputError."""
+    """Held-out scenes, or a JSONL file's questions, of which all are checked at once. Raises InputError."""
     if questions == SCENES:
         return scene_items(limit or DEFAULT_SCENES)
-    return file_items(Path(questions), limit)
+    return iter(file_items(expanded(questions), limit))
 
 
 def header(bundle: Bundle, questions: str) -> dict[str, Any]:
     """The first line of a results file: the hashes of both model files and of the set of questions."""
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
-    return {"model": files, "set": questions if questions == SCENES else sha256(Path(questions))}
+    return {"model": files, "set": questions if questions == SCENES else sha256(expanded(questions))}
 
 
 def scene_items(limit: int) -> Iterator[Item]:
@@ -86,28 +93,80 @@ def scene_items(limit: int) -> Iterator[Item]:
         yield Item(f"scenes-{n}", qa.kind, tuple(turns[:-1]), (qa.turns[-1].answer,))
 
 
-def file_items(path: Path, limit: int | None) -> Iterator[Item]:
+def file_items(path: Path, limit: int | None) -> list[Item]:
     """Lines {"image", "question", "answer" or "answers", optional "id" and "type"}; images lie relative to the file.
 
-    Raises InputError naming the line.
+    Every line is checked, those beyond the limit too. Raises InputError naming the first wrong one.
     """
     try:
-        lines = read_text(path).splitlines()
+        lines = read_text(path).split("\n")  # not splitlines(): JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    filled = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    for n, line in filled[:limit]:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    items: dict[str, Item] = {}
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            answers = row["answers"] if "answers" in row else [row["answer"]]
-            answers = [a["answer"] if isinstance(a, dict) else str(a) for a in answers]
-            images = (_image(path, row["image"]),) if row.get("image") else ()
-            question = Message("user", row["question"], images)
-            yield Item(str(row.get("id", n)), str(row.get("type", "all")), (question,), tuple(answers))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {n}: {error!r}; expected a JSON object with image, question and answer(s)"
-            ) from error
+            item = _item(path, n, line)
+            if item.id in items:
+                raise ValueError(f"id {item.id!r} a second time")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}, line {n}: {_fault(error)}; {EXPECTED}") from error
+        items[item.id] = item
+    if not items:
+        raise InputError(f"{path}: no questions; {EXPECTED} a line")
+    return list(items.values())[:limit]
+
+
+def _item(path: Path, n: int, line: str) -> Item:
+    """One line's question. Raises ValueError, KeyError, TypeError, RecursionError."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise TypeError(f"found {type(row).__name__}")
+    for key in row:
+        if key not in KEYS:
+            raise ValueError(f"unknown key {key!r}{nearest(key, KEYS)}".removesuffix("?"))
+    if "answer" in row and "answers" in row:
+        raise ValueError("both answer and answers")
+    answers = row["answers"] if "answers" in row else [row["answer"]]
+    if not isinstance(answers, list) or not answers:
+        raise ValueError(f"answers is {answers!r}, expected at least one")
+    answers = [_whole("answer", a.get("answer") if isinstance(a, dict) else a) for a in answers]
+    question = _whole("question", row["question"])
+    images = (_image(path, row["image"]),) if row.get("image") is not None else ()
+    kind = _whole("type", row.get("type", "all"))
+    return Item(_whole("id", row.get("id", n)), kind, (Message("user", question, images),), tuple(answers))
+
+
+def _whole(name: str, value: Any) -> str:
+    """A text, or a number as one. Raises TypeError, ValueError."""
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected a text")
+    text = str(value)
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    return text.encode().decode()  # halves of characters are no text
+
+
+def _image(path: Path, image: Any) -> ImageSource:
+    """A data URI, or a file that is there. Raises TypeError, ValueError."""
+    if not isinstance(image, str) or not image:
+        raise TypeError(f"image is {image!r}, expected a path")
+    if image[:5].lower() == "data:":
+        return image
+    file = path.parent / image
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError(f"image {str(file)!r} is no regular file")
+    except OSError as error:
+        raise ValueError(f"image {str(file)!r}: {error.strerror or error}") from error
+    return file
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"found no {error.args[0]!r}"
+    return f"not JSON ({error})" if isinstance(error, json.JSONDecodeError | RecursionError) else str(error)
 
 
 def run(model: Model, items: Iterable[Item], done: Mapping[str, Result]) -> Iterator[Result]:
@@ -177,40 +236,69 @@ def yes_no(results: Sequence[Result]) -> dict[str, float]:
 
 
 class ResultsFile:
-    """A JSONL file: a header, then one result a line."""
+    """A JSONL file: a header, then one result a line. As a context, it removes a new file that got no result."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        """Raises InputError if the file has another header."""
+        """Raises InputError if the file has another header, or cannot be written."""
         self.path, self.done = path, dict[str, Result]()
-        if path.exists():
-            first, *rest = read_text(path).splitlines() or [""]
-            if _parsed(first) != header:
-                raise InputError(
-                    f"{path}: holds results of another model or set; give another --results file"
-                )
-            rows = (row for row in map(_parsed, rest) if row)
+        self._new = not path.exists()
+        try:
+            if self._new:
+                path.write_text(json.dumps(header) + "\n", "utf-8")
+            else:
+                self._continue(header)
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unwritable(path, error) from error
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._new and not self.done:
+            self.path.unlink(missing_ok=True)
+
+    def _continue(self, header: dict[str, Any]) -> None:
+        """Read the results that are there; a line that a kill cut off is removed."""
+        data = read_regular(self.path, MAX_TEXT_BYTES)
+        first, *rest = data.decode("utf-8-sig").split("\n")
+        if _parsed(first) != header:
+            raise InputError(
+                f"{self.path}: holds results of another model or set; give another --results file"
+            )
+        try:
+            rows = [row for row in map(_parsed, rest) if row]
             self.done = {row["id"]: Result(**{**row, "expected": tuple(row["expected"])}) for row in rows}
-        lines = [json.dumps(header), *(json.dumps(asdict(r), ensure_ascii=False) for r in self.done.values())]
-        path.write_text("\n".join(lines) + "\n", "utf-8")
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{self.path}: a line that is no result; give another --results file") from error
+        os.truncate(self.path, data.rfind(b"\n") + 1)
 
     def add(self, result: Result) -> None:
-        """Append a result, unless it is there."""
+        """Append a result, unless it is there. Raises InputError."""
         if result.id not in self.done:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line_of(result) + "\n")
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
             self.done[result.id] = result
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+
+
+def line_of(result: Result) -> str:
+    """A result as a line of JSON."""
+    return json.dumps(asdict(result), ensure_ascii=False)
+
+
+def _unwritable(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{path}: cannot be written ({reason}); give another --results file, or - for stdout")
 
 
 def _parsed(line: str) -> Any:
     """A line's JSON, or None for an incomplete one, which a kill leaves."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-
-
-def _image(path: Path, image: str) -> ImageSource:
-    return image if image.startswith("data:") else path.parent / image
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pocketllava.errors import ImageError
-from pocketllava.models.files import read_regular
+from pocketllava.models.files import expanded, read_regular
 from pocketllava.types import MAX_FILE_BYTES, ImageSource, read_file
 from pocketllava.vision.containers import exif
 
@@ -64,14 +64,14 @@ def path_of(source: ImageSource) -> Path | None:
         return None
     if isinstance(source, str) and source.split(":", 1)[0].lower() in ("http", "https", "file", "ftp"):
         raise ImageError(f"{source.split(':', 1)[0]} URL: not opened; give a path, bytes or a data URI")
-    return Path(source).expanduser()
+    return expanded(source)
 
 
 def name_of(source: ImageSource) -> str:
     """What to call it in an error."""
     if _is_data_uri(source):
         return "data URI"
-    return str(Path(source).expanduser()) if isinstance(source, str | os.PathLike) else "image"
+    return str(expanded(source)) if isinstance(source, str | os.PathLike) else "image"
 
 
 def read(source: ImageSource) -> Content:
