@@ -19,8 +19,8 @@ from pocketllava.convert.plan.quantize import MMPROJ_TYPES, TEXT_TYPES, known
 from pocketllava.convert.plan.text import plan_text
 from pocketllava.convert.read.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.read.config import LlavaConfig
-from pocketllava.convert.read.original import pads, space_prefix
-from pocketllava.convert.read.templates import chat_template, end_ids
+from pocketllava.convert.read.original import merge_type, pads, space_prefix
+from pocketllava.convert.read.templates import chat_template, end_ids, put_right
 from pocketllava.convert.read.vocab import Vocab, read_vocab
 from pocketllava.convert.write.durable import FLUSH_BYTES
 from pocketllava.convert.write.produce import Job, Run, produce
@@ -31,7 +31,7 @@ from pocketllava.llamacpp.children import printable
 from pocketllava.llamacpp.devices import cores
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.manifest import IMAGE_TOKEN, MAX_TOKEN_ID, Manifest, Source, Types
-from pocketllava.models.preprocessing import Preprocessing, preprocessing
+from pocketllava.models.preprocessing import Preprocessing, check_pinpoints, preprocessing
 from pocketllava.version import __version__
 
 PROCESS_BYTES, LOAD_TEST_BYTES = 96 << 20, 128 << 20  # measured at 7B
@@ -48,6 +48,7 @@ class Opened:
     vocab: Vocab
     template: str
     eos_token_ids: tuple[int, ...]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class ConvertPlan:
     def checkpoint(self) -> Checkpoint:
         """The source, shared by all types planned together."""
         return self.opened.checkpoint
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A line about each oddity of the checkpoint that the conversion copes with."""
+        return self.opened.remarks
 
     @property
     def disk_bytes(self) -> int:
@@ -133,14 +139,15 @@ def _open(folder: Path, identity: dict[str, str | None], tower: str | None) -> O
     checkpoint = open_checkpoint(folder, identity, tower)
     config = LlavaConfig.from_json(checkpoint.config)
     _check_counts(checkpoint, config)
-    prepared = preprocessing(checkpoint.files, config.vision.image_size)
-    prepared = replace(prepared, tiling=config.tiling)
+    prepared = preprocessing(checkpoint.files, config.vision.image_size, config.tiling)
     vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
     if checkpoint.original is not None:
         prepared, vocab = as_original(checkpoint, config, prepared, vocab)
-    template = chat_template(checkpoint, vocab, config.image_token_id)
+    elif config.tiling is not None:
+        check_pinpoints(checkpoint.files, config.tiling)
+    template, remarks = put_right(chat_template(checkpoint, vocab, config.image_token_id), vocab)
     ends = tuple(end_ids(checkpoint, config, vocab))
-    return Opened(checkpoint, config, prepared, vocab, template, ends)
+    return Opened(checkpoint, config, prepared, vocab, template, ends, remarks)
 
 
 @contextmanager
@@ -269,9 +276,10 @@ def as_original(
     """The original code's preparation of images and its spaces before text."""
     tokenizer = checkpoint.files.get("tokenizer_config.json", {})
     described = "tokenizer.json" in checkpoint.files
-    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
-    padding = pads(checkpoint.original or {})
-    return replace(prepared, pad_to_square=padding), replace(vocab, space_prefix=prefix)
+    original = checkpoint.original or {}
+    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind, vocab.dummy_prefix)
+    tiles = replace(config.tiling, merge=merge_type(original)) if config.tiling else None
+    return replace(prepared, pad_to_square=pads(original), tiling=tiles), replace(vocab, space_prefix=prefix)
 
 
 def _manifest(planned: ConvertPlan) -> Manifest:

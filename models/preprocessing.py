@@ -13,7 +13,7 @@ from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 from pocketllava.models.siglip import image_processor
-from pocketllava.models.tiling import Tiling
+from pocketllava.models.tiling import NEXT_PINPOINTS, Tiling
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -62,15 +62,17 @@ class Preprocessing:
         return self.tiling.most_tokens(self.crop_size, grid) if self.tiling else grid**2
 
 
-def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Preprocessing:
+def preprocessing(
+    files: Mapping[str, Mapping[str, Any]], image_size: int, tiling: Tiling | None = None
+) -> Preprocessing:
     """Read preprocessor_config.json, or processor_config.json's image_processor.
 
     files: JSON content by file name. Raises UnsupportedCheckpoint for steps that CLIP's and LLaVA's
     image processors don't have.
     """
-    p = files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get("image_processor")
+    p = _image_processor(files)
     if not p:
-        return Preprocessing(shortest_edge=image_size, crop_size=image_size)
+        return Preprocessing(shortest_edge=image_size, crop_size=image_size, tiling=tiling)
     kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
     if not kind.startswith(("CLIP", "Llava", "SiglipImageProcessor")):
         raise UnsupportedCheckpoint(
@@ -92,6 +94,7 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
         _expect(sides == crop, "size", sides, f"{crop}")
     else:
         _expect(_is_whole(edge) and 0 < edge < 1 << 16, "shortest_edge", edge, "a positive whole number")
+        _expect(tiling is None or edge == image_size, "shortest_edge", edge, f"{image_size}, a tile's")
     resample = p.get("resample", 3)
     _expect(_is_whole(resample) and 0 <= resample <= 5, "resample", resample, "0 to 5")
     return Preprocessing(
@@ -102,7 +105,25 @@ def preprocessing(files: Mapping[str, Mapping[str, Any]], image_size: int) -> Pr
         std=_three(p.get("image_std", CLIP_STD), positive=True),
         # LlavaNextImageProcessor's do_pad is about batches
         pad_to_square=kind.startswith("Llava") and "Next" not in kind and bool(p.get("do_pad")),
+        tiling=tiling,
     )
+
+
+def check_pinpoints(files: Mapping[str, Mapping[str, Any]], tiling: Tiling) -> None:
+    """Raise UnsupportedCheckpoint where the image processor's resolutions are not config.json's.
+
+    transformers cuts tiles by the one list and puts them together by the other, and fails.
+    """
+    if not (p := _image_processor(files)):
+        return
+    pinpoints = p.get("image_grid_pinpoints", NEXT_PINPOINTS)  # (height, width)
+    expected = [list(size)[::-1] for size in tiling.pinpoints]
+    _expect(pinpoints == expected, "image_grid_pinpoints", pinpoints, f"config.json's {expected}")
+
+
+def _image_processor(files: Mapping[str, Mapping[str, Any]]) -> Any:
+    """preprocessor_config.json, or processor_config.json's image_processor; None without either."""
+    return files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get("image_processor")
 
 
 def _sides(size: Any, name: str) -> tuple[int, int]:

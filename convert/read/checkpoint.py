@@ -27,7 +27,8 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 class Checkpoint:
     """An opened checkpoint: `files` is JSON content by file name, `tensors` by canonical name.
 
-    original: the unchanged config.json of a checkpoint in the original authors' format.
+    original: the unchanged config.json of a checkpoint in the original authors' format. chat_template: the checkpoint's
+    own, if it has one.
     """
 
     folder: Path
@@ -110,7 +111,6 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
     tensors, dropped = _named(read_tensors(folder), original.canonical, folder)
     vision = _original_tower(config, vision_tower, tensors, dropped, files)
     files["config.json"] = original.hub_config(config, vision)
-    template = template if template and "image" in template else original.TEMPLATES[kind]
     return Checkpoint(folder, identity, files, template, tensors, dropped, config)
 
 

@@ -56,7 +56,7 @@ def read_byte_level(
     for text, i in ids.items():
         tokens[i], types[i] = text, NORMAL
     for i, (text, special) in added.items():
-        tokens[i], types[i] = text, CONTROL if special or _looks_special(text) else USER_DEFINED
+        tokens[i], types[i] = text, CONTROL if special or looks_special(text) else USER_DEFINED
     named = {text: i for i, text in enumerate(tokens)}
     bos, eos = (named.get(_text(config.get(f"{end}_token"))) for end in ("bos", "eos"))
     begins = _begins_with(described, bos, tokens)
@@ -139,7 +139,7 @@ def _begins_with(described: Mapping[str, Any], bos: int | None, tokens: list[str
     return False
 
 
-def _looks_special(text: str) -> bool:
+def looks_special(text: str) -> bool:
     """As llama.cpp's converter guesses (conversion/base.py, does_token_look_special)."""
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or (
         text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>"))

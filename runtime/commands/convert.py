@@ -79,7 +79,7 @@ def convert(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Convert a LLaVA-1.5 checkpoint (a folder or a Hugging Face id) into two llama.cpp files.
+    """Convert a LLaVA-1.5 or 1.6 checkpoint (a folder or a Hugging Face id) into two llama.cpp files.
 
     TYPE for --quant: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K
     Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.
@@ -113,6 +113,9 @@ def convert(
         vision_tower=vision_tower,
     )
     planned = dict(zip(types, plans, strict=True))
+    if not quiet:
+        for remark in plans[0].remarks:
+            click.echo(f"note: {remark}", err=True)
     if dry_run:
         for target, each in planned.items():
             click.echo("\n".join(plan_lines(each, str(target), threads or cores())))
