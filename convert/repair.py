@@ -144,7 +144,9 @@ def _renamed(header: Header, faults: list[str]) -> Iterator[tuple[str, str]]:
             yield f"mm.1.{kind}", f"mm.0.{kind}"
     newline, old_newline = NEWLINES
     if old_newline in header.tensors and newline not in header.tensors:
-        faults.append(f"the tensor {newline} has the name of llama.cpp's first script, {old_newline}: renamed")
+        faults.append(
+            f"the tensor {newline} has the name of llama.cpp's first script, {old_newline}: renamed"
+        )
         yield old_newline, newline
 
 

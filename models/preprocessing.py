@@ -123,7 +123,9 @@ def check_pinpoints(files: Mapping[str, Mapping[str, Any]], tiling: Tiling) -> N
 
 def _image_processor(files: Mapping[str, Mapping[str, Any]]) -> Any:
     """preprocessor_config.json, or processor_config.json's image_processor; None without either."""
-    return files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get("image_processor")
+    return files.get("preprocessor_config.json") or files.get("processor_config.json", {}).get(
+        "image_processor"
+    )
 
 
 def _sides(size: Any, name: str) -> tuple[int, int]:

@@ -60,7 +60,9 @@ class ContextOverflow(InputError):
         self.available = available
         self.image_tokens = image_tokens
         self.fitting = fitting
-        advice = f" or load with {f'n_ctx={fitting} (--ctx {fitting})' if fitting else 'a larger n_ctx (--ctx)'}"
+        advice = (
+            f" or load with {f'n_ctx={fitting} (--ctx {fitting})' if fitting else 'a larger n_ctx (--ctx)'}"
+        )
         super().__init__(
             f"prompt: {needed} tokens (and one for an answer) do not fit a context of {available};"
             f"{_images(image_tokens)} shorten the conversation"

@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 SLOW = (
     "attack", "bad_checkpoints", "bench", "cache", "chat", "children", "cli", "convert", "damage", "demo", "docs",
     "evaluation", "examples", "imatrix", "interrupts", "manifest", "original", "pickled", "prefixes", "quantize",
-    "repair", "scale", "streams", "text_contract", "usage", "variants",
+    "repair", "scale", "streams", "text_contract", "tiled_convert", "usage", "variants",
 )  # fmt: skip
 
 

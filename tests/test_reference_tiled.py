@@ -15,7 +15,7 @@ import tiled
 from test_reference import opened
 from test_tiled import digests
 
-from pocketllava import Llava, Options
+from pocketllava import Llava
 
 pytestmark = [
     pytest.mark.reference,

@@ -102,7 +102,8 @@ def test_merging_of_other_kinds(make_checkpoint: Any, tmp_path: Path) -> None:
                 tiles = [session.vision.encode(tile) for tile in image.tiles]
             assert np.array_equal(found["flat"], np.concatenate(tiles))
     layout = image.layout
-    assert layout is not None and (layout.rows, layout.columns) == (2, 2)
+    assert layout is not None
+    assert (layout.rows, layout.columns) == (2, 2)
     rows = found["flat"][16:].reshape(2, 2, 4, 4, -1).transpose(0, 2, 1, 3, 4).reshape(64, -1)
     assert np.array_equal(found["spatial"], np.concatenate([found["flat"][:16], rows]))
 
@@ -207,7 +208,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 BAD_ORIGINALS: dict[str, tuple[dict[str, Any], str]] = {
     "anyres_max_9": ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9', expected 'anyres', 'pad', 'square'"),
     "a range": ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, r"image_grid_pinpoints is '\(1x1\),...,\(6x6\)', expected a list"),
-    "a program": ({"image_grid_pinpoints": "__import__('os').getcwd()"}, "image_grid_pinpoints is '__import__"),
+    "a program": ({"image_grid_pinpoints": "__import__('os').getcwd()"}, 'image_grid_pinpoints is "__import__'),
     "brackets": ({"image_grid_pinpoints": "[" * 9000}, "expected a list of"),
     "long": ({"image_grid_pinpoints": "[" + "(56, 56)," * 9000 + "]"}, "expected a list of"),
     "numbers as text": ({"image_grid_pinpoints": "[56, 56]"}, "holds 56, expected two multiples of 56"),
@@ -289,9 +290,9 @@ def test_a_published_file_is_read_and_repaired(make_bundle: Any, tmp_path: Path)
     header = Header.read(out)
     assert check_mmproj(header) == check_mmproj(Header.read(bundle.mmproj))
     assert header.keys[PINPOINTS] == Header.read(bundle.mmproj).keys[PINPOINTS]
+    bad = examine(rewritten(hub, tmp_path / "bad.gguf", put={PINPOINTS: ([56, 57], V.ARRAY)}))
     with pytest.raises(ConvertError, match="two multiples"):
-        bad = rewritten(hub, tmp_path / "bad.gguf", put={PINPOINTS: ([56, 57], V.ARRAY)})
-        repair(examine(bad), tmp_path / "never.gguf")
+        repair(bad, tmp_path / "never.gguf")
 
 
 def test_the_handler_with_files_that_stand_alone(make_bundle: Any, tmp_path: Path) -> None:
@@ -313,5 +314,5 @@ def test_the_handler_with_files_that_stand_alone(make_bundle: Any, tmp_path: Pat
         assert np.array_equal(handler.session(llama).image_features(data), expected)
         found = llama.create_chat_completion(request, max_tokens=8, temperature=0.0)
         assert found["usage"]["prompt_tokens"] == answer.usage.prompt_tokens
-        assert found["choices"][0]["message"]["content"] == answer.text
+        assert found["choices"][0]["message"]["content"].strip() == answer.text.strip()
         llama.close()

@@ -27,8 +27,8 @@ SMALL = {
     "layers": 2,
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "Vicuna": {**SMALL, "seed": 21},
-    "Mistral": {**SMALL, "kind": "mistral", "kv_heads": 2, "theta": 1e6, "inst": True, "naming": "new", "seed": 22},
+    "Vicuna": {**SMALL, "seed": 31},
+    "Mistral": {**SMALL, "kind": "mistral", "kv_heads": 2, "theta": 1e6, "inst": True, "naming": "new", "seed": 31},
     "Llama 3": {**SMALL, "llama3": True, "kv_heads": 2, "naming": "newest", "seed": 25},
     "ChatML": {**SMALL, "chatml": True, "hidden": 448, "heads": 14, "kv_heads": 2, "theta": 5e6, "seed": 24},
 }  # fmt: skip

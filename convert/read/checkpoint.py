@@ -27,8 +27,8 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 class Checkpoint:
     """An opened checkpoint: `files` is JSON content by file name, `tensors` by canonical name.
 
-    original: the unchanged config.json of a checkpoint in the original authors' format. chat_template: the checkpoint's
-    own, if it has one.
+    original: the unchanged config.json of a checkpoint in the original authors' format. chat_template: the
+    checkpoint's own, if it has one.
     """
 
     folder: Path

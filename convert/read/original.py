@@ -67,7 +67,10 @@ LLAMA_3 = (
     "{{ said(m) | trim }}{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-BY_TOKEN = {"<|im_start|>": CHATML, "<|start_header_id|>": LLAMA_3}  # what only such a text model's vocabulary has
+BY_TOKEN = {
+    "<|im_start|>": CHATML,
+    "<|start_header_id|>": LLAMA_3,
+}  # what only such a text model's vocabulary has
 BY_KIND = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
 
 
@@ -159,14 +162,20 @@ def _refuse(config: Mapping[str, Any]) -> None:
         "mm_use_im_start_end": (False, (False, None), "LLaVA-1.5 has no image start and end tokens"),
         "mm_vision_select_feature": ("patch", ("patch",), "llama.cpp always drops the class token"),
         "mm_patch_merge_type": ("flat", (*MERGE_TYPES, None), "other ways to join tiles are not supported"),
-        "image_aspect_ratio": ("square", (ANYRES, "pad", "square", None), "other ways to cut images are not supported"),
+        "image_aspect_ratio": (
+            "square",
+            (ANYRES, "pad", "square", None),
+            "other ways to cut are not supported",
+        ),
         "s2": (False, (False, None), "several scales of one image are not supported"),
     }
     for name, (default, accepted, reason) in expected.items():
         value = config.get(name, default)
         if value not in accepted:
             expected_values = ", ".join(repr(v) for v in accepted if v is not None)
-            raise UnsupportedCheckpoint(f"config.json: {name} is {value!r}, expected {expected_values}; {reason}")
+            raise UnsupportedCheckpoint(
+                f"config.json: {name} is {value!r}, expected {expected_values}; {reason}"
+            )
 
 
 def pads(config: Mapping[str, Any]) -> bool:
