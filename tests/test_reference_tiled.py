@@ -12,10 +12,12 @@ import pictures
 import pytest
 import recorded
 import tiled
+from test_original import CONVERSATIONS
 from test_reference import opened
 from test_tiled import digests
+from test_tiled_convert import chatml
 
-from pocketllava import Llava
+from pocketllava import Llava, Message
 
 pytestmark = [
     pytest.mark.reference,
@@ -23,6 +25,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
+
+
+IMAGE = pictures.png(pictures.scene(60, 60))
 
 
 def judge(request: pytest.FixtureRequest, name: str, value: Any) -> None:
@@ -87,7 +92,7 @@ def test_pixels(request: pytest.FixtureRequest) -> None:
     for name, pinpoints in tiled.PINPOINT_SETS.items():
         processor = image_processor(image_grid_pinpoints=[list(size) for size in pinpoints])
         expected = {}
-        for picture, data in pictures.twelve().items():
+        for picture, data in tiled.many().items():
             values = processor(opened(data), do_rescale=False, do_normalize=False, return_tensors="np")
             pixels = np.ascontiguousarray(np.moveaxis(values["pixel_values"][0], 1, -1).astype(np.uint8))
             expected[picture] = hashlib.sha256(pixels.tobytes()).hexdigest()
@@ -142,3 +147,18 @@ def test_features_prompts_and_answers(
     judge(request, f"prompts, {name}", {case: " ".join(map(str, ids)) for case, ids in prompts.items()})
     if request.config.getoption("--record"):
         tiled.keep(f"ties, {name}", ties)
+
+
+def test_yis_slow_tokenizer_agrees(make_checkpoint: Any, make_bundle: Any) -> None:
+    """The original code has each text between images tokenized by the sentencepiece library, without a space first."""
+    import sentencepiece
+
+    layout = {**tiled.LAYOUTS["ChatML"], "naming": "original", "aspect": "anyres"}
+    model = sentencepiece.SentencePieceProcessor(str(make_checkpoint(**layout) / "tokenizer.model"))
+    with Llava.load(make_bundle("F16", "F16", **layout).folder) as llava:
+        for turns in CONVERSATIONS.values():
+            chunks = [model.encode(chunk) for chunk in chatml(turns).split("<image>")]
+            with llava.session() as session:
+                items = session.count([Message(role, text, [IMAGE] * n) for role, text, n in turns])  # type: ignore[arg-type]
+            expected = chunks[0] + [i for chunk in chunks[1:] for i in [-200, *chunk]]
+            assert [i if isinstance(i, int) else -200 for i in items] == expected, turns

@@ -33,7 +33,7 @@ def digests(pinpoints: tuple[tuple[int, int], ...]) -> dict[str, str]:
     processor = ImageProcessor(Preprocessing(tiling=tiled.tiling_of(pinpoints)), grid=24)
     return {
         name: hashlib.sha256(np.stack(processor.process(data).tiles).tobytes()).hexdigest()
-        for name, data in pictures.twelve().items()
+        for name, data in tiled.many().items()
     }
 
 
@@ -48,6 +48,16 @@ def test_token_counts_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", tiled.PINPOINT_SETS)
 def test_tiles_have_the_pixels_of_transformers(name: str) -> None:
     assert digests(tiled.PINPOINT_SETS[name]) == tiled.load()[f"pixels, {name}"]
+
+
+def test_a_size_is_counted_as_the_picture_is_prepared() -> None:
+    """Turned pictures and arrays among them; a header is read, no picture is decoded."""
+    tiling = tiled.tiling_of(tiled.PINPOINT_SETS["published"])
+    sources: list[Any] = [*tiled.many().values(), np.zeros((40, 700), np.uint8), Image.new("RGB", (9, 400))]
+    counts = [ImageProcessor(Preprocessing(tiling=tiling), grid=24).n_tokens(source) for source in sources]
+    processor = ImageProcessor(Preprocessing(tiling=tiling), grid=24)
+    assert [processor.process(source).n_tokens for source in sources] == counts
+    assert [processor.n_tokens(source) for source in sources] == counts
 
 
 @pytest.mark.parametrize("name", tiled.LAYOUTS)

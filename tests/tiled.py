@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pictures
+from PIL import Image
 from small_checkpoint import IMAGE, PINPOINTS
 
 from pocketllava import Message
@@ -61,6 +62,13 @@ def keep(name: str, value: Any) -> None:
 def features() -> npt.NDArray[np.float32]:
     """Of the first layout and picture, rows FEATURE_ROWS."""
     return np.asarray(np.load(FEATURES_FILE))
+
+
+def many() -> dict[str, bytes]:
+    """Twelve pictures, and noise of odd sizes, where transformers could take height or width for channels."""
+    rng, odd = np.random.default_rng(16), ((1, 1), (1, 3), (3, 3), (500, 3), (1, 20_000), (20_000, 1))
+    noise = {(w, h): Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in odd}
+    return pictures.twelve() | {f"{w} x {h}": pictures.png(image) for (w, h), image in noise.items()}
 
 
 def sizes() -> list[tuple[int, int]]:
