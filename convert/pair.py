@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import LlamaFileType
 
-from pocketllava.convert.read.original import TEMPLATES
+from pocketllava.convert.read.original import conversation
 from pocketllava.errors import BundleError, ConvertError
 from pocketllava.models.bundle import MANIFEST, MMPROJ, MODEL, Bundle, Manifest, describe_file, sha256
 from pocketllava.models.files import atomic_write, utf8
@@ -81,7 +81,7 @@ def _manifest(text: Header, vision: Header, info: MmprojInfo) -> Manifest:
         file_names={name: header.path.name for name, header in headers.items()},
         image_token=IMAGE_TOKEN,
         image_token_id=image_id,
-        image_tokens=info.image_tokens,
+        n_patches=info.n_patches,
         vision_width=info.vision_width,
         projected_width=info.projected_width,
         space_prefix="every" if keys.get("tokenizer.ggml.add_space_prefix", True) else "none",
@@ -91,9 +91,10 @@ def _manifest(text: Header, vision: Header, info: MmprojInfo) -> Manifest:
             crop_size=info.image_size,
             mean=_three(vision.keys["clip.vision.image_mean"], CLIP_MEAN),
             std=_three(vision.keys["clip.vision.image_std"], CLIP_STD),
-            pad_to_square=image_id is None,
+            pad_to_square=image_id is None and info.tiling is None,
+            tiling=info.tiling,
         ),
-        chat_template=own if "image" in own else TEMPLATES["llama"],
+        chat_template=own if "image" in own else conversation({}, tokens),
     )
 
 

@@ -19,8 +19,8 @@ from pocketllava.convert.plan.quantize import MMPROJ_TYPES, TEXT_TYPES, known
 from pocketllava.convert.plan.text import plan_text
 from pocketllava.convert.read.checkpoint import Checkpoint, fetch, open_checkpoint
 from pocketllava.convert.read.config import LlavaConfig
-from pocketllava.convert.read.original import pads, space_prefix
-from pocketllava.convert.read.templates import chat_template, end_ids
+from pocketllava.convert.read.original import merge_type, pads, space_prefix
+from pocketllava.convert.read.templates import chat_template, end_ids, put_right
 from pocketllava.convert.read.tied import as_transformers_ties
 from pocketllava.convert.read.vocab import Vocab, read_vocab, with_image_token
 from pocketllava.convert.write.durable import FLUSH_BYTES
@@ -34,7 +34,7 @@ from pocketllava.models.bundle import Bundle
 from pocketllava.models.chat_template import check
 from pocketllava.models.files import expanded, utf8
 from pocketllava.models.manifest import IMAGE_TOKEN, MAX_TOKEN_ID, Manifest, Source, Types
-from pocketllava.models.preprocessing import Preprocessing, preprocessing
+from pocketllava.models.preprocessing import Preprocessing, check_pinpoints, preprocessing
 from pocketllava.version import __version__
 
 PROCESS_BYTES, LOAD_TEST_BYTES = 96 << 20, 128 << 20  # measured at 7B
@@ -143,17 +143,18 @@ def _open(folder: Path, identity: dict[str, str | None], tower: str | None) -> O
     config = LlavaConfig.from_json(checkpoint.config)
     _check_counts(checkpoint, config)
     checkpoint, config = as_transformers_ties(checkpoint, config)
-    prepared = preprocessing(checkpoint.files, config.vision.image_size)
-    prepared = replace(prepared, tiling=config.tiling)
+    prepared = preprocessing(checkpoint.files, config.vision.image_size, config.tiling)
     vocab = read_vocab(checkpoint, config.text.n_vocab, config.text.bos_id, config.text.eos_ids[0])
     if checkpoint.original is not None:
         prepared, vocab = as_original(checkpoint, config, prepared, vocab)
     else:
         vocab = with_image_token(vocab, config.image_token_id)
-    template = chat_template(checkpoint, vocab, config.image_token_id)
+        if config.tiling is not None:
+            check_pinpoints(checkpoint.files, config.tiling)
+    template, notes = put_right(chat_template(checkpoint, vocab, config.image_token_id), vocab)
     _check_template(template, checkpoint, vocab, config.image_token_id)
     ends = tuple(end_ids(checkpoint, config, vocab))
-    remarks = (*checkpoint.remarks, *vocab.remarks, *_vision_remarks(config))
+    remarks = (*checkpoint.remarks, *vocab.remarks, *notes, *_vision_remarks(config))
     return Opened(checkpoint, config, prepared, vocab, template, ends, tuple(map(_one_line, remarks)))
 
 
@@ -310,10 +311,12 @@ def as_original(
     """The original code's preparation of images and its spaces before text."""
     tokenizer = checkpoint.files.get("tokenizer_config.json", {})
     described = "tokenizer.json" in checkpoint.files
-    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind)
-    padding = pads(checkpoint.original or {})
+    original = checkpoint.original or {}
+    prefix = space_prefix(vocab.space_prefix, tokenizer, described, config.text.kind, vocab.dummy_prefix)
+    tiles = replace(config.tiling, merge=merge_type(original)) if config.tiling else None
     bos = tokenizer.get("add_bos_token") is not False  # the slow tokenizer's default
-    return replace(prepared, pad_to_square=padding), replace(vocab, space_prefix=prefix, add_bos=bos)
+    prepared = replace(prepared, pad_to_square=pads(original), tiling=tiles)
+    return prepared, replace(vocab, space_prefix=prefix, add_bos=bos)
 
 
 def _manifest(planned: ConvertPlan) -> Manifest:

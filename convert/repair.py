@@ -1,4 +1,4 @@
-"""A published LLaVA-1.5 mmproj -> one from which llama.cpp computes the right features.
+"""A published LLaVA-1.5 or 1.6 mmproj -> one from which llama.cpp computes the right features.
 
 Files made by llama.cpp's first LLaVA scripts (18 or 19 keys, 23 of CLIP ViT-L's 24 blocks) lack keys that today's
 llama.cpp needs: it assumes wrong values or refuses the file. Knows those files and the mmproj contract; no engine.
@@ -21,7 +21,7 @@ from pocketllava.models.contract import check_layout, shown
 from pocketllava.models.files import locked_write
 from pocketllava.models.gguf_header import Header, TensorInfo
 from pocketllava.models.gguf_writer import ARCHITECTURE, Key, header_bytes, padding, stored_keys
-from pocketllava.models.mmproj_contract import PREFIX, check_mmproj
+from pocketllava.models.mmproj_contract import NEWLINES, PREFIX, check_mmproj
 from pocketllava.models.preprocessing import CLIP_MEAN, CLIP_STD
 
 CLIP_EPS = 1e-5
@@ -129,7 +129,8 @@ def _is_clip(path: Path) -> bool:
 
 
 def _renamed(header: Header, faults: list[str]) -> Iterator[tuple[str, str]]:
-    """(old, new) names: the first scripts swapped fc1 and fc2, and others number the projector mm.1, mm.2."""
+    """(old, new) names: the first scripts swapped fc1 and fc2, and others number the projector mm.1, mm.2;
+    LLaVA-1.6's newline embedding."""
     up, width = header.tensors.get("v.blk.0.ffn_up.weight"), header.keys.get(PREFIX + "embedding_length")
     if up is not None and len(up.shape) == 2 and up.shape[0] == width != up.shape[1]:
         faults.append("ffn_up and ffn_down have each other's names: swapped")
@@ -142,6 +143,12 @@ def _renamed(header: Header, faults: list[str]) -> Iterator[tuple[str, str]]:
         faults.append("the projector's layers are called mm.1 and mm.2, expected mm.0 and mm.2: renamed")
         for kind in ("weight", "bias"):
             yield f"mm.1.{kind}", f"mm.0.{kind}"
+    newline, old_newline = NEWLINES
+    if old_newline in header.tensors and newline not in header.tensors:
+        faults.append(
+            f"the tensor {newline} has the name of llama.cpp's first script, {old_newline}: renamed"
+        )
+        yield old_newline, newline
 
 
 def _wrong_keys(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[tuple[Key, str]]:

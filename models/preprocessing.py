@@ -14,7 +14,7 @@ from typing import Any
 
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 from pocketllava.models.siglip import image_processor
-from pocketllava.models.tiling import Tiling
+from pocketllava.models.tiling import NEXT_PINPOINTS, Tiling
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 MAX_MEAN = 100  # of a mean or a standard deviation of colors from 0 to 1
@@ -64,7 +64,7 @@ class Preprocessing:
         return self.tiling.most_tokens(self.crop_size, grid) if self.tiling else grid**2
 
 
-def preprocessing(files: Mapping[str, Any], image_size: int) -> Preprocessing:
+def preprocessing(files: Mapping[str, Any], image_size: int, tiling: Tiling | None = None) -> Preprocessing:
     """Read preprocessor_config.json, or processor_config.json's image_processor.
 
     files: JSON content by file name. Raises UnsupportedCheckpoint for steps that CLIP's and LLaVA's
@@ -72,7 +72,7 @@ def preprocessing(files: Mapping[str, Any], image_size: int) -> Preprocessing:
     """
     p = _settings(files)
     if not p:
-        return Preprocessing(shortest_edge=image_size, crop_size=image_size)
+        return Preprocessing(shortest_edge=image_size, crop_size=image_size, tiling=tiling)
     kind = str(p.get("image_processor_type", p.get("feature_extractor_type", "CLIPImageProcessor")))
     if not kind.startswith(("CLIP", "Llava", "SiglipImageProcessor")):
         raise UnsupportedCheckpoint(
@@ -95,6 +95,7 @@ def preprocessing(files: Mapping[str, Any], image_size: int) -> Preprocessing:
         _expect(sides == crop, "size", sides, f"{crop}")
     else:
         _expect(_is_whole(edge) and 0 < edge < 1 << 16, "shortest_edge", edge, "a positive whole number")
+        _expect(tiling is None or edge == image_size, "shortest_edge", edge, f"{image_size}, a tile's")
     resample = p.get("resample", 3)
     _expect(_is_whole(resample) and 0 <= resample <= 5, "resample", resample, "0 to 5")
     return Preprocessing(
@@ -105,7 +106,20 @@ def preprocessing(files: Mapping[str, Any], image_size: int) -> Preprocessing:
         std=_three(p.get("image_std", CLIP_STD), positive=True),
         # LlavaNextImageProcessor's do_pad is about batches
         pad_to_square=kind.startswith("Llava") and "Next" not in kind and bool(p.get("do_pad")),
+        tiling=tiling,
     )
+
+
+def check_pinpoints(files: Mapping[str, Mapping[str, Any]], tiling: Tiling) -> None:
+    """Raise UnsupportedCheckpoint where the image processor's resolutions are not config.json's.
+
+    transformers cuts tiles by the one list and puts them together by the other, and fails.
+    """
+    if not (p := _settings(files)):
+        return
+    pinpoints = p.get("image_grid_pinpoints", NEXT_PINPOINTS)  # (height, width)
+    expected = [list(size)[::-1] for size in tiling.pinpoints]
+    _expect(pinpoints == expected, "image_grid_pinpoints", pinpoints, f"config.json's {expected}")
 
 
 def _settings(files: Mapping[str, Any]) -> Mapping[str, Any]:

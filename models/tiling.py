@@ -14,6 +14,13 @@ from typing import Any
 from pocketllava.errors import UnsupportedCheckpoint
 
 MERGE_TYPES = ("spatial_unpad", "spatial", "flat")  # mm_patch_merge_type of the original code
+NEXT_PINPOINTS = [
+    [336, 672],
+    [672, 336],
+    [672, 672],
+    [1008, 336],
+    [336, 1008],
+]  # LlavaNextConfig's, (height, width)
 MAX_PINPOINTS = 64
 MAX_TILES = 36  # of one picture: 6 x 6, the largest grid that was published
 

@@ -24,6 +24,7 @@ from typing import Any
 
 MAX_CHARACTERS = 1000
 ELLIPSIS = " ... "
+LISTED_IMAGES = 8
 
 
 class PocketLlavaError(Exception):
@@ -46,14 +47,26 @@ class ImageError(InputError):
 
 
 class ContextOverflow(InputError):
-    """The prompt needs `needed` tokens and the context has room for `available`."""
+    """The prompt needs `needed` tokens and the context has room for `available`.
 
-    def __init__(self, needed: int, available: int) -> None:
+    image_tokens: how many of the needed ones each image takes. fitting: a context that holds the prompt, 0 where the
+    model was trained on none, None where that is not known.
+    """
+
+    def __init__(
+        self, needed: int, available: int, image_tokens: tuple[int, ...] = (), fitting: int | None = None
+    ) -> None:
         self.needed = needed
         self.available = available
+        self.image_tokens = image_tokens
+        self.fitting = fitting
+        advice = (
+            f" or load with {f'n_ctx={fitting} (--ctx {fitting})' if fitting else 'a larger n_ctx (--ctx)'}"
+        )
         super().__init__(
             f"prompt: {needed} tokens (and one for an answer) do not fit a context of {available};"
-            " shorten the conversation or load with a larger n_ctx (--ctx)"
+            f"{_images(image_tokens)} shorten the conversation"
+            + (advice if fitting != 0 else ", the model was trained on no context that holds it")
         )
 
 
@@ -136,3 +149,13 @@ def _restored(
     error = kind.__new__(kind, *args)
     error.__dict__.update(fields)
     return error
+
+
+def _images(tokens: tuple[int, ...]) -> str:
+    """How many tokens each image takes; of many, the sum."""
+    if not tokens:
+        return ""
+    if len(tokens) == 1:
+        return f" its image takes {tokens[0]};"
+    each = " + ".join(map(str, tokens)) + " = " if len(tokens) <= LISTED_IMAGES else ""
+    return f" its {len(tokens)} images take {each}{sum(tokens)};"

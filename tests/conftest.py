@@ -31,7 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 SLOW = (
     "attack", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat", "children", "cli", "convert", "damage",
     "demo", "docs", "evaluation", "examples", "imatrix", "interrupts", "manifest", "odd_checkpoints", "original",
-    "pickled", "places", "prefixes", "quantize", "repair", "scale", "streams", "text_contract", "usage", "variants",
+    "pickled", "places", "prefixes", "quantize", "repair", "scale", "streams", "text_contract", "tiled_convert",
+    "usage", "variants",
 )  # fmt: skip
 
 

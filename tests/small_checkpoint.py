@@ -40,6 +40,22 @@ LLAMA31 = {  # Llama-3.1-8B's
 
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # every published LLaVA-1.6's
+MISTRAL_TEMPLATE = (  # llava-v1.6-mistral-7b-hf's
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + "
+    "'\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{ ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% else %}{{ raise_exception('Only user and assistant roles are"
+    " supported!') }}{% endif %}{% endfor %}"
+)
+CHATML_TEMPLATE = (  # llava-v1.6-34b-hf's
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,9 @@ class Layout:
     vision_ffn: int = 160
     vision_layers: int = 3
     sparse_config: bool = False
+    chatml: bool = False  # Yi-34B's kind of vocabulary and template
+    inst: bool = False  # llava-v1.6-mistral-7b-hf's template
+    theta: float = 1e4
     llama3: bool = False  # byte-level vocabulary, its template, rope theta 5e5
     rope: str = ""  # "llama3": Llama 3.1's rope_scaling
     siglip: bool = False
@@ -71,6 +90,8 @@ class Layout:
     weights: str = "safetensors"  # or "bin"
     tower: str = "inside"  # naming "original": "inside" the checkpoint, or a CLIP "folder" alone
     aspect: str = "pad"
+    merge: str = "spatial_unpad"  # of the original layout
+    image: int = IMAGE  # pixels of a CLIP tower's picture
     tiled: bool = False  # LLaVA-1.6: pictures in tiles, rows of patches that end with image_newline
     pinpoints: tuple[tuple[int, int], ...] = PINPOINTS  # (height, width), as transformers counts them
     endless: bool = False  # greedy answers never end: the end token's logit is 0, and another one is larger
@@ -83,12 +104,17 @@ class Layout:
     @property
     def image_token(self) -> int:
         """<image>; <pad> follows it."""
-        return small_llama3.image_token() if self.llama3 else len(small_tokenizer.vocabulary())
+        return small_llama3.image_token() if self.llama3 else len(small_tokenizer.vocabulary(self.chatml))
+
+    @property
+    def end(self) -> int:
+        """The end token's id: </s>, or Yi's <|im_end|>."""
+        return small_tokenizer.IM_END if self.chatml else END
 
     @property
     def image_size(self) -> int:
         """Pixels: CLIP's 336, or SigLIP's 384, of which 27 patches use 378."""
-        return 384 if self.siglip else IMAGE
+        return 384 if self.siglip else self.image
 
     @property
     def n_feature_layers(self) -> int:
@@ -102,16 +128,17 @@ def write(folder: Path, layout: Layout | None = None, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, layout)
     _write_configs(folder, layout)
-    if layout.llama3:
-        small_llama3.write(folder)
-        return folder
     original = layout.naming == "original"
+    if layout.llama3:
+        small_llama3.write(folder, added=not original)
+        return folder
     small_tokenizer.write(
         folder,
         added=not original,
         model=layout.tokenizer_model,
         described=layout.tokenizer_json,
         scheme=layout.scheme,
+        chatml=layout.chatml,
     )
     return folder
 
@@ -149,8 +176,6 @@ def rows(c: Layout) -> Iterator[Row]:
         yield from linear(block + "mlp.fc2", v, c.vision_ffn)
         yield from norm(block + "layer_norm2", v)
     yield from norm("V.post_layernorm", v)
-    if c.tiled:
-        yield "N.image_newline", (c.hidden,), 0, 1.0
     yield from linear("P.linear_1", c.hidden, v * c.n_feature_layers)
     yield from linear("P.linear_2", c.hidden, c.hidden)
     yield "T.embed_tokens.weight", (c.vocab, c.hidden), 0, 1.0
@@ -167,6 +192,8 @@ def rows(c: Layout) -> Iterator[Row]:
     yield from norm("T.norm", c.hidden, bias=False)
     if not c.tied:
         yield from linear("H", c.vocab, c.hidden, bias=False)
+    if c.tiled:  # last, so that the other tensors are those of the same layout without tiles
+        yield "N.image_newline", (c.hidden,), 0, 1.0
 
 
 PREFIXES = {
@@ -194,7 +221,7 @@ def values(c: Layout) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     for name, shape, mean, std in rows(c):
         drawn = rng.standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)
         if c.naming == "original" and name in ("T.embed_tokens.weight", "H.weight"):
-            drawn = drawn[: len(small_tokenizer.vocabulary())]  # no rows for <image>, <pad> and padding
+            drawn = drawn[: c.image_token]  # no rows for <image>, <pad> and padding
         if c.endless and name == "H.weight":
             drawn[END] = 0
         yield _named(name, c.naming), drawn
@@ -274,7 +301,9 @@ def _write_configs(folder: Path, c: Layout) -> None:
         "tie_word_embeddings": c.tied,
     }
     if not c.sparse_config:
-        text |= {"rope_theta": 10000.0, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+        text |= {"rope_theta": c.theta, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": c.end}
+    if c.kind == "mistral" and c.tiled:
+        text["sliding_window"] = None
     if c.llama3:
         text |= {"rope_theta": 500000.0, **small_llama3.ends()}
     if c.rope == "llama3":
@@ -296,10 +325,15 @@ def _write_configs(folder: Path, c: Layout) -> None:
         "num_additional_image_tokens": 0 if c.siglip else 1,
         "vision_feature_select_strategy": "full" if c.siglip else "default",
     })  # fmt: skip
-    ends = small_llama3.generation_ends() if c.llama3 else {"bos_token_id": 1, "eos_token_id": 2}
+    ends = small_llama3.generation_ends() if c.llama3 else {"bos_token_id": 1, "eos_token_id": c.end}
     dump(folder / "generation_config.json", {**ends, "pad_token_id": image_token + 1})
-    template = small_llama3.CHAT_TEMPLATE if c.llama3 else CHAT_TEMPLATE
-    dump(folder / "chat_template.json", {"chat_template": template})
+    dump(folder / "chat_template.json", {"chat_template": _template(c)})
+
+
+def _template(c: Layout) -> str:
+    if c.llama3:
+        return small_llama3.CHAT_TEMPLATE
+    return CHATML_TEMPLATE if c.chatml else MISTRAL_TEMPLATE if c.inst else CHAT_TEMPLATE
 
 
 def _vision(c: Layout) -> dict[str, Any]:
@@ -333,7 +367,7 @@ def _preprocessor(c: Layout) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": IMAGE}, "resample": 3, "do_center_crop": True,
+        "do_resize": True, "size": {"shortest_edge": c.image_size}, "resample": 3, "do_center_crop": True,
         "crop_size": side, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711], **(tiled if c.tiled else {}),
@@ -345,8 +379,10 @@ def _write_original_configs(folder: Path, c: Layout, text: dict[str, Any], visio
     mistral = c.kind == "mistral"
     dump(folder / "config.json", {
         **text, "architectures": ["LlavaMistralForCausalLM" if mistral else "LlavaLlamaForCausalLM"],
-        "model_type": "llava_mistral" if mistral else "llava", "vocab_size": len(small_tokenizer.vocabulary()),
-        "freeze_mm_mlp_adapter": False, "image_aspect_ratio": c.aspect, "image_grid_pinpoints": None,
+        "model_type": "llava_mistral" if mistral else "llava", "vocab_size": c.image_token,
+        "freeze_mm_mlp_adapter": False, "image_aspect_ratio": c.aspect,
+        "image_grid_pinpoints": [[w, h] for h, w in c.pinpoints] if c.tiled else None,
+        **({"mm_patch_merge_type": c.merge} if c.tiled else {}),
         "mm_hidden_size": c.vision, "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
         "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2, "mm_vision_tower": CLIP, "pad_token_id": 0,
@@ -357,4 +393,7 @@ def _write_original_configs(folder: Path, c: Layout, text: dict[str, Any], visio
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 32, "vision_config": vision,
         "text_config": {"model_type": "clip_text_model"},
     })  # fmt: skip
-    dump(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    if c.image != IMAGE:  # a tower of another size needs its processor's
+        dump(folder / CLIP / "preprocessor_config.json", _preprocessor(replace(c, tiled=False)))
+    ends = small_llama3.generation_ends() if c.llama3 else {"bos_token_id": 1, "eos_token_id": c.end}
+    dump(folder / "generation_config.json", {**ends, "pad_token_id": 0})

@@ -55,15 +55,17 @@ def generation_ends() -> dict[str, Any]:
     return {**ends(), "eos_token_id": [id_of("<|end_of_text|>"), id_of("<|eot_id|>")]}
 
 
-def write(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, and no tokenizer.model."""
+def write(folder: Path, added: bool = True) -> None:
+    """tokenizer.json and tokenizer_config.json, and no tokenizer.model. added=False: no <image>, no <pad>."""
     data = described()
+    if not added:
+        data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in ("<image>", "<pad>")]
     (folder / "tokenizer.json").write_text(json.dumps(data))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|begin_of_text|>",
         "eos_token": "<|eot_id|>",
-        "pad_token": "<pad>",
+        **({"pad_token": "<pad>"} if added else {}),
         "added_tokens_decoder": {
             str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in data["added_tokens"]
         },

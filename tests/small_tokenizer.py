@@ -15,6 +15,11 @@ from typing import Any
 
 SPACE = "▁"
 N_MERGES = 500
+CHATML = (  # the first pieces of Yi's vocabulary
+    "<unk>", "<|startoftext|>", "<|endoftext|>", "<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>",
+    "<|im_end|>", "<|im_sep|>",
+)  # fmt: skip
+IM_END = CHATML.index("<|im_end|>")
 CORPUS = """
 USER: What is shown in the image? ASSISTANT: The image shows a red circle and a blue square on a white background.
 USER: How many objects are there? ASSISTANT: There are three objects in the picture. Describe the image in detail.
@@ -51,43 +56,52 @@ def pieces() -> tuple[list[str], list[str]]:
     ]
 
 
-def vocabulary() -> list[str]:
+def vocabulary(chatml: bool = False) -> list[str]:
     """All pieces by id."""
     learned, characters = pieces()
-    return ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *learned, *characters]
+    first = CHATML if chatml else ("<unk>", "<s>", "</s>")
+    return [*first, *(f"<0x{i:02X}>" for i in range(256)), *learned, *characters]
 
 
 def write(
-    folder: Path, *, model: bool = True, described: bool = True, scheme: str = "prepend", added: bool = True
+    folder: Path,
+    *,
+    model: bool = True,
+    described: bool = True,
+    scheme: str = "prepend",
+    added: bool = True,
+    chatml: bool = False,
 ) -> None:
     """Write tokenizer.model and/or tokenizer.json, and the small files beside them.
 
     added=False: tokenizer.model and what vicuna's tokenizer has beside it, no <image>, no <pad>.
     scheme: "prepend" as the hub's llava-1.5 has it, or a Metaspace's prepend_scheme ("first", "always").
+    chatml: Yi's special pieces; its tokenizer.model puts no space before a text.
     """
-    tokens = vocabulary()
+    tokens = vocabulary(chatml)
     n = len(tokens)
+    bos, eos = ("<|startoftext|>", "<|im_end|>") if chatml else ("<s>", "</s>")
     if model:
-        (folder / "tokenizer.model").write_bytes(_sentencepiece(tokens))
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(tokens, chatml))
+    names = {"bos_token": bos, "eos_token": eos, "unk_token": "<unk>", "pad_token": "<unk>"}
     if not added:
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
         config = {
             "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
+            "add_bos_token": not chatml,
             "add_eos_token": False,
-            "legacy": False,
+            "legacy": chatml,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config | names))
         (folder / "special_tokens_map.json").write_text(json.dumps(names))
         return
     if described:
-        (folder / "tokenizer.json").write_text(json.dumps(_described(tokens, scheme)))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    decoder = {"0": "<unk>", "1": "<s>", "2": "</s>", str(n): "<image>", str(n + 1): "<pad>"}
+        (folder / "tokenizer.json").write_text(json.dumps(_described(tokens, scheme, chatml)))
+    special = names | {"pad_token": "<pad>"}
+    decoder = {str(i): text for i, text in _special(tokens, chatml)}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast" if scheme != "prepend" else "LlamaTokenizer",
         "processor_class": "LlavaProcessor",
-        "add_bos_token": True,
+        "add_bos_token": not chatml,
         "add_eos_token": False,
         "added_tokens_decoder": {i: _added(t) for i, t in decoder.items()},
         "padding_side": "left",
@@ -99,15 +113,20 @@ def write(
     (folder / "added_tokens.json").write_text(json.dumps({"<image>": n, "<pad>": n + 1}))
 
 
+def _special(tokens: list[str], chatml: bool) -> list[tuple[int, str]]:
+    """Special tokens, <image> and <pad> behind the vocabulary."""
+    n, first = len(tokens), len(CHATML) if chatml else 3
+    return [*enumerate(tokens[:first]), (n, "<image>"), (n + 1, "<pad>")]
+
+
 def _added(text: str) -> dict[str, Any]:
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     return {"content": text, "special": True, **flags}
 
 
-def _described(tokens: list[str], scheme: str) -> dict[str, Any]:
-    n = len(tokens)
+def _described(tokens: list[str], scheme: str, chatml: bool) -> dict[str, Any]:
     ids = {t: i for i, t in enumerate(tokens)}
-    special = [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (n, "<image>"), (n + 1, "<pad>")]
+    special = _special(tokens, chatml)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
@@ -119,7 +138,9 @@ def _described(tokens: list[str], scheme: str) -> dict[str, Any]:
         "added_tokens": [{"id": i, **_added(t)} for i, t in special],
         "normalizer": prepend if scheme == "prepend" else None,
         "pre_tokenizer": None if scheme == "prepend" else metaspace,
-        "post_processor": {
+        "post_processor": None
+        if chatml
+        else {
             "type": "TemplateProcessing",
             "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
@@ -160,18 +181,20 @@ def _merges(tokens: list[str], ids: dict[str, int]) -> list[list[str]]:
     ]
 
 
-def _sentencepiece(tokens: list[str]) -> bytes:
-    out = b""
+def _sentencepiece(tokens: list[str], chatml: bool) -> bytes:
+    out, first = b"", len(CHATML) if chatml else 3
     for i, text in enumerate(tokens):
-        kind = 2 if i == 0 else 3 if i < 3 else 6 if i < 259 else 1
-        score = 0.0 if i < 259 else -1e9 if not text.strip(SPACE) else 259.0 - i
+        kind = 2 if i == 0 else (4 if chatml and i > 2 else 3) if i < first else 6 if i < first + 256 else 1
+        score = 0.0 if i < first + 256 else -1e9 if not text.strip(SPACE) else first + 256.0 - i
         data = text.encode()
         piece = (
             b"\x0a" + _varint(len(data)) + data + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
         )
         out += b"\x0a" + _varint(len(piece)) + piece
     trainer = b"\x18\x02" + _varint(35 << 3) + b"\x01"  # model_type BPE, byte_fallback
-    normalizer = b"\x0a\x08identity" + b"\x18\x01\x20\x00\x28\x01"  # dummy prefix, keep spaces, escape them
+    normalizer = (
+        b"\x0a\x08identity" + (b"\x18\x00" if chatml else b"\x18\x01") + b"\x20\x00\x28\x01"
+    )  # dummy prefix, keep spaces, escape them
     return out + b"\x12" + _varint(len(trainer)) + trainer + b"\x1a" + _varint(len(normalizer)) + normalizer
 
 

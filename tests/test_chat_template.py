@@ -12,7 +12,7 @@ from prompts import PROMPTS, for_transformers
 from small_checkpoint import CHAT_TEMPLATE
 
 from pocketllava import Bundle, BundleError, InputError, Llava
-from pocketllava.convert.read.original import TEMPLATES
+from pocketllava.convert.read.original import BY_KIND, BY_TOKEN
 from pocketllava.convert.read.templates import LLAMA3_TEMPLATE
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
 from pocketllava.models.chat_template import MAX_S, MAX_SOURCE, check, render
@@ -97,7 +97,9 @@ def test_a_template_that_cannot_be_used(name: str) -> None:
         check(source, "<image>", TOKENS)
 
 
-@pytest.mark.parametrize("source", [DEFAULT_TEMPLATE, CHAT_TEMPLATE, LLAMA3_TEMPLATE, *TEMPLATES.values()])
+@pytest.mark.parametrize(
+    "source", [DEFAULT_TEMPLATE, CHAT_TEMPLATE, LLAMA3_TEMPLATE, *BY_KIND.values(), *BY_TOKEN.values()]
+)
 def test_published_templates_pass(source: str) -> None:
     check(source, "<image>", TOKENS)
 
@@ -181,7 +183,14 @@ def test_white_space_beside_stripping_tokens() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "source",
-    [CHAT_TEMPLATE, DEFAULT_TEMPLATE, LLAMA3_TEMPLATE, *TEMPLATES.values(), *(s for s, _ in NAMES.values())],
+    [
+        CHAT_TEMPLATE,
+        DEFAULT_TEMPLATE,
+        LLAMA3_TEMPLATE,
+        *BY_KIND.values(),
+        *BY_TOKEN.values(),
+        *(s for s, _ in NAMES.values()),
+    ],
 )
 def test_renders_as_transformers_does(source: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template

@@ -257,8 +257,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deeper projector": ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu'"),
     "start and end": ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
     "class token": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
-    "anyres": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres', .* LLaVA-1.6"),
-    "tiles": ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+    "anyres": ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints is None, expected a list"),
     "s2": ({"s2": True}, "s2 is True"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
     "no tower": ({"mm_vision_tower": None}, "mm_vision_tower is None, expected a name"),
@@ -297,7 +296,8 @@ def test_canonical_names() -> None:
         == "vision.pre_layrnorm.bias"
     )
     assert canonical("model.layers.0.mlp.up_proj.weight") == "text.layers.0.mlp.up_proj.weight"
-    assert canonical("model.image_newline") is canonical("model.mm_projector.weight") is None
+    assert canonical("model.image_newline") == "projector.image_newline"
+    assert canonical("model.image_start") is canonical("model.mm_projector.weight") is None
 
 
 def expand_by_hand(picture: Image.Image) -> Image.Image:

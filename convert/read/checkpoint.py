@@ -38,8 +38,8 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 class Checkpoint:
     """An opened checkpoint: `files` is JSON content by file name, `tensors` by canonical name.
 
-    original: the unchanged config.json of a checkpoint in the original authors' format. remarks: a line about each
-    oddity that a conversion copes with.
+    original: the unchanged config.json of a checkpoint in the original authors' format. chat_template: the
+    checkpoint's own, if it has one. remarks: a line about each oddity that a conversion copes with.
     """
 
     folder: Path
@@ -127,7 +127,6 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
     tensors, dropped = _named(weights.tensors, original.canonical, folder)
     vision = _original_tower(folder, config, vision_tower, tensors, dropped, files)
     files["config.json"] = original.hub_config(config, vision)
-    template = template if template and "image" in template else original.TEMPLATES[kind]
     remarks += weights.remarks
     return Checkpoint(folder, identity, files, template, tensors, dropped, config, tuple(remarks))
 

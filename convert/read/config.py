@@ -17,7 +17,7 @@ from pocketllava.models.siglip import ACTIVATIONS as SIGLIP_ACTIVATIONS
 from pocketllava.models.siglip import DEFAULTS as SIGLIP_DEFAULTS
 from pocketllava.models.siglip import MODEL_TYPE as SIGLIP
 from pocketllava.models.siglip import check_strategy
-from pocketllava.models.tiling import Tiling, tiling
+from pocketllava.models.tiling import NEXT_PINPOINTS, Tiling, tiling
 
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -32,6 +32,7 @@ ALL_TEXT_DEFAULTS: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MISTRAL_WINDOW = 4096
 CLIP_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -47,13 +48,6 @@ ARCHITECTURES = {  # model_type -> architecture
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
 }
-NEXT_PINPOINTS = [
-    [336, 672],
-    [672, 336],
-    [672, 672],
-    [1008, 336],
-    [336, 1008],
-]  # (height, width): LlavaNextConfig
 LLAVA_CLIP: dict[str, Any] = {  # LlavaConfig's vision tower when config.json has no vision_config
     **CLIP_DEFAULTS,
     "hidden_size": 1024,
@@ -143,7 +137,8 @@ class LlavaConfig:
         image_token_id = _whole(config, ("image_token_index", "image_token_id"), 32000)
         if config.get("model_type") != "llava_next":
             return cls(text, vision, image_token_id)
-        pinpoints = config.get("image_grid_pinpoints", NEXT_PINPOINTS)
+        pinpoints = config.get("image_grid_pinpoints")
+        pinpoints = NEXT_PINPOINTS if pinpoints is None else pinpoints
         tiles = tiling(pinpoints, "spatial_unpad", vision.image_size, height_first=True)
         return cls(text, vision, image_token_id, tiles)
 
@@ -187,8 +182,10 @@ def _text(config: Mapping[str, Any]) -> TextConfig:
     n_embd, n_head = _whole(t, ("hidden_size",)), _whole(t, ("num_attention_heads",))
     theta, scale = _rope(t)
     n_ctx = _whole(t, ("max_position_embeddings",))
-    if t.get("sliding_window"):  # llama.cpp's llama has no window: stay inside it, where both agree
-        n_ctx = min(n_ctx, _whole(t, ("sliding_window",)))
+    # MistralConfig's default, which Mistral-7B-Instruct-v0.2 sets to null
+    if window := given.get("sliding_window", MISTRAL_WINDOW if kind == "mistral" else None):
+        # llama.cpp's llama has no window: stay inside it, where both agree
+        n_ctx = min(n_ctx, _whole({"sliding_window": window}, ("sliding_window",)))
     head_dim = _whole(t, ("head_dim",), n_embd // n_head)
     n_head_kv = _whole(t, ("num_key_value_heads",), n_head)
     _expect(n_head % n_head_kv == 0, "num_key_value_heads", n_head_kv, f"a divisor of {n_head} heads")

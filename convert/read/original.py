@@ -7,13 +7,15 @@ tower; the rest of a conversion is the same for every format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Collection, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pocketllava.convert.read.shards import read_tensors
 from pocketllava.convert.read.sources import SourceTensor, read_json
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
+from pocketllava.models.tiling import MERGE_TYPES
 
 KINDS = {  # architecture or model_type -> text model
     "LlavaLlamaForCausalLM": "llama",
@@ -24,6 +26,8 @@ KINDS = {  # architecture or model_type -> text model
 KNOWN_TOWER = "clip-vit-large-patch14-336"  # LLaVA-1.5's: LlavaConfig's own default, no need to ask the hub
 KNOWN_TOWERS = (KNOWN_TOWER, "clip-vit-large-patch14")
 HUB_OWNER = "openai/"
+ANYRES = "anyres"  # image_aspect_ratio of LLaVA-1.6: pictures are cut into tiles
+MAX_PINPOINT_CHARACTERS = 10_000  # of a list written as text
 NOT_VISION = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 _MESSAGE = (
@@ -47,7 +51,34 @@ MISTRAL_INSTRUCT = (  # conv_mistral_instruct: no system line, sep "", sep2 "</s
     "{{ '<<SYS>>\n' + said(messages[0]) + '\n<</SYS>>\n\n' }}{% endif %}"
     "{{ said(m) + ' [/INST]' }}{% else %}{{ ' ' + said(m) + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
+CHATML = (  # conv_chatml_direct, llava-v1.6-34b's: no line break behind <|im_end|>
+    _MESSAGE + "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nAnswer the questions.<|im_end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + said(m) + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# conv_llava_llama_3 through Meta's template. The original code puts a second <|begin_of_text|> before it when it
+# asks, which it did not when it trained.
+LLAMA_3 = (
+    _MESSAGE + "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able"
+    " to understand the visual content that the user provides, and assist the user with a variety of tasks using"
+    " natural language.<|eot_id|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ said(m) | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+BY_TOKEN = {
+    "<|im_start|>": CHATML,
+    "<|start_header_id|>": LLAMA_3,
+}  # what only such a text model's vocabulary has
+BY_KIND = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
+
+
+def conversation(config: Mapping[str, Any], tokens: Collection[str]) -> str:
+    """The chat template of the text model that a checkpoint was trained from. tokens: its vocabulary."""
+    by_token = next((template for token, template in BY_TOKEN.items() if token in tokens), None)
+    return by_token or BY_KIND[text_kind(config) or "llama"]
 
 
 def text_kind(config: Mapping[str, Any]) -> str | None:
@@ -61,6 +92,8 @@ def text_kind(config: Mapping[str, Any]) -> str | None:
 def canonical(name: str) -> str | None:
     """The canonical name (checkpoint.py) of an original checkpoint's tensor, or None."""
     name = name.removeprefix("model.")
+    if name == "image_newline":
+        return "projector.image_newline"
     if name.startswith("mm_projector."):
         layers = {"0": "linear_1", "2": "linear_2"}
         number, _, rest = name.removeprefix("mm_projector.").partition(".")
@@ -74,7 +107,7 @@ def canonical(name: str) -> str | None:
 
 
 def hub_config(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config.json that LlavaForConditionalGeneration has for the same model.
+    """The config.json that LlavaForConditionalGeneration or LlavaNextForConditionalGeneration has for the same model.
 
     vision: the tower's config, None for LLaVA-1.5's own. Raises UnsupportedCheckpoint.
     """
@@ -91,7 +124,36 @@ def hub_config(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> d
     }
     if "quantization_config" in config:  # refused there, as every quantized checkpoint
         hub["quantization_config"] = config["quantization_config"]
+    if config.get("image_aspect_ratio") == ANYRES:
+        hub["architectures"], hub["model_type"] = ["LlavaNextForConditionalGeneration"], "llava_next"
+        hub["image_grid_pinpoints"] = _heights_first(config.get("image_grid_pinpoints"))
     return hub
+
+
+def merge_type(config: Mapping[str, Any]) -> str:
+    """How tiles become one sequence (models/tiling.py); only where pictures are tiled."""
+    return str(config.get("mm_patch_merge_type") or "flat")
+
+
+def _heights_first(pinpoints: Any) -> list[Any]:
+    """image_grid_pinpoints, a list or one written as text, as transformers has it.
+
+    The list's order stays, which decides between resolutions that fit equally well. Raises UnsupportedCheckpoint.
+    """
+    sizes = _written(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    if not isinstance(sizes, list | tuple):
+        raise UnsupportedCheckpoint(
+            f"config.json: image_grid_pinpoints is {pinpoints!r:.80}, expected a list of [width, height] in pixels"
+        )
+    return [list(size)[::-1] if isinstance(size, list | tuple) else size for size in sizes]
+
+
+def _written(text: str) -> Any:
+    """A list written as text, such as "[(336, 672), (672, 336)]"; None for another form."""
+    try:
+        return ast.literal_eval(text) if len(text) <= MAX_PINPOINT_CHARACTERS else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return None
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
@@ -100,15 +162,20 @@ def _refuse(config: Mapping[str, Any]) -> None:
         "mm_projector_type": ("linear", ("mlp2x_gelu",), "LLaVA-1.0's single linear layer is another model"),
         "mm_use_im_start_end": (False, (False, None), "LLaVA-1.5 has no image start and end tokens"),
         "mm_vision_select_feature": ("patch", ("patch",), "llama.cpp always drops the class token"),
-        "mm_patch_merge_type": ("flat", ("flat", None), "LLaVA-1.6 cuts images into tiles"),
-        "image_aspect_ratio": ("square", ("square", "pad", None), "LLaVA-1.6 cuts images into tiles"),
+        "mm_patch_merge_type": ("flat", (*MERGE_TYPES, None), "other ways to join tiles are not supported"),
+        "image_aspect_ratio": (
+            "square",
+            (ANYRES, "pad", "square", None),
+            "other ways to cut are not supported",
+        ),
         "s2": (False, (False, None), "several scales of one image are not supported"),
     }
     for name, (default, accepted, reason) in expected.items():
         value = config.get(name, default)
         if value not in accepted:
+            expected_values = ", ".join(repr(v) for v in accepted if v is not None)
             raise UnsupportedCheckpoint(
-                f"config.json: {name} is {value!r}, expected {accepted[0]!r}; {reason}"
+                f"config.json: {name} is {value!r}, expected {expected_values}; {reason}"
             )
 
 
@@ -117,16 +184,21 @@ def pads(config: Mapping[str, Any]) -> bool:
     return config.get("image_aspect_ratio") == "pad"
 
 
-def space_prefix(hub_prefix: str, tokenizer_config: Mapping[str, Any], described: bool, kind: str) -> str:
+def space_prefix(
+    hub_prefix: str, tokenizer_config: Mapping[str, Any], described: bool, kind: str, dummy_prefix: bool
+) -> str:
     """Which text gets a leading space (manifest.py): the original tokenizes each text between images by itself.
 
     Its Llama tokenizer is the slow one, whatever tokenizer.json says: with legacy=false only the start of such
-    a text gets the space, otherwise every run between special tokens too.
+    a text gets the space, otherwise every run between special tokens too, if tokenizer.model says so (dummy_prefix:
+    Yi's does not).
     """
     if hub_prefix == "none" or (not described and tokenizer_config.get("add_prefix_space") is False):
         return "none"
     if kind == "llama" or not described:
-        return "chunk" if tokenizer_config.get("legacy") is False else "every"
+        if tokenizer_config.get("legacy") is False:
+            return "chunk"
+        return "every" if dummy_prefix else "none"
     return "chunk" if hub_prefix == "first" else hub_prefix
 
 

@@ -14,12 +14,13 @@ from typing import Any
 from pocketllava.convert.read.added_tokens import AddedToken, added_tokens, fitting, strip_sides
 from pocketllava.convert.read.checkpoint import Checkpoint
 from pocketllava.convert.read.sources import LFS, read_bytes
-from pocketllava.convert.read.vocab_bpe import adds_bos, is_byte_level, read_byte_level
+from pocketllava.convert.read.vocab_bpe import adds_bos, is_byte_level, looks_special, read_byte_level
 from pocketllava.errors import ConvertError, UnsupportedCheckpoint
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
 MAX_MODEL_BYTES = 64 << 20  # of tokenizer.model; the largest has 5 MB
 SPACE = "▁"
+NORMALIZER, ADD_DUMMY_PREFIX = 3, 3  # fields of sentencepiece_model.proto: ModelProto's, NormalizerSpec's
 FIRST_SCORED_ID = 259  # <unk>, <s>, </s> and 256 bytes come first; a piece's score is 259 - id
 MERGES_ONLY_SCORE = -1e9  # pieces of "▁" alone, in llama-2's tokenizer.model
 ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter writes them
@@ -32,6 +33,7 @@ class Vocab:
     space_prefix: see models/manifest.py; "every" for the hub's llava-1.5, "chunk" for the original format.
     merges: of a byte-level BPE (Llama 3), which has no scores; pre is llama.cpp's name of its pre-tokenizer.
     strip: special tokens that swallow white space beside them, and on which side ("left", "right" or "both").
+    dummy_prefix: whether tokenizer.model itself puts a space before a text.
     """
 
     tokens: list[str]
@@ -47,6 +49,7 @@ class Vocab:
     pre: str = "default"
     strip: dict[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    dummy_prefix: bool = True
 
 
 def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) -> Vocab:
@@ -130,8 +133,11 @@ def _from_sentencepiece(path: Path) -> Vocab:
     if data.startswith(LFS):
         raise ConvertError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it")
     tokens, scores, types = [], [], []
+    dummy_prefix = True  # SentencePiece's default
     try:
         for field, value in _fields(data):
+            if field == NORMALIZER and isinstance(value, bytes):
+                dummy_prefix = bool(dict(_fields(value)).get(ADD_DUMMY_PREFIX, True))
             if field == 1 and isinstance(value, bytes):
                 piece = dict(_fields(value))
                 tokens.append(_utf8(piece.get(1, b"")))
@@ -141,7 +147,11 @@ def _from_sentencepiece(path: Path) -> Vocab:
         raise ConvertError(f"{path}: not a SentencePiece model ({error}); download it again") from error
     if not tokens or any(not NORMAL <= kind <= BYTE for kind in types):
         raise ConvertError(f"{path}: {len(tokens)} pieces, expected a SentencePiece vocabulary")
-    return _vocab(tokens, scores, types)
+    types = [
+        CONTROL if kind == USER_DEFINED and looks_special(text) else kind
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+    return replace(_vocab(tokens, scores, types), dummy_prefix=dummy_prefix)
 
 
 def _from_tokenizer_json(data: dict[str, Any]) -> Vocab:
@@ -219,7 +229,7 @@ def _extend(vocab: Vocab, added: dict[int, AddedToken], n_rows: int) -> None:
             continue
         vocab.tokens[i] = token.text if token.special else token.text.replace(SPACE, " ")
         vocab.scores[i] = ADDED_SCORE
-        vocab.types[i] = CONTROL if token.special else USER_DEFINED
+        vocab.types[i] = CONTROL if token.special or looks_special(token.text) else USER_DEFINED
 
 
 def _text(token: Any) -> Any:

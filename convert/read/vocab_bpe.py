@@ -56,7 +56,7 @@ def read_byte_level(
     for text, i in ids.items():
         tokens[i], types[i] = text, NORMAL
     for i, (text, special) in added.items():
-        tokens[i], types[i] = text, CONTROL if special or _looks_special(text) else USER_DEFINED
+        tokens[i], types[i] = text, CONTROL if special or looks_special(text) else USER_DEFINED
     named = {text: i for i, text in enumerate(tokens)}
     bos, eos = (named.get(_text(config.get(f"{end}_token"))) for end in ("bos", "eos"))
     begins = bos is not None and adds_bos(described, tokens[bos])
@@ -138,7 +138,7 @@ def adds_bos(described: Mapping[str, Any], bos: str) -> bool:
     return False
 
 
-def _looks_special(text: str) -> bool:
+def looks_special(text: str) -> bool:
     """As llama.cpp's converter guesses (conversion/base.py, does_token_look_special)."""
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or (
         text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>"))

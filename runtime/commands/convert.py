@@ -89,7 +89,7 @@ def convert(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Convert a LLaVA-1.5 checkpoint (a folder or a Hugging Face id) into two llama.cpp files.
+    """Convert a LLaVA-1.5 or 1.6 checkpoint (a folder or a Hugging Face id) into two llama.cpp files.
 
     TYPE for --quant: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K
     Q5_0 Q5_1 Q4_0 Q4_1 IQ4_NL IQ4_XS; with --imatrix IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS.

@@ -219,6 +219,11 @@ def _type(t: TensorInfo) -> str:
 
 def _preprocessing(bundle: Bundle) -> str:
     p: Any = bundle.preprocessing
+    if p.tiling is not None:
+        return (
+            f"preprocessing: tiles of {p.crop_size} x {p.crop_size} (resample {p.resample}),"
+            f" mean {p.mean}, std {p.std}"
+        )
     resize = f"shortest edge {p.shortest_edge}" if p.shortest_edge else f"{p.crop_size} x {p.crop_size}"
     return (
         f"preprocessing: {'pad to a square, ' if p.pad_to_square else ''}resize {resize} (resample {p.resample}),"

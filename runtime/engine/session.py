@@ -25,6 +25,7 @@ from pocketllava.models import Bundle
 from pocketllava.models.blob_cache import BlobCache
 from pocketllava.models.bundle import DEFAULT_TEMPLATE, MMPROJ, MODEL, file_identity
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.memory import CONTEXT_STEP
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
 from pocketllava.prompt.template import Template
@@ -240,8 +241,16 @@ class Session:
             end = "an image" if counted else "nothing"
             raise InputError(f"chat template: the prompt ends in {end}, expected text before the answer")
         if (needed := n_positions(counted)) >= self.text.n_ctx:
-            raise ContextOverflow(needed, self.text.n_ctx)
+            images = tuple(item.n_tokens for item in counted if isinstance(item, ImageSpan))
+            raise ContextOverflow(needed, self.text.n_ctx, images, self._fitting_context(needed))
         return messages, counted
+
+    def _fitting_context(self, needed: int) -> int:
+        """A context for a prompt and an answer, at most the one of the model's training; 0 if that is too small."""
+        trained = int(self.text.metadata.get("llama.context_length", self.text.n_ctx))
+        room = needed + Options().max_tokens
+        fitting = min(-(-room // CONTEXT_STEP) * CONTEXT_STEP, trained)
+        return fitting if needed < fitting else 0
 
     def _prompt(
         self,
