@@ -1,4 +1,4 @@
-# make demo | test | test-fast | check | docs | pyright | reference: each sets up what it needs in .venv
+# make demo | test | test-fast | attack | check | docs | pyright | reference: each sets up what it needs in .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -8,7 +8,7 @@ WORKERS ?= $(CORES)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(CORES)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-fast check docs pyright reference record clean
+.PHONY: demo test test-fast attack check docs pyright reference record clean
 
 demo: .venv/core
 	$(BIN)/pocketllava demo
@@ -18,6 +18,10 @@ test: .venv/dev
 
 test-fast: .venv/dev
 	$(BIN)/pytest -n $(WORKERS) -m "not reference and not slow"
+
+attack: export PYTHONPATH = tests
+attack: .venv/dev # 15 minutes of damaged files, odd places and interrupts; what fails stays in ATTACKS
+	$(BIN)/python -m attack $(or $(ATTACKS),build/attacks)
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -65,9 +65,15 @@ def test_importing_is_light(heavy: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-EXTRAS = {"click": "cli", "prompt_toolkit": "cli", "tqdm": "cli", "huggingface_hub": "convert"}
+EXTRAS = {
+    "click": "cli",
+    "prompt_toolkit": "cli",
+    "tqdm": "cli",
+    "huggingface_hub": "convert",
+    "pillow-heif": "heic",
+}
 COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")
-DISTRIBUTIONS = {"PIL": "pillow", "llama_cpp": "llama-cpp-python"}
+DISTRIBUTIONS = {"PIL": "pillow", "llama_cpp": "llama-cpp-python", "pillow_heif": "pillow-heif"}
 
 
 def third_party_imports(path: str) -> set[str]:

@@ -61,7 +61,7 @@ def read_vocab(checkpoint: Checkpoint, n_rows: int, bos_id: int, eos_id: int) ->
         vocab = _from_byte_level(checkpoint, described, added, n_rows, bos_id, eos_id)
         return replace(vocab, strip=strip_sides(added), remarks=remarks)
     if model.is_file():
-        vocab = _from_sentencepiece(model)
+        vocab = read_sentencepiece(model)
     elif described is not None:
         vocab = _from_tokenizer_json(described)
     else:
@@ -128,7 +128,8 @@ def _from_byte_level(
     return Vocab(b.tokens, [], b.types, bos, eos, -1, pad, b.add_bos, "none", b.merges, b.pre)
 
 
-def _from_sentencepiece(path: Path) -> Vocab:
+def read_sentencepiece(path: Path) -> Vocab:
+    """The pieces of a tokenizer.model, before added tokens. Raises ConvertError."""
     data = read_bytes(path, MAX_MODEL_BYTES)
     if data.startswith(LFS):
         raise ConvertError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it")

@@ -20,7 +20,7 @@ from damage import bytes_changed, spoil_header
 from pocketllava.convert.read.safetensors import read_safetensors
 from pocketllava.convert.read.sources import SourceTensor
 from pocketllava.convert.read.torch_zip import read_pickled
-from pocketllava.convert.read.vocab import _from_sentencepiece
+from pocketllava.convert.read.vocab import read_sentencepiece
 
 TENSORS = [
     (f"layer.{n}.weight", kind, (4, 6), bytes(24 * small_pickle.WIDTH[kind]))
@@ -114,7 +114,7 @@ def use_archive(data: bytes, folder: Path) -> None:
 
 def use_vocabulary(data: bytes, folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(data)
-    vocab = _from_sentencepiece(folder / "tokenizer.model")
+    vocab = read_sentencepiece(folder / "tokenizer.model")
     assert len(vocab.tokens) == len(vocab.scores) == len(vocab.types)
     json.dumps(vocab.tokens).encode()
 
