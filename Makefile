@@ -19,7 +19,7 @@ test: .venv/dev
 test-fast: .venv/dev
 	$(BIN)/pytest -n $(WORKERS) -m "not reference and not slow"
 
-attack: export PYTHONPATH = tests
+attack: export PYTHONPATH = $(CURDIR)/tests
 attack: .venv/dev # 15 minutes of damaged files, odd places and interrupts; what fails stays in ATTACKS
 	$(BIN)/python -m attack $(or $(ATTACKS),build/attacks)
 

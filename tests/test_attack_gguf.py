@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from attack import gguf as attack
+from attack import gguf_files as attack
 
 MUTANTS = int(os.environ.get("POCKETLLAVA_MUTANTS", "100"))
 SEED = int(os.environ.get("POCKETLLAVA_SEED", "0"))

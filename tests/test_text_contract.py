@@ -1,6 +1,6 @@
 """Text models that libllama would abort on are refused by name; those that people publish are not.
 
-attack/gguf.py takes as many damaged files as one likes through every way in (20,000 were run by hand).
+attack/gguf_files.py takes as many damaged files as one likes through every way in (20,000 were run by hand).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import variants
-from attack import gguf as attack
+from attack import gguf_files as attack
 from attack.gguf_mutants import File, Tensor
 from test_imatrix import llama_quantize, made_up
 from test_original import LAYOUTS as ORIGINAL

@@ -1,6 +1,6 @@
 """Every campaign, one after the other, and their counts as the table of docs/attacks.md.
 
-    PYTHONPATH=tests python -m attack FOLDER [--seed N] [--share X] [CAMPAIGN]...
+    PYTHONPATH=$PWD/tests python -m attack FOLDER [--seed N] [--share X] [CAMPAIGN]...
 
 A share of 1 takes about 15 minutes on two cores (`make attack`). Inputs that ended wrongly stay in FOLDER. Exits 1 if
 there are any.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from attack import files, gguf, interrupts, streams, templates
+from attack import files, gguf_files, interrupts, streams, templates
 from attack.counts import Counts
 
 Campaign = Callable[[int, int, Path], Counts]
@@ -27,7 +27,7 @@ def _target(name: str, seed: int, cases: int, folder: Path) -> Counts:
 
 
 CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
-    "GGUF files": (gguf.run, 2500),
+    "GGUF files": (gguf_files.run, 2500),
     "chat templates and tokenizers": (templates.run, 1200),
     **{name: (partial(_target, name), 1500) for name in files.TARGETS},
     "commands in odd places": (streams.run, 60),

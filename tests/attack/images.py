@@ -103,12 +103,12 @@ def picture(rng: random.Random) -> bytes:
 @functools.cache
 def processor(pad: bool) -> ImageProcessor:
     """With the limits that everybody has."""
-    return ImageProcessor(Preprocessing(pad_to_square=pad))
+    return ImageProcessor(Preprocessing(pad_to_square=pad), grid=24)
 
 
 def show(data: bytes, _folder: Path) -> None:
     """Prepare it as any model's picture."""
-    pixels = processor(len(data) % 2 == 0).process(data).pixels
+    pixels = processor(len(data) % 2 == 0).process(data).tiles[0]
     assert pixels.shape == (336, 336, 3)
 
 

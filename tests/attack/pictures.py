@@ -52,7 +52,7 @@ def warm(processor: ImageProcessor) -> None:
 
 def measure(name: str, path: Path, pad: bool, answer: Connection) -> None:
     """In a process of its own."""
-    processor = ImageProcessor(Preprocessing(pad_to_square=pad))
+    processor = ImageProcessor(Preprocessing(pad_to_square=pad), grid=24)
     warm(processor)
     source = ARRAYS[name]() if name in ARRAYS else path
     before, start = peak_mb(), time.process_time()

@@ -2,7 +2,7 @@
 
 Each mutant of a few small text models and mmprojs goes one of these ways in a child process, which survives neither a
 signal nor a hang. What passes the checks is really used: loaded, evaluated, sampled, encoded with, written again.
-Import this file as `attack.gguf`: started as a script it would hide the package gguf.
+Import this file as `attack.gguf_files`: started as a script it would hide the package gguf.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ WAYS = {
     MODEL: ("load", "bundle", "quantize", "imatrix"),
     MMPROJ: ("bundle", "handler", "repair", "quantize", "imatrix"),
 }
-START = "import sys; sys.path[:0] = {paths}; from attack.gguf import serve; serve()"
+START = "import sys; sys.path[:0] = {paths}; from attack.gguf_files import serve; serve()"
 
 
 def whole_bundles(folder: Path) -> dict[str, Path]:
