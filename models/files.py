@@ -124,7 +124,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         n_bytes = os.fstat(file.fileno()).st_size
         if n_bytes > max_bytes:
             raise OSError(errno.EFBIG, f"found {n_bytes} bytes, expected at most {max_bytes}")
-        return file.read(max_bytes)
+        return file.read(n_bytes)  # read() makes room for as many bytes as are asked for
 
 
 def read_text(path: Path) -> str:

@@ -130,6 +130,7 @@ LATE: dict[str, Callable[[Llava], Any]] = {
     "session": lambda m: m.session().__enter__(),
     "stream": lambda m: m.stream(QUESTION),
     "trace": lambda m: m.trace(A, "a"),
+    "view": lambda m: m.view(A),
 }
 
 

@@ -215,8 +215,8 @@ def test_one_handler_for_two_models(make_bundle: Any) -> None:
         llama = Llama(str(bundle.model), n_ctx=1024, n_threads=2, verbose=False)
         assert handler.session(llama).prefill(turns).cached_tokens == 0
         assert handler.session(llama).prefill(turns).cached_tokens > 576
-        handler.close()
         llama.close()
+    handler.close()
 
 
 Step = tuple[str, Any]

@@ -214,7 +214,7 @@ def test_modules_in_the_current_folder_are_not_executed(
     elif command == "repair":
         data = bundle.mmproj.read_bytes()
         (folder / "mmproj.gguf").write_bytes(
-            data.replace(b"clip.vision.feature_layer", b"clip.vision.feature_leyer")
+            data.replace(b"clip.vision.feature_layer", b"note.vision.feature_layer")
         )
         arguments = ["convert", "--repair", "."]
     else:

@@ -19,7 +19,7 @@ ANSWERS = (
     "What number is written? 1",
 )
 EXPECTED = {  # lines, or how they begin
-    "ask": ("What is at the center? a blue square", "How big is it? small", "40 of 62 prompt tokens"),
+    "ask": ("What is at the center? a blue square", "How big is it? small", "53 of 62 prompt tokens"),
     "async_stream": (DESCRIPTION, "the event loop stayed free: True"),
     "cache_folder": (
         "first: a blue square (0 of ",

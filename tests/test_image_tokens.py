@@ -20,6 +20,7 @@ from pocketllava import BackendError, Bundle, InputError, Llava, Message, Unsupp
 from pocketllava.cli import cli
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
 from pocketllava.models.tiling import Tiling
+from pocketllava.vision.last_block import LastBlock
 from pocketllava.vision.selection import budgets, n_selected, scope_order, select
 
 A, B = pictures.four()[:2]
@@ -183,15 +184,13 @@ def test_a_tower_without_a_class_token_takes_the_attention_received(make_bundle:
         assert {row.tobytes() for row in few} <= {row.tobytes() for row in features}
 
 
-def test_a_graph_without_these_nodes_is_an_error(llava: Llava) -> None:
-    with llava.session() as session:
-        tower = session.vision.correction
-        names, tower._names = tower._names, {b"Qcur-99": "Qcur"}
-        try:
-            with pytest.raises(BackendError, match="no node Qcur in the vision tower's last block"):
-                session.vision.encode_ranked(session.images.process(A).tiles[0], (0, 24, 0, 24))
-        finally:
-            tower._names = names
+def test_a_graph_without_these_nodes_is_an_error() -> None:
+    tower = LastBlock(np.empty(0, np.float32), 4, block=99, n_heads=2, width=8)
+    tower.begin()
+    with pytest.raises(BackendError, match="no node Qcur in the vision tower's last block"):
+        tower.attention()
+    with pytest.raises(BackendError, match="no node layer_out"):
+        tower.hidden()
 
 
 def test_the_handler_takes_it(bundle: Bundle) -> None:

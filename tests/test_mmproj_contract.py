@@ -43,7 +43,7 @@ FAULTS: list[tuple[Change, str]] = [
     (key("clip.minicpmv_version", 3, I32), "key 'clip.minicpmv_version' is unknown"),
     (key("clip.vision.nobodys", 3), "key 'clip.vision.nobodys' is unknown, expected the keys of a LLaVA-1.5 mmproj"),
     (key("clip.audio.block_count", 3), "is unknown"),
-    (key(V + "image_grid_pinpoints", [336, 672], ARRAY, I32), "image_grid_pinpoints is .* expected no tiles"),
+    (key(V + "image_grid_pinpoints", [336, 672], ARRAY, I32), "tensor v.image_newline is missing"),
     (key(V + "mm_patch_merge_type", True, BOOL), "mm_patch_merge_type is True"),
     (key(V + "projector_type", 1, U32), "vision.projector_type is 1"),
     (key(V + "attention.head_count_kv", 4), "head_count_kv is 4 .* expected 2 or no such key"),

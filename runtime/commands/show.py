@@ -168,7 +168,7 @@ def _tiling_facts(info: MmprojInfo) -> list[str]:
         return []
     sizes = ", ".join(f"{width} x {height}" for width, height in info.tiling.pinpoints)
     return [
-        f"a picture is tiled: the whole of it, and tiles of it fitted to {sizes} pixels; {info.tiling.merge}"
+        f"the whole picture, and tiles of a picture fitted to {sizes} pixels, merged by {info.tiling.merge}"
     ]
 
 

@@ -1,7 +1,7 @@
 """Path, bytes, PIL image, array or data URI -> upright RGB -> (336, 336, 3) uint8, as the checkpoint's processor does.
 
-Knows modes, orientations and a checkpoint's Preprocessing; no model, no file format. Turning, converting, padding and
-the first pass of resizing work on a few rows at a time, so that a large picture is in memory once, as it was decoded.
+Knows modes, orientations and a checkpoint's Preprocessing; no model, no file format. Turning and converting work on a
+few rows at a time, and resizing on one band, so that a large picture is in memory little more than once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MAX_PADDED_PIXELS = 200_000_000  # of the square that a long picture is padded t
 MAX_ASPECT = 200  # beyond it, resizing the short side to 336 would make gigapixels
 MAX_RESIZED_PIXELS = 45_000_000  # after each of the two passes of resizing, together: 180 MB
 STRIP_PIXELS = 1 << 18  # worked on at once
+WHOLE_PIXELS = 16 << 20  # of a canvas that is resized in RGB
 BACKGROUND = (255, 255, 255)  # what shows through transparency
 WHITE_16, WHITE_8, WHITE_1 = 65535, 255, 1  # the largest value of a mode of more than 8 bits, as it is used
 ARRAY_TYPES = (np.uint8, np.uint16, np.floating)
@@ -204,19 +205,23 @@ def resize(
 ) -> Image.Image:
     """The picture, centered on a canvas of a color if there is one, resized; sizes are (width, height), RGB.
 
-    Image.resize() makes rows narrower first, then columns shorter, rounding in between: the same pixels here, while
-    only a strip of the canvas exists at a time.
+    Pillow resizes by rows and by columns, rounding in between, and which comes first is its own choice: so it gets all
+    of a canvas at once, a large one band by band, each a quarter of RGB's memory.
     """
     canvas, kind = canvas or picture.size, Image.Resampling(resample)
     left, above = ((whole - part) // 2 for whole, part in zip(canvas, picture.size, strict=True))
-    narrow = Image.new("RGB", (size[0], canvas[1]), filling)
-    for top, strip in picture.strips():
-        if canvas[0] > strip.width:
-            padded = Image.new("RGB", (canvas[0], strip.height), filling)
-            padded.paste(strip, (left, 0))
-            strip = padded
-        narrow.paste(strip.resize((size[0], strip.height), resample=kind), (0, above + top))
-    return narrow.resize(size, resample=kind)
+    if canvas[0] * canvas[1] <= WHOLE_PIXELS:
+        whole = Image.new("RGB", canvas, filling)
+        for top, strip in picture.strips():
+            whole.paste(strip, (left, above + top))
+        return whole.resize(size, resample=kind)
+    bands = []
+    for band, color in enumerate(filling):
+        plane = Image.new("L", canvas, color)
+        for top, strip in picture.strips():
+            plane.paste(strip.getchannel(band), (left, above + top))
+        bands.append(plane.resize(size, resample=kind))
+    return Image.merge("RGB", bands)
 
 
 def _center_crop(pixels: Pixels, crop: int) -> Pixels:

@@ -2,13 +2,14 @@
 
     PYTHONPATH=$PWD/tests python -m attack FOLDER [--seed N] [--share X] [CAMPAIGN]...
 
-A share of 1 takes about 15 minutes on two cores (`make attack`). Inputs that ended wrongly stay in FOLDER. Exits 1 if
-there are any.
+A share of 1 takes about 15 minutes on two cores (`make attack`). Inputs that ended wrongly stay in FOLDER/CAMPAIGN, which
+is emptied first. Exits 1 if there are any.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def main() -> None:
     for name in a.campaigns:
         campaign, cases = CAMPAIGNS[name]
         folder = a.folder / name.replace(" ", "-")
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         start = time.perf_counter()
         counts = campaign(a.seed, max(1, round(cases * a.share)), folder)
         figures = " | ".join(str(getattr(counts, column)) for column in COLUMNS)
