@@ -1,6 +1,6 @@
 """A folder or hub id -> JSON files and a table of tensors under canonical names.
 
-Knows a checkpoint's files and the ways in which LLaVA-1.5 checkpoints name their tensors; shards.py reads weight
+Knows a checkpoint's files and the ways in which LLaVA checkpoints name their tensors; shards.py reads weight
 files. Reads no tensor data and knows no GGUF. Canonical names are `text.*`, `vision.*` and `projector.*`:
 text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, projector.linear_1.weight.
 """
@@ -97,7 +97,7 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
             f"{folder}: a LoRA adapter; merge it into its base model and convert that"
         )
     if not (folder / "config.json").is_file():
-        raise ConvertError(f"{folder}: no config.json, expected a LLaVA-1.5 checkpoint")
+        raise ConvertError(f"{folder}: no config.json, expected a LLaVA checkpoint")
     files = {path.name: read_json(path) for path in sorted(folder.glob("*.json")) if path.name not in INDEXES}
     template = _chat_template(folder, files)
     kind = original.text_kind(files["config.json"])
@@ -162,7 +162,7 @@ def _named(
             tensors[name] = tensor
     if unknown:
         raise TensorMismatch(
-            f"{folder}: {len(unknown)} unexpected tensors, first {unknown[0]!r}; expected the names of a LLaVA-1.5"
+            f"{folder}: {len(unknown)} unexpected tensors, first {unknown[0]!r}; expected the names of a LLaVA"
             " checkpoint",
             unexpected=tuple(unknown),
         )
