@@ -198,7 +198,7 @@ def _damage_named(folder: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = _one_line(f"{type(error).__name__}: {error}")[:200]
         raise ConvertError(
-            f"{folder}: a JSON file or the tokenizer holds what no LLaVA-1.5 checkpoint does ({reason}); download"
+            f"{folder}: a JSON file or the tokenizer holds what no LLaVA checkpoint does ({reason}); download"
             " it again"
         ) from error
 
@@ -237,7 +237,7 @@ def convert(
     resume: bool = False,
     worker_command: Sequence[str] | None = None,
 ) -> Bundle:
-    """Convert a LLaVA-1.5 checkpoint into a bundle.
+    """Convert a LLaVA-1.5 or 1.6 checkpoint into a bundle.
 
     On any failure nothing is left under `out`, and an earlier bundle there stays.
 

@@ -64,7 +64,7 @@ def find_mmproj(path: Path) -> Path:
 
 
 def examine(path: Path) -> Repair:
-    """Find a file's faults. Raises ConvertError for one that is no LLaVA-1.5 mmproj, or damaged beyond repair."""
+    """Find a file's faults. Raises ConvertError for one that is no LLaVA mmproj, or damaged beyond repair."""
     try:
         return _examine(Header.read(path))
     except BundleError as error:
@@ -163,7 +163,7 @@ def _wrong_keys(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[tupl
     if "mm.3.weight" in tensors or "mm.2.weight" not in tensors or projector != "mlp":
         raise ConvertError(
             f"{header.path}: projector {projector!r} with {sum(n.startswith('mm.') for n in tensors)} tensors,"
-            " expected LLaVA-1.5's two layers mm.0 and mm.2; it belongs to another kind of model"
+            " expected LLaVA's two layers mm.0 and mm.2; it belongs to another kind of model"
         )
     yield from missing("clip.projector_type", "mlp", V.STRING, None, "so llama.cpp refuses the file")
     effect = "so llama.cpp refuses the file"

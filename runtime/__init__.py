@@ -1,4 +1,4 @@
-"""pocketllava: LLaVA-1.5 with llama.cpp, with the original model's own answers.
+"""pocketllava: LLaVA-1.5 and 1.6 with llama.cpp, with the original model's own answers.
 
 Importing it takes no time: a public name's module is imported when the name is first used (PEP 562), and llama_cpp,
 numpy and Pillow by the first call that needs them. Programs that hold a llama_cpp.Llama take LlavaChatHandler from

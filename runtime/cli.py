@@ -58,7 +58,7 @@ class Sections(click.Group):
 @click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="pocketllava")
 def cli() -> None:
-    """LLaVA-1.5 on a laptop, with the original model's own answers."""
+    """LLaVA-1.5 and 1.6 on a laptop, with the original model's own answers."""
 
 
 for section in SECTIONS.values():

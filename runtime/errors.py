@@ -3,7 +3,7 @@
 PocketLlavaError
 ├── InputError               an argument that cannot be used
 │   ├── ImageError           not an image, too large, or not a source we open
-│   ├── ContextOverflow      the prompt does not fit: .needed and .available tokens
+│   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting
 │   └── UnsupportedOption    a setting this build or model cannot honor
 ├── StateError               a model used after close() or fork(), a stream that a newer call ended
 ├── ModelNotFound            no bundle of that name; names the nearest, and the command that makes one

@@ -1,6 +1,6 @@
 """A folder or hub id -> JSON files and a table of tensors under canonical names.
 
-Knows a checkpoint's files and the ways in which LLaVA-1.5 checkpoints name their tensors; shards.py reads weight
+Knows a checkpoint's files and the ways in which LLaVA checkpoints name their tensors; shards.py reads weight
 files. Reads no tensor data and knows no GGUF. Canonical names are `text.*`, `vision.*` and `projector.*`:
 text.layers.0.self_attn.q_proj.weight, vision.encoder.layers.0.mlp.fc1.bias, projector.linear_1.weight.
 """
@@ -109,7 +109,7 @@ def open_checkpoint(folder: Path, identity: dict[str, Any], vision_tower: str | 
             f"{folder}: a LoRA adapter; merge it into its base model and convert that"
         )
     if not (folder / "config.json").is_file():
-        raise ConvertError(f"{folder}: no config.json, expected a LLaVA-1.5 checkpoint")
+        raise ConvertError(f"{folder}: no config.json, expected a LLaVA checkpoint")
     files = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
     template, sources = _chat_template(folder, files)
     remarks = [f"chat template: {sources[0]}'s; ignored: {', '.join(sources[1:])}"] if sources[1:] else []
@@ -186,7 +186,7 @@ def _named(
             tensors[name] = tensor
     if unknown:
         raise TensorMismatch(
-            f"{folder}: {len(unknown)} unexpected tensors, first {unknown[0]!r}; expected the names of a LLaVA-1.5"
+            f"{folder}: {len(unknown)} unexpected tensors, first {unknown[0]!r}; expected the names of a LLaVA"
             " checkpoint",
             unexpected=tuple(unknown),
         )

@@ -160,7 +160,7 @@ def _refuse(config: Mapping[str, Any]) -> None:
     """Raise UnsupportedCheckpoint for settings of the original code that are not supported."""
     expected: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         "mm_projector_type": ("linear", ("mlp2x_gelu",), "LLaVA-1.0's single linear layer is another model"),
-        "mm_use_im_start_end": (False, (False, None), "LLaVA-1.5 has no image start and end tokens"),
+        "mm_use_im_start_end": (False, (False, None), "LLaVA-1.5 and 1.6 have no image start and end tokens"),
         "mm_vision_select_feature": ("patch", ("patch",), "llama.cpp always drops the class token"),
         "mm_patch_merge_type": ("flat", (*MERGE_TYPES, None), "other ways to join tiles are not supported"),
         "image_aspect_ratio": (

@@ -1,4 +1,4 @@
-"""LlavaChatHandler: llama-cpp-python's LLaVA-1.5 chat handler with the right image features and prompt.
+"""LlavaChatHandler: llama-cpp-python's chat handler for LLaVA-1.5 and 1.6 with the right image features and prompt.
 
 An adapter: OpenAI messages in, completion out. One Session for the Llama that it is used with; what happens
 between is the engine's.
@@ -128,7 +128,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """
     for name in ("functions", "function_call", "tools", "tool_choice"):
         if options.pop(name, None):
-            raise UnsupportedOption(f"{name}: LLaVA-1.5 was not trained to call tools; leave it out")
+            raise UnsupportedOption(f"{name}: LLaVA was not trained to call tools; leave it out")
     wanted = options.pop("response_format", None)
     kind = wanted.get("type") if isinstance(wanted, dict) else wanted
     if options.get("grammar") is not None or kind not in (None, "text", "json_object") or _schema(wanted):
