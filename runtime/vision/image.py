@@ -164,6 +164,7 @@ def to_rgb(image: Image.Image, white: int) -> Image.Image:
         values = np.asarray(image)
         if values.dtype.itemsize != 2:
             values = np.nan_to_num(values.astype(np.float64))
+            values = values.clip(0, white, out=values)
         return Image.fromarray(_eight_bits(values, white)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         upper = image.convert("RGBA")
@@ -258,8 +259,9 @@ def _of_array(array: npt.NDArray[np.generic]) -> Picture:
     def part(box: Box) -> Image.Image:
         left, top, right, bottom = box
         values = array[top:bottom, left:right]
-        eight = values if white == WHITE_8 else _eight_bits(values, white)
-        return to_rgb(Image.fromarray(np.ascontiguousarray(eight)), WHITE_8)
+        if values.dtype == np.uint8:
+            return to_rgb(Image.fromarray(np.ascontiguousarray(values)), WHITE_8)
+        return to_rgb(Image.fromarray(_eight_bits(np.ascontiguousarray(values), white)), WHITE_8)
 
     return Picture((array.shape[1], array.shape[0]), part)
 
@@ -278,10 +280,10 @@ def _white(image: Image.Image) -> int:
 
 
 def _eight_bits(values: npt.NDArray[Any], white: int) -> Pixels:
-    """Values up to white, as 0 to 255."""
+    """Values from 0 to white, as 0 to 255."""
     if values.dtype.itemsize == 2 and values.dtype.kind == "u":
         eight: Pixels = FROM_16_BITS[values]
         return eight
     v: npt.NDArray[Any] = values / SIXTEEN_BIT if white == WHITE_16 else values * (WHITE_8 // white)
-    np.rint(v.clip(0, WHITE_8, out=v), out=v)
+    np.rint(v, out=v)
     return v.astype(np.uint8)
