@@ -39,7 +39,7 @@ from pocketllava.models.manifest import FileRecord
 from pocketllava.models.mmproj_contract import check_mmproj
 from pocketllava.models.text_contract import check_text
 
-CHECK_S, USE_S = 1.0, 30.0  # to refuse a file; to use one
+CHECK_S, USE_S = 1.0, 30.0  # CPU seconds to refuse a file, seconds to use one
 MAX_MESSAGE = 1000  # characters
 FULL = 0.04  # of the mutants that go through quantize: so many are also written and load-tested
 PROMPT = "USER: <image>\nWhat is é 日本 🙂 \t\0 \x7f</s> here?  ASSISTANT:"
@@ -233,7 +233,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what C prints is no answer
     for line in sys.stdin:
         way, folder, full = json.loads(line)
-        start = time.perf_counter()
+        start = time.process_time()  # other programs' work does not count; a hang is found by the clock
         answer: dict[str, Any] = {"outcome": "accepted", "message": ""}
         try:
             globals()[way](Path(folder), full)
@@ -243,7 +243,7 @@ def serve() -> None:
             answer = {"outcome": "refused", "message": str(error)}
         except Exception:
             answer = {"outcome": "traceback", "message": traceback.format_exc(limit=-4)}
-        out.write(json.dumps(answer | {"took_s": time.perf_counter() - start}) + "\n")
+        out.write(json.dumps(answer | {"took_s": time.process_time() - start}) + "\n")
         out.flush()
 
 
@@ -385,7 +385,9 @@ def attack(campaign: Campaign, seed: int, cases: int) -> Counts:
             counts.cases += 1
             if fault := result.fault:
                 setattr(counts, fault, getattr(counts, fault) + 1)
-                counts.failures.append(f"{case}: {result.outcome} in {result.took_s:.2f} s: {result.message}")
+                counts.failures.append(
+                    f"{case}: {result.outcome} in {result.took_s:.2f} CPU seconds: {result.message}"
+                )
             elif result.outcome == "accepted":
                 counts.accepted += 1
             else:
