@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from types import TracebackType
@@ -479,25 +479,26 @@ class Llava:
         finish: FinishReason = "length"
         first_s = last_s = 0.0
         n = 0
-        for token in self._session.generate(prefilled, call.options):
-            last_s = time.perf_counter() - call.start
-            first_s = first_s or last_s
-            if call.should_stop is not None and call.should_stop():
-                finish = "cancelled"
-                break
-            if vocabulary.is_end(token):
-                finish = "stop"
-                break
-            n += 1
-            piece = text.add(vocabulary.piece(token))
-            if text.stopped:
-                yield Chunk(piece, (token,))
-                finish = "stop"
-                break
-            with self._lock.suspended(lease):
-                yield Chunk(piece, (token,))
-            if n == limit:
-                break
+        with closing(self._session.generate(prefilled, call.options)) as tokens:
+            for token in tokens:
+                last_s = time.perf_counter() - call.start
+                first_s = first_s or last_s
+                if call.should_stop is not None and call.should_stop():
+                    finish = "cancelled"
+                    break
+                if vocabulary.is_end(token):
+                    finish = "stop"
+                    break
+                n += 1
+                piece = text.add(vocabulary.piece(token))
+                if text.stopped:
+                    yield Chunk(piece, (token,))
+                    finish = "stop"
+                    break
+                with self._lock.suspended(lease):
+                    yield Chunk(piece, (token,))
+                if n == limit:
+                    break
         yield Chunk(text.finish(), (), finish, self._timings(prefilled, queue_s, first_s, last_s, n))
 
     def _timings(

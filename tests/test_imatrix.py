@@ -29,7 +29,7 @@ from pocketllava.models.gguf_header import Header
 
 # Types where their mix depends on the layer, on heads or on row lengths; all eight that need a matrix, and others.
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "one block": ({"layers": 1, "ffn": 256}, ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_S", "Q2_K", "Q4_1")),
+    "one block": ({"layers": 1, "ffn": 256}, ("Q8_0", "Q6_K", "Q4_K_M", "Q3_K_S", "Q2_K", "Q4_1")),
     "8 layers": (
         {"layers": 8, "ffn": 256, "kv_heads": 2},
         ("Q4_0", "Q5_0", "IQ4_XS", "IQ3_XS", "IQ3_M"),

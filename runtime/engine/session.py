@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -180,8 +180,8 @@ class Session:
         with work.timed("prompt"), translated("evaluating the prompt"):
             self.cache.decode(work.prompt, work.n_reused, features, should_stop)
 
-    def generate(self, prefilled: Prefilled, options: Options) -> Iterator[int]:
-        """Sample the answer's tokens, one by one. Raises BackendError."""
+    def generate(self, prefilled: Prefilled, options: Options) -> Generator[int, None, None]:
+        """Sample the answer's tokens, one by one; to be closed (TextModel.generate). Raises BackendError."""
         seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
         with translated("generating the answer"):
             yield from self.text.generate(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,16 +231,19 @@ class TextModel:
             and self._last_position() == n_positions - 1
         )
 
-    def generate(self, prompt: list[int], *, seed: int, **sampling: Any) -> Iterator[int]:
-        """Sample tokens after a prompt that the KV cache holds. sampling: llama_cpp.Llama.generate's settings."""
+    def generate(self, prompt: list[int], *, seed: int, **sampling: Any) -> Generator[int, None, None]:
+        """Sample tokens after a prompt that the KV cache holds. sampling: llama_cpp.Llama.generate's settings.
+
+        Close it: a Ctrl-C that comes while the garbage collector does would be lost.
+        """
         self._llama.set_seed(seed)
-        tokens = self._llama.generate(prompt, **sampling)
-        while True:
-            with deferred_interrupts():
-                token = next(tokens, None)
-            if token is None:
-                return
-            yield token
+        with closing(self._llama.generate(prompt, **sampling)) as tokens:
+            while True:
+                with deferred_interrupts():
+                    token = next(tokens, None)
+                if token is None:
+                    return
+                yield token
 
     def logits(self) -> npt.NDArray[np.float32]:
         """Logits of the next token, (n_vocab,) float32."""
