@@ -28,7 +28,7 @@ def _target(name: str, seed: int, cases: int, folder: Path) -> Counts:
 
 
 CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
-    "GGUF files": (gguf_files.run, 2500),
+    "GGUF files": (gguf_files.run, 8000),
     "chat templates and tokenizers": (templates.run, 1200),
     **{name: (partial(_target, name), 1500) for name in files.TARGETS},
     "commands in odd places": (streams.run, 60),
@@ -43,7 +43,7 @@ def main() -> None:
     ap.add_argument("campaigns", nargs="*", default=list(CAMPAIGNS))
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--share", type=float, default=1.0)
-    a = ap.parse_args()
+    a = ap.parse_intermixed_args()
     print(f"| class | {' | '.join(COLUMNS)} | s |\n|---{'|---' * len(COLUMNS)}|---|")
     failures: list[str] = []
     for name in a.campaigns:
