@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from PIL import Image, ImageOps
 
 from pocketllava import ImageError
 from pocketllava.models.preprocessing import Preprocessing
+from pocketllava.vision import image
 from pocketllava.vision.containers import exif
-from pocketllava.vision.image import load, preprocess
+from pocketllava.vision.image import load
 from pocketllava.vision.image_processor import ImageProcessor
 
 SLOW_TO_BUILD = ("noisy", "49 megapixels", "36 megapixels", "40 megapixels", "65,535", "one row")
@@ -66,25 +68,28 @@ def test_every_side_up_in_strips(kind: str, mode: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("resample", range(6))
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("size", [(700, 60), (60, 700), (336, 336), (20, 31), (1000, 999)])
-def test_resizing_in_strips_is_resizing(
+def test_resizing_by_bands_is_resizing(
     resample: int, pad: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, in every filter, with and without padding, against one call of Pillow's resize."""
+    """Bit for bit, in every filter, turned or not, padded or not, against one call of Pillow's resize in RGB."""
     monkeypatch.setattr("pocketllava.vision.image.STRIP_PIXELS", 5000)
-    picture = pictures.scene(*size)
+    monkeypatch.setattr("pocketllava.vision.image.WHOLE_PIXELS", 0)  # of a canvas that is resized at once
     steps = Preprocessing(resample=resample, pad_to_square=pad)
-    whole = picture
-    if pad:
-        side = max(size)
-        whole = Image.new("RGB", (side, side), tuple(int(255 * m) for m in steps.mean))
-        whole.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
-    short, long = min(whole.size), max(whole.size)
-    longer = int(336 * long / short)
-    target = (336, longer) if whole.width <= whole.height else (longer, 336)
-    resized = whole.resize(target, Image.Resampling(resample))
-    left, top = (resized.width - 336) // 2, (resized.height - 336) // 2
-    expected = resized.crop((left, top, left + 336, top + 336))
-    assert np.array_equal(preprocess(picture, steps), np.asarray(expected))
+    for mode, orientation in itertools.product(("RGB", "L", "RGBA", "P"), (1, 2, 6)):
+        picture = pictures.scene(*size).convert(mode)
+        turn = image.TURNS.get(orientation)
+        whole = picture.convert("RGB") if turn is None else picture.convert("RGB").transpose(turn)
+        if pad:
+            side, upright = max(size), whole
+            whole = Image.new("RGB", (side, side), tuple(int(255 * m) for m in steps.mean))
+            whole.paste(upright, ((side - upright.width) // 2, (side - upright.height) // 2))
+        longer = int(336 * max(whole.size) / min(whole.size))
+        target = (336, longer) if whole.width <= whole.height else (longer, 336)
+        resized = whole.resize(target, Image.Resampling(resample))
+        left, top = (resized.width - 336) // 2, (resized.height - 336) // 2
+        expected = np.asarray(resized.crop((left, top, left + 336, top + 336)))
+        pixels = image.resize_and_crop(image.Picture.of(picture, orientation), steps)
+        assert np.array_equal(pixels, expected), (mode, orientation)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,8 @@ def _check_cost(encoded: Encoded, image: Image.Image, n_bytes: int, name: str, m
     """Raise ImageError for what would take more memory or time than the largest plain picture may."""
     n_pixels, most_pixels = image.width * image.height, max(max_pixels, MAX_PIXELS)
     copies = 1 if len(encoded.data) == n_bytes else 2
-    takes_bytes = copies * n_bytes + encoded.fixed_bytes + n_pixels * encoded.pixel_bytes
+    planes = 0 if image.mode in ("RGB", "L") else 3  # bytes of a pixel that is converted to three bands
+    takes_bytes = copies * n_bytes + encoded.fixed_bytes + n_pixels * (encoded.pixel_bytes + planes)
     takes_ns = encoded.fixed_ns + n_pixels * (encoded.pixel_ns + (WIDE_NS if image.mode in WIDE_MODES else 0))
     if takes_bytes > most_pixels * BYTES_PER_PIXEL:
         takes, limit = f"{takes_bytes / 1e6:.0f} MB", f"{most_pixels * BYTES_PER_PIXEL / 1e6:.0f} MB"

@@ -1,12 +1,13 @@
 """Path, bytes, PIL image, array or data URI -> upright RGB -> (336, 336, 3) uint8, as the checkpoint's processor does.
 
-Knows modes, orientations and a checkpoint's Preprocessing; no model, no file format. Turning and converting work on a
-few rows at a time, and resizing on one band, so that a large picture is in memory little more than once.
+Knows modes, orientations and a checkpoint's Preprocessing; no model, no file format. What is not RGB or gray is
+converted a few rows at a time, and what is large and turned or padded is resized band by band: a large picture is in
+memory little more than once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,10 @@ from pocketllava.types import ImageSource
 from pocketllava.vision import sources
 from pocketllava.vision.decoding import MAX_PIXELS, check_size, open_encoded, open_header, pillow_errors
 
-MAX_PADDED_PIXELS = 200_000_000  # of the square that a long picture is padded to
+MAX_PADDED_PIXELS = 100_000_000  # of the square that a long picture is padded to
 MAX_ASPECT = 200  # beyond it, resizing the short side to 336 would make gigapixels
 MAX_RESIZED_PIXELS = 45_000_000  # after each of the two passes of resizing, together: 180 MB
-STRIP_PIXELS = 1 << 18  # worked on at once
+STRIP_PIXELS = 1 << 17  # worked on at once
 WHOLE_PIXELS = 16 << 20  # of a canvas that is resized in RGB
 BACKGROUND = (255, 255, 255)  # what shows through transparency
 WHITE_16, WHITE_8, WHITE_1 = 65535, 255, 1  # the largest value of a mode of more than 8 bits, as it is used
@@ -43,7 +44,6 @@ TURNS = {  # EXIF orientation -> what makes it upright
     8: T.ROTATE_90,
 }
 LYING = (T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # rows are columns
-FROM_THE_END = (T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSVERSE, T.ROTATE_90)  # the first row is the last one
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -51,41 +51,41 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture, shown upright and in RGB a few rows at a time.
+    """A decoded picture that is shown upright, in RGB or band by band.
 
-    stored: (width, height) before it is turned. part: a box of it, in RGB.
+    stored: an image in RGB or gray, or three in gray, one a band, as they were before turning.
     """
 
-    stored: tuple[int, int]
-    part: Callable[[Box], Image.Image]
+    stored: tuple[Image.Image, ...]
     turn: Image.Transpose | None = None
 
     @classmethod
     def of(cls, image: Image.Image, orientation: int | None = None) -> Picture:
         """A loaded image of any mode."""
+        turn = TURNS.get(orientation or 0)
+        if image.mode in ("RGB", "L") and "transparency" not in image.info:
+            return cls((image,), turn)
         white = _white(image) if image.mode.startswith("I") or image.mode == "F" else WHITE_8
-        return cls(image.size, lambda box: to_rgb(image.crop(box), white), TURNS.get(orientation or 0))
+        return cls(_planes(image.size, lambda box: to_rgb(image.crop(box), white)), turn)
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height), upright."""
-        return self.stored[::-1] if self.turn in LYING else self.stored
+        size = self.stored[0].size
+        return size[::-1] if self.turn in LYING else size
 
-    def rows(self, top: int, bottom: int) -> Image.Image:
-        """Some of its rows, RGB."""
-        width, height = self.stored
-        end = self.size[1]
-        first, last = (end - bottom, end - top) if self.turn in FROM_THE_END else (top, bottom)
-        box = (first, 0, last, height) if self.turn in LYING else (0, first, width, last)
-        strip = self.part(box)
-        return strip if self.turn is None else strip.transpose(self.turn)
+    def rgb(self) -> Image.Image:
+        """All of it."""
+        image = self.stored[0] if len(self.stored) == 1 else Image.merge("RGB", self.stored)
+        return self._upright(image if image.mode == "RGB" else image.convert("RGB"))
 
-    def strips(self) -> Iterator[tuple[int, Image.Image]]:
-        """All rows in order, each strip with the number of its first one."""
-        width, height = self.size
-        n_rows = max(1, STRIP_PIXELS // width)
-        for top in range(0, height, n_rows):
-            yield top, self.rows(top, min(top + n_rows, height))
+    def band(self, number: int) -> Image.Image:
+        """Red, green or blue, in gray."""
+        image = self.stored[number if len(self.stored) > 1 else 0]
+        return self._upright(image.getchannel(number) if image.mode == "RGB" else image)
+
+    def _upright(self, image: Image.Image) -> Image.Image:
+        return image if self.turn is None else image.transpose(self.turn)
 
 
 def preprocess(source: ImageSource, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -102,10 +102,7 @@ def load(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     name = sources.name_of(source)
     with pillow_errors(name):
         picture = decode(sources.read(source), name, max_pixels)
-        image = Image.new("RGB", picture.size)
-        for top, strip in picture.strips():
-            image.paste(strip, (0, top))
-    return image
+        return picture.rgb().copy()
 
 
 def prepare(
@@ -207,22 +204,30 @@ def resize(
     """The picture, centered on a canvas of a color if there is one, resized; sizes are (width, height), RGB.
 
     Pillow resizes by rows and by columns, rounding in between, and which comes first is its own choice: so it gets all
-    of a canvas at once, a large one band by band, each a quarter of RGB's memory.
+    of a canvas at once: a large one that has to be turned or padded band by band, each a quarter of RGB's memory.
     """
     canvas, kind = canvas or picture.size, Image.Resampling(resample)
-    left, above = ((whole - part) // 2 for whole, part in zip(canvas, picture.size, strict=True))
+    place = ((canvas[0] - picture.size[0]) // 2, (canvas[1] - picture.size[1]) // 2)
+    if canvas == picture.size and picture.turn is None and len(picture.stored) == 1:
+        return picture.stored[0].resize(size, resample=kind).convert("RGB")
     if canvas[0] * canvas[1] <= WHOLE_PIXELS:
-        whole = Image.new("RGB", canvas, filling)
-        for top, strip in picture.strips():
-            whole.paste(strip, (left, above + top))
-        return whole.resize(size, resample=kind)
-    bands = []
-    for band, color in enumerate(filling):
-        plane = Image.new("L", canvas, color)
-        for top, strip in picture.strips():
-            plane.paste(strip.getchannel(band), (left, above + top))
-        bands.append(plane.resize(size, resample=kind))
+        return _on_canvas(picture.rgb(), canvas, place, filling).resize(size, resample=kind)
+    bands = [
+        _on_canvas(picture.band(n), canvas, place, color).resize(size, resample=kind)
+        for n, color in enumerate(filling)
+    ]
     return Image.merge("RGB", bands)
+
+
+def _on_canvas(
+    image: Image.Image, canvas: tuple[int, int], place: tuple[int, int], color: int | tuple[int, ...]
+) -> Image.Image:
+    """An image on a larger one of a color; itself if it is as large."""
+    if image.size == canvas:
+        return image
+    whole = Image.new(image.mode, canvas, color)
+    whole.paste(image, place)
+    return whole
 
 
 def _center_crop(pixels: Pixels, crop: int) -> Pixels:
@@ -258,12 +263,23 @@ def _of_array(array: npt.NDArray[np.generic]) -> Picture:
 
     def part(box: Box) -> Image.Image:
         left, top, right, bottom = box
-        values = array[top:bottom, left:right]
-        if values.dtype == np.uint8:
-            return to_rgb(Image.fromarray(np.ascontiguousarray(values)), WHITE_8)
-        return to_rgb(Image.fromarray(_eight_bits(np.ascontiguousarray(values), white)), WHITE_8)
+        values = np.ascontiguousarray(array[top:bottom, left:right])
+        return to_rgb(
+            Image.fromarray(values if values.dtype == np.uint8 else _eight_bits(values, white)), WHITE_8
+        )
 
-    return Picture((array.shape[1], array.shape[0]), part)
+    return Picture(_planes((array.shape[1], array.shape[0]), part))
+
+
+def _planes(size: tuple[int, int], part: Callable[[Box], Image.Image]) -> tuple[Image.Image, ...]:
+    """Three bands, in gray, of a picture whose parts are given in RGB: a few rows are converted at a time."""
+    planes = tuple(Image.new("L", size) for _ in range(3))
+    n_rows = max(1, STRIP_PIXELS // size[0])
+    for top in range(0, size[1], n_rows):
+        strip = part((0, top, size[0], min(top + n_rows, size[1])))
+        for plane, band in zip(planes, strip.split(), strict=True):
+            plane.paste(band, (0, top))
+    return planes
 
 
 def _white(image: Image.Image) -> int:
