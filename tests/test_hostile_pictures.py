@@ -67,7 +67,7 @@ def test_every_side_up_in_strips(kind: str, mode: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("resample", range(6))
 @pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("size", [(700, 60), (60, 700), (336, 336), (20, 31), (1000, 999)])
+@pytest.mark.parametrize("size", [(700, 60), (60, 700), (336, 336), (20, 31), (400, 399)])
 def test_resizing_by_bands_is_resizing(
     resample: int, pad: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
