@@ -29,11 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # What takes longest, left out by `make test-fast`: whole conversions, children, every type of quantization.
 SLOW = (
-    "attack_files", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat", "chat_template", "children", "cli",
-    "convert", "damage", "demo", "docs", "evaluation", "examples", "hostile_pictures", "image_tokens", "imatrix",
-    "interrupts", "limits", "manifest", "mmproj_contract", "odd_checkpoints", "original", "pickled", "places",
-    "prefixes", "quantize", "repair", "scale", "streams", "text_contract", "tiled", "tiled_convert", "usage",
-    "variants",
+    "answers", "attack_files", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat", "chat_template",
+    "children", "cli", "convert", "damage", "demo", "docs", "evaluation", "examples", "hostile_pictures",
+    "image_tokens", "imatrix", "interrupts", "limits", "manifest", "mmproj_contract", "odd_checkpoints", "original",
+    "pickled", "places", "prefixes", "quantize", "repair", "scale", "streams", "text_contract", "tiled",
+    "tiled_convert", "usage", "variants",
 )  # fmt: skip
 
 
