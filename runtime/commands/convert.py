@@ -5,7 +5,15 @@ from __future__ import annotations
 import click
 
 from pocketllava.commands.common import OneOf, Place, Text, quiet_option, refuse
-from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundles, targets, text_types
+from pocketllava.commands.progress import (
+    imatrix_option,
+    mmproj_types,
+    progress_bar,
+    show_bundles,
+    targets,
+    text_types,
+    threads_option,
+)
 from pocketllava.commands.show import plan_lines
 from pocketllava.models.files import expanded
 
@@ -45,12 +53,7 @@ CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "thread
     type=OneOf(mmproj_types),
     help="Type of the vision tower: F32, F16, BF16, Q8_0 (features about 3 % off, single tokens up to 8 %).",
 )
-@click.option(
-    "--imatrix",
-    metavar="FILE",
-    type=Place(),
-    help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one.",
-)
+@imatrix_option
 @click.option(
     "--revision",
     metavar="REV",
@@ -63,13 +66,7 @@ CONVERTING = ("quants", "mmproj", "imatrix", "revision", "vision_tower", "thread
     type=Place(),
     help="CLIP model (folder or hub id) for a checkpoint in the original LLaVA format [default: the one it names].",
 )
-@click.option(
-    "-t",
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Threads that quantize [default: physical cores].",
-)
+@threads_option
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
 @click.option("--resume", is_flag=True, help="Go on after the last whole tensor of a run that was stopped.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")

@@ -1,4 +1,4 @@
-"""What converting commands share: names of types and folders, a progress bar, the list of new files."""
+"""What converting commands share: options, names of types and folders, a progress bar, the list of new files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pocketllava.commands.common import Place
 from pocketllava.commands.show import size
 from pocketllava.models.files import expanded
 
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
     from pocketllava.models import Bundle
 
 PLACEHOLDER = "{quant}"
+
+imatrix_option = click.option(
+    "--imatrix",
+    metavar="FILE",
+    type=Place(),
+    help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one.",
+)
+threads_option = click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Threads that quantize [default: physical cores].",
+)
 
 
 def text_types() -> Iterable[str]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import click
 
 from pocketllava.commands.common import OneOf, Place, quiet_option
-from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundles, targets, text_types
+from pocketllava.commands.progress import (
+    imatrix_option,
+    mmproj_types,
+    progress_bar,
+    show_bundles,
+    targets,
+    text_types,
+    threads_option,
+)
 
 
 @click.command()
@@ -31,19 +39,8 @@ from pocketllava.commands.progress import mmproj_types, progress_bar, show_bundl
     type=OneOf(mmproj_types),
     help="Type of the vision tower: F32, F16, BF16, Q8_0 [default: copied].",
 )
-@click.option(
-    "--imatrix",
-    metavar="FILE",
-    type=Place(),
-    help="Importance matrix (see `pocketllava imatrix`); IQ2 and IQ3 need one.",
-)
-@click.option(
-    "-t",
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Threads that quantize [default: physical cores].",
-)
+@imatrix_option
+@threads_option
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
 @click.option("--resume", is_flag=True, help="Go on after the last whole tensor of a run that was stopped.")
 @quiet_option("No progress bar, no summary.")
