@@ -32,7 +32,7 @@ from pocketllava.models.contract import (
 )
 from pocketllava.models.gguf_header import ARRAY, BF16, BOOL, F16, F32, STRING, Header
 from pocketllava.models.preprocessing import PatchGrid
-from pocketllava.models.tiling import Tiling, tiling
+from pocketllava.models.tiling import UNPAD, Tiling, tiling
 
 MATRIX_TYPES = (F32, F16, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, BF16)
 CLIP_L_BLOCKS_STORED = 23  # what published files hold of CLIP ViT-L's 24 blocks
@@ -120,7 +120,7 @@ def check_mmproj(header: Header) -> MmprojInfo:
     _check_age(header, dims)
     tiles = _check_tiling(header, dims["image_size"])
     newline = next((name for name in NEWLINES if name in header.tensors), None)
-    if tiles is not None and tiles.merge == "spatial_unpad" and newline is None:
+    if tiles is not None and tiles.newline and newline is None:
         raise fault(
             header, f"tensor {NEWLINES[0]} is missing", "the newline that ends a row of a LLaVA-1.6 picture"
         )
@@ -140,7 +140,7 @@ def check_mmproj(header: Header) -> MmprojInfo:
 
 def _check_tiling(header: Header, side: int) -> Tiling | None:
     """How the file's pictures are tiled; None for LLaVA-1.5's, and for a 1.6 file of another aspect ratio."""
-    pinpoints, merge = header.keys.get(PINPOINTS), header.keys.get(MERGE_TYPE, "spatial_unpad")
+    pinpoints, merge = header.keys.get(PINPOINTS), header.keys.get(MERGE_TYPE, UNPAD)
     if not pinpoints:
         return None
     if header.item_types.get(PINPOINTS) != I32 or len(pinpoints) % 2:

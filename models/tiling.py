@@ -13,7 +13,8 @@ from typing import Any
 
 from pocketllava.errors import UnsupportedCheckpoint
 
-MERGE_TYPES = ("spatial_unpad", "spatial", "flat")  # mm_patch_merge_type of the original code
+UNPAD = "spatial_unpad"
+MERGE_TYPES = (UNPAD, "spatial", "flat")  # mm_patch_merge_type of the original code
 NEXT_PINPOINTS = [
     [336, 672],
     [672, 336],
@@ -38,7 +39,12 @@ class Tiling:
     """
 
     pinpoints: tuple[Size, ...]
-    merge: str = "spatial_unpad"
+    merge: str = UNPAD
+
+    @property
+    def newline(self) -> bool:
+        """Whether a row of patches ends with the newline embedding."""
+        return self.merge == UNPAD
 
     def layout(self, size: Size, side: int, grid: int) -> TileLayout:
         """Where a picture of this size lies on its tiles. side: of a tile in pixels; grid: patches along it."""
@@ -59,8 +65,7 @@ class Tiling:
     def most_tokens(self, side: int, grid: int) -> int:
         """An upper bound of the image tokens of any picture: every tile full, with its newlines."""
         tiles = [(width // side, height // side) for width, height in self.pinpoints]
-        newline = self.merge == "spatial_unpad"
-        return grid**2 + max(rows * grid * (columns * grid + newline) for columns, rows in tiles)
+        return grid**2 + max(rows * grid * (columns * grid + self.newline) for columns, rows in tiles)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class TileLayout:
     @property
     def newline(self) -> bool:
         """Whether a row of patches ends with the newline embedding."""
-        return self.merge == "spatial_unpad"
+        return self.merge == UNPAD
 
     @property
     def columns(self) -> int:

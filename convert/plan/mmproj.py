@@ -105,7 +105,7 @@ def _projector(taker: TensorTaker, c: LlavaConfig) -> Iterator[tuple[str, Source
 
 def _newline(taker: TensorTaker, c: LlavaConfig, p: Preprocessing) -> Iterator[tuple[str, SourceTensor]]:
     """LLaVA-1.6's embedding behind each row of patches."""
-    if p.tiling is not None and p.tiling.merge == "spatial_unpad":
+    if p.tiling is not None and p.tiling.newline:
         yield NEWLINES[0], taker.take("projector.image_newline", (c.text.n_embd,))
 
 

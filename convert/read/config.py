@@ -17,7 +17,7 @@ from pocketllava.models.siglip import ACTIVATIONS as SIGLIP_ACTIVATIONS
 from pocketllava.models.siglip import DEFAULTS as SIGLIP_DEFAULTS
 from pocketllava.models.siglip import MODEL_TYPE as SIGLIP
 from pocketllava.models.siglip import check_strategy
-from pocketllava.models.tiling import NEXT_PINPOINTS, Tiling, tiling
+from pocketllava.models.tiling import NEXT_PINPOINTS, UNPAD, Tiling, tiling
 
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -139,7 +139,7 @@ class LlavaConfig:
             return cls(text, vision, image_token_id)
         pinpoints = config.get("image_grid_pinpoints")
         pinpoints = NEXT_PINPOINTS if pinpoints is None else pinpoints
-        tiles = tiling(pinpoints, "spatial_unpad", vision.image_size, height_first=True)
+        tiles = tiling(pinpoints, UNPAD, vision.image_size, height_first=True)
         return cls(text, vision, image_token_id, tiles)
 
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from pocketllava.models.tiling import TileLayout
 from pocketllava.vision.feature_cache import Features
-from pocketllava.vision.image import Picture, resize
-
-Pixels = npt.NDArray[np.uint8]
+from pocketllava.vision.image import Picture, Pixels, resize
 
 
 def cut(picture: Picture, layout: TileLayout, resample: int) -> list[Pixels]:
@@ -37,8 +34,8 @@ def pack(tiles: Sequence[Features], layout: TileLayout | None, newline: Features
     """Features of all tiles, each (grid * grid, n_embd), in the order of cut() -> (layout.n_tokens, n_embd).
 
     layout: None for a picture that is one tile. newline: (n_embd,), which ends each row of patches where the layout is
-    unpadded. Follows pack_image_features of
-    transformers' LlavaNextModel, and the merge types of the original prepare_inputs_labels_for_multimodal.
+    unpadded. Follows pack_image_features of transformers' LlavaNextModel, and the merge types of the original
+    prepare_inputs_labels_for_multimodal.
     """
     if layout is None:
         return tiles[0]
