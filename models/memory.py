@@ -18,7 +18,8 @@ from pocketllava.models.text_contract import TextInfo
 DEFAULT_CONTEXT = 2048  # less if trained on less
 DEFAULT_ROOM = 1472  # beside one picture: a conversation, and an answer of 512 tokens
 CONTEXT_STEP = 256  # llama.cpp pads the context to it; llama_cpp's buffers must agree
-MIN_BATCH = 512  # llama.cpp's default; an image's tokens go in one batch if there are more
+MIN_BATCH = 512  # llama.cpp's default
+TEXT_ROOM = 64  # positions of a batch beside those of an image or a tile: a question goes with it
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # a value; ggml's block_q8_0 is 32 values in 34 bytes
 F32_BYTES = 4
 # enum ggml_type: Q4_0, Q8_0, Q2_K, Q4_K, Q5_K, Q6_K, IQ4_NL, which ggml-cpu/repack.cpp rearranges on some CPUs
@@ -63,8 +64,8 @@ def context_size(n_ctx: int | None, trained: int, image_tokens: int) -> int:
 
 
 def batch_size(bundle: Bundle) -> int:
-    """Positions that are evaluated at once: at least those of an image or a tile."""
-    return max(MIN_BATCH, bundle.manifest.n_patches)
+    """Positions that are evaluated at once: at least those of an image or a tile, and a question."""
+    return max(MIN_BATCH, bundle.manifest.n_patches + TEXT_ROOM)
 
 
 def memory(bundle: Bundle, n_ctx: int | None = None, kv_type: str = "f16") -> Memory:

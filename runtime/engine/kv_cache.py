@@ -39,7 +39,7 @@ class KvCache:
         """Count nothing as held. Prefixes that were kept stay."""
         self._prompt: list[PromptItem] = []
         self._mark: Mark | None = None
-        self._last_run = 0  # where the prompt's last run of text began to be evaluated
+        self._logits: npt.NDArray[np.float32] | None = None  # of the token after the prompt
 
     def contents(self) -> list[PromptItem]:
         """The last prompt and what was generated after it; nothing if others may have used the model."""
@@ -57,8 +57,10 @@ class KvCache:
         """
         contents = self.contents()
         n_reused = self._reusable(contents, prompt, to_sample)
-        if n_reused == len(prompt):  # and the text behind it stays, too
-            return n_reused
+        if n_reused == len(prompt):
+            if to_sample:
+                self._repeat(prompt)
+            return n_reused  # else the text behind it stays, too
         n_restorable = self._prefixes.longest(prompt)
         self._save_images(contents, n_reused)
         if n_restorable <= n_reused:
@@ -72,15 +74,20 @@ class KvCache:
     def _reusable(self, contents: list[PromptItem], prompt: list[PromptItem], to_sample: bool) -> int:
         """Items that the cache holds: what both prompts begin with.
 
-        The very same prompt is evaluated again from where its last run began: then batches, and so logits, are bit for
-        bit those of the first time, and a seed repeats its answer. Elsewhere logits agree within rounding.
+        Of the very same prompt the logits are known, too, and a seed repeats its answer bit for bit. Elsewhere
+        logits agree within rounding, because a batch's size decides on the order of its sums.
         """
         n = shared(contents, prompt)
-        if n == len(prompt) and not to_sample:
-            return n
-        if contents and prompt == self._prompt:
-            return self._last_run
-        return min(n, len(prompt) - 1)
+        known = not to_sample or (self._logits is not None and prompt == self._prompt)
+        return n if known else min(n, len(prompt) - 1)
+
+    def _repeat(self, prompt: list[PromptItem]) -> None:
+        """Forget what was generated after a prompt, and sample from its logits again."""
+        logits = self._logits
+        assert logits is not None
+        self._truncate(prompt)
+        self._text.restore_logits(logits)
+        self._logits = logits
 
     def _save_images(self, contents: list[PromptItem], n_reused: int) -> None:
         """Before items beyond n_reused are lost: keep the state up to the last image among them."""
@@ -113,22 +120,29 @@ class KvCache:
             self._truncate(prompt[:n_reused])
             raise
         self._remember(prompt)
+        if isinstance(prompt[-1], int):
+            self._logits = self._text.logits()
 
     def _evaluate(
         self, prompt: list[PromptItem], n_reused: int, features: Mapping[str, npt.NDArray[np.float32]]
     ) -> None:
-        last_image = next(iter(image_ends(prompt)), 0)
-        at = n_reused
-        for part in runs(prompt[n_reused:]):
-            if isinstance(part, ImageSpan):
-                self._text.decode_features(features[part.key], self._image_id)
-                at += 1
-                if at == last_image:
-                    self._prefixes.write(self._text, prompt[:at])
-            else:
-                self._text.decode_tokens(part)
-                self._last_run = at
-                at += len(part)
+        """A prefix that goes to disk ends at its last image, so that what follows is evaluated after it."""
+        end = next(iter(image_ends(prompt)), 0)
+        if end <= n_reused or not self._prefixes.on_disk:
+            self._evaluate_items(prompt[n_reused:], features)
+            return
+        self._evaluate_items(prompt[n_reused:end], features)
+        self._prefixes.write(self._text, prompt[:end])
+        self._evaluate_items(prompt[end:], features)
+
+    def _evaluate_items(
+        self, items: list[PromptItem], features: Mapping[str, npt.NDArray[np.float32]]
+    ) -> None:
+        parts = [features[part.key] if isinstance(part, ImageSpan) else part for part in runs(items)]
+        if len(parts) == 1 and isinstance(parts[0], list):
+            self._text.decode_tokens(parts[0])
+        elif parts:
+            self._text.decode_mixed(parts, self._image_id)
 
     def _truncate(self, items: list[PromptItem]) -> None:
         """Drop everything behind these items, with which the cache begins."""
@@ -137,4 +151,4 @@ class KvCache:
 
     def _remember(self, items: list[PromptItem]) -> None:
         self._text.record(position_ids(items, self._image_id))
-        self._prompt, self._mark = items, self._text.mark()
+        self._prompt, self._mark, self._logits = items, self._text.mark(), None

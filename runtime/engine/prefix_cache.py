@@ -38,6 +38,11 @@ class PrefixCache:
         self._prefixes: list[Prefix] = []  # the one used last stands last
         self._store, self._settings = store, settings
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether states are kept on disk, too."""
+        return self._store is not None
+
     def clear(self) -> None:
         """Forget the states in memory; those on disk stay."""
         self._prefixes.clear()

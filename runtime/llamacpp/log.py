@@ -1,6 +1,6 @@
 """llama.cpp's log goes to `logging`, line by line; and whoever loads something can read along.
 
-Knows the three log callbacks; nothing of what is logged.
+Knows the three log callbacks, and that a dot is one more percent of a model loaded; nothing else of what is logged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import functools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pocketllava.llamacpp.private import private
@@ -21,6 +21,8 @@ logging.getLogger("pocketllava").addHandler(logging.NullHandler())  # nothing on
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
 _recent: deque[str] = deque(maxlen=200)
 _readers: list[list[str]] = []
+_on_progress: list[Callable[[], None]] = []
+PROGRESS = "."  # what llama.cpp's default progress callback logs
 
 
 @functools.lru_cache(maxsize=1)
@@ -31,7 +33,10 @@ def capture_log() -> Any:
 
     def on_log(level: int, text: bytes, _user_data: Any) -> None:
         line = text.decode("utf-8", "replace").rstrip("\n")
-        if line.strip():
+        if line == PROGRESS:
+            for call in _on_progress:
+                call()
+        elif line.strip():
             _recent.append(line)
             for lines in _readers:
                 lines.append(line)
@@ -54,6 +59,17 @@ def log_lines() -> Iterator[list[str]]:
         yield lines
     finally:
         _readers[:] = [reader for reader in _readers if reader is not lines]
+
+
+@contextlib.contextmanager
+def progress_marks(call: Callable[[], None]) -> Iterator[None]:
+    """Inside the block, call() in the thread that loads a model, about once a percent."""
+    capture_log()
+    _on_progress.append(call)
+    try:
+        yield
+    finally:
+        _on_progress.remove(call)
 
 
 def last_error() -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketllava.errors import BackendError
-from pocketllava.llamacpp.batch import decode_features, decode_tokens
+from pocketllava.llamacpp.batch import Logits, decode_features, decode_tokens
 from pocketllava.llamacpp.guard import EvalCallback, interruptible
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models.memory import CONTEXT_STEP
@@ -32,7 +32,8 @@ class SecondContext:
         """
         from llama_cpp import llama_cpp
 
-        self._lib, self._text, self._callback, self._logits = llama_cpp, text, callback, all_logits
+        self._lib, self._text, self._callback = llama_cpp, text, callback
+        self._logits: Logits = "all" if all_logits else "none"
         params = text.context_params
         params.n_ctx = text.n_ctx if n_ctx is None else -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
         params.cb_eval, params.cb_eval_user_data = callback.function, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketllava.errors import BackendError, InputError
-from pocketllava.llamacpp.batch import decode_features
+from pocketllava.errors import BackendError, BundleError, InputError
+from pocketllava.llamacpp.batch import Logits, decode_features
 from pocketllava.llamacpp.devices import cores
 from pocketllava.llamacpp.guard import ShouldStop, deferred_interrupts, interruptible, translated
 from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
+from pocketllava.llamacpp.mapped_pages import released_pages
 from pocketllava.llamacpp.private import check_llama
+from pocketllava.llamacpp.token_rows import TokenRows
 from pocketllava.llamacpp.vocabulary import Vocabulary
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.text_contract import MAX_RUN, TextInfo, check_text, is_unbounded
@@ -31,6 +33,7 @@ LONG_RUN = re.compile(
     "|".join(f"{kind}{{{MAX_RUN + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)"))
 )
 State = npt.NDArray[np.uint8]
+Features = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,10 @@ class TextModel:
 
         check_llama(llama)
         self._llama = llama
-        if len(llama.scores) == len(
-            llama.input_ids
-        ):  # logits_all: image positions never get a row of their own
-            llama.scores.fill(
-                0
-            )  # llama_cpp leaves it uninitialized, and takes log probabilities of all of it
+        self._all_logits = len(llama.scores) == len(llama.input_ids)
+        if self._all_logits:  # image positions never get a row of their own
+            # llama_cpp leaves it uninitialized, and takes log probabilities of all of it
+            llama.scores.fill(0)
         self.vocabulary = Vocabulary(llama_cpp.llama_model_get_vocab(llama.model), end_ids)
         self.n_ctx = min(
             int(llama.n_ctx()), len(llama.input_ids)
@@ -68,6 +69,7 @@ class TextModel:
         pre = self.metadata.get("tokenizer.ggml.pre", "")
         self._bounded = self.metadata.get("tokenizer.ggml.model") == "gpt2" and not is_unbounded(pre)
         self.n_embd, self.n_vocab = int(llama.n_embd()), int(llama.n_vocab())
+        self._token_rows: TokenRows | None = None
 
     @classmethod
     def load(
@@ -85,6 +87,7 @@ class TextModel:
         with (
             translated(f"{path}: loading the text model"),
             log_lines() as lines,
+            released_pages(path),
             keep_file_descriptors(),
             deferred_interrupts(),
         ):
@@ -199,10 +202,46 @@ class TextModel:
 
     def decode_features(self, features: npt.NDArray[np.float32], token_id: int) -> None:
         """Evaluate (n, n_embd) rows in the place of tokens; token_id stands for them in the record."""
-        first, n = self.n_tokens, len(features)
-        decode_features(self._llama.ctx, features, first, self.n_batch)
-        self._llama.input_ids[first : first + n] = token_id
-        self._llama.n_tokens = first + n
+        self._decode_rows(features, [token_id] * len(features), "none")
+
+    def decode_mixed(self, parts: Sequence[list[int] | Features], token_id: int) -> None:
+        """Evaluate ids and (n, n_embd) rows together: every batch reads all weights, however few its positions.
+
+        Logits follow ids, no rows. token_id stands for rows in the record.
+        """
+        rows = [self._rows(part) if isinstance(part, list) else part for part in parts]
+        if any(part is None for part in rows):
+            for part in parts:
+                if isinstance(part, list):
+                    self.decode_tokens(part)
+                else:
+                    self.decode_features(part, token_id)
+            return
+        ids = [i for p in parts for i in (p if isinstance(p, list) else [token_id] * len(p))]
+        samples = isinstance(parts[-1], list)
+        self._decode_rows(
+            np.concatenate([part for part in rows if part is not None]), ids, "last" if samples else "none"
+        )
+        self._llama._requires_eval = not samples
+
+    def _decode_rows(self, rows: Features, ids: list[int], logits: Logits) -> None:
+        first = self.n_tokens
+        decode_features(self._llama.ctx, rows, first, self.n_batch, logits=logits)
+        self._llama.input_ids[first : first + len(ids)] = ids
+        self._llama.n_tokens = first + len(ids)
+
+    def _rows(self, ids: list[int]) -> Features | None:
+        """What libllama looks up for ids, (n, n_embd) float32; None where it has to do that itself.
+
+        That is a Llama that keeps the logits of all tokens, which are its own to record, and a file that has gone.
+        """
+        if self._all_logits:
+            return None
+        try:
+            self._token_rows = self._token_rows or TokenRows(self.path)
+        except (OSError, BundleError, KeyError):
+            return None
+        return self._token_rows.read(ids)
 
     def interruptible(self, should_stop: ShouldStop | None) -> AbstractContextManager[None]:
         """End evaluation inside the block once should_stop() is true: raises Interrupted."""
@@ -251,6 +290,14 @@ class TextModel:
 
         pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+
+    def restore_logits(self, logits: npt.NDArray[np.float32]) -> None:
+        """Sample the next token from logits that an earlier evaluation of the same positions gave, (n_vocab,)."""
+        from llama_cpp import llama_cpp
+
+        pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
+        np.ctypeslib.as_array(pointer, (self.n_vocab,))[:] = logits
+        self._llama._requires_eval = False
 
     def close(self) -> None:
         """Free the model."""
