@@ -1,6 +1,7 @@
 """pocketllava beside llama-cpp-python's stock handler and llama-server, on the same files in one run.
 
     LLAMA_SERVER=build/bin/llama-server python benchmarks/against_peers.py BUNDLE [--image FILE] [-n 3] [--tokens 64]
+        [--image-tokens 128] [--ctx 2048] [--short] [--sides 'pocketllava|llama-server']
 
 Each side runs in a process of its own (this script with --side), one at a time, started anew for every round, the
 sides in turn, with pictures that it has not seen. Files are in the page cache. Everybody answers one question about
@@ -24,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sides import CONTEXT, MEASURES, OURS, PICTURES, SERVER, STOCK, THEIRS, Found, seen_side
+from sides import CONTEXT, FEWER, MEASURES, OURS, PICTURES, SERVER, STOCK, THEIRS, Asked, Found, seen_side
 
 from pocketllava.measure.speed import jpeg, machine, unseen
 from pocketllava.models import Bundle
@@ -36,6 +37,7 @@ ROWS = (
     ("prompt", "prompt of the first question, tokens"),
     ("cold", "first token, new image, s"),
     ("second", "first token, second question, s"),
+    ("turns", "first token, turns 2 to 5 of a conversation with answers of 24 tokens, mean, s"),
     ("preparing", "preparing an image, s"),
     ("prepared", "first token, prepared image, s"),
     ("back", "first token, back to the first of two images, s"),
@@ -50,9 +52,12 @@ GOALS = (  # ours, the peer's, peer, bound, whether less is better
     ("second", "second", THEIRS, 1.0, True),
     ("prepared", "second", STOCK, 1 / 20, True),
     ("prepared", "second", THEIRS, 1.0, True),
+    ("turns", "turns", THEIRS, 1.0, True),
     ("cold", "cold", THEIRS, 1.0, True),
-    ("decoding", "decoding", THEIRS, 0.95, False),
+    ("decoding", "decoding", THEIRS, 1.0, False),
+    ("decoding", "decoding", STOCK, 1.0, False),
 )
+FEWER_GOAL = 0.35  # of llama-server's first token on a new image
 
 
 def one_side(a: argparse.Namespace) -> Found:
@@ -62,12 +67,14 @@ def one_side(a: argparse.Namespace) -> Found:
     pictures = {name: (Path(a.work) / f"{name}.jpg").read_bytes() for name in (*PICTURES, "seen")}
     if a.side in (SEEN, KEPT):
         return seen_side(bundle, pictures["seen"], str(Path(a.work) / "cache"), a.side == KEPT)
-    return MEASURES[a.side](bundle, pictures, a.tokens)
+    few = a.image_tokens if a.side == FEWER else None
+    return MEASURES[a.side](bundle, pictures, Asked(a.tokens, a.ctx, few, a.short))
 
 
 def run_side(a: argparse.Namespace, side: str, work: str) -> Found:
     """Start a child process and read the line that it prints."""
     command = [sys.executable, __file__, a.bundle, "--side", side, "--tokens", str(a.tokens), "--work", work]
+    command += ["--image-tokens", str(a.image_tokens), "--ctx", str(a.ctx), *(["--short"] if a.short else [])]
     done = subprocess.run(command, capture_output=True, check=False)  # libmtmd talks on stderr
     if done.returncode:
         said = done.stderr[-3000:].decode("utf-8", "replace")
@@ -86,7 +93,7 @@ def in_turn(a: argparse.Namespace, sides: list[str]) -> dict[str, list[Found]]:
             read(bundle.model, bundle.mmproj)
             for side in sides[n % len(sides) :] + sides[: n % len(sides)]:
                 values = run_side(a, side, work)
-                if side == OURS:
+                if side == OURS and not a.short:
                     if not n:
                         run_side(a, KEPT, work)  # fills the cache folder
                     values |= run_side(a, SEEN, work) | run_side(a, KEPT, work)
@@ -122,6 +129,11 @@ def goals(medians: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
             name += f" / {peer}'s" + (" second question" if other != row else "")
             met, goal = (ratio <= bound, f"<= {bound}") if less else (ratio >= bound, f">= {bound}")
             found.append({"ratio": name, "found": ratio, "goal": goal, "met": met})
+    few, theirs = medians.get(FEWER, {}).get("cold"), medians.get(THEIRS, {}).get("cold")
+    if few and theirs:
+        ratio = few / theirs
+        name, goal = f"first token, new image, {FEWER} / {THEIRS}'s", f"<= {FEWER_GOAL}"
+        found.append({"ratio": name, "found": ratio, "goal": goal, "met": ratio <= FEWER_GOAL})
     return found
 
 
@@ -136,7 +148,9 @@ def facts(bundle: Bundle, a: argparse.Namespace, sides: list[str]) -> dict[str, 
             (x.partition(": ")[2] for x in told if x.startswith("version")), "unknown"
         )
     command = shlex.join(["python", "benchmarks/against_peers.py", *sys.argv[1:]])
-    return {**about, "n_ctx": CONTEXT, "rounds": a.runs, "command": command}
+    if FEWER in sides:
+        about[FEWER] = a.image_tokens
+    return {**about, "n_ctx": a.ctx, "rounds": a.runs, "command": command}
 
 
 def main() -> None:
@@ -148,6 +162,10 @@ def main() -> None:
     parser.add_argument("--image", default=str(Path(__file__).parent.parent / "tests" / "photo.jpg"))
     parser.add_argument("-n", "--runs", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--ctx", type=int, default=CONTEXT)
+    parser.add_argument("--image-tokens", type=int, default=128, help=f"of the side {FEWER!r}")
+    parser.add_argument("--short", action="store_true", help="A new image's first token and decoding only.")
+    parser.add_argument("--sides", help="Separated by |; all unless given.")
     parser.add_argument("--out", type=Path, help="Write every value to this JSON file.")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -155,7 +173,8 @@ def main() -> None:
     if a.side:
         print(json.dumps(one_side(a)))
         return
-    sides = [OURS, STOCK, *([THEIRS] if os.environ.get(SERVER) else [])]
+    sides = [OURS, FEWER, STOCK, *([THEIRS] if os.environ.get(SERVER) else [])]
+    sides = [side for side in sides if not a.sides or side in a.sides.split("|")]
     about = facts(open_bundle(a.bundle), a, sides)
     rounds = in_turn(a, sides)
     medians = {

@@ -32,69 +32,97 @@ ENOUGH_TOKENS = 32  # to compare decoding speeds
 START_S = 600.0  # for llama-server to load
 SERVER = "LLAMA_SERVER"
 OURS, STOCK, THEIRS = "pocketllava", "stock handler", "llama-server"
+FEWER = "pocketllava, fewer image tokens"
 PICTURES = ("warm", "a", "b", "prepared")
+TURNS, TURN_TOKENS = 5, 24  # of the conversation that every side has
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of one answer: seconds to the first token, how many followed it in how many seconds, and its prompt."""
+    """Of one answer: seconds to the first token, how many followed it in how many seconds, its prompt, its text."""
 
     first_s: float
     n_after: int
     after_s: float
     prompt_tokens: int
+    text: str = ""
 
 
-Ask = Callable[[bytes, str, int], Times]  # picture, question, tokens at most
+Texts = list[str]  # question, answer, question, ...: a conversation about one picture, a question last
+Ask = Callable[[bytes, Texts, int], Times]  # picture, texts, tokens at most
 Found = dict[str, Any]  # a row's name -> its value
 
 
-def measure(ask: Ask, pictures: dict[str, bytes], tokens: int) -> Found:
-    """What every side is asked, in this order."""
-    ask(pictures["warm"], FIRST, 4)
-    cold = ask(pictures["a"], FIRST, 1)
-    second = ask(pictures["a"], SECOND, 1)
-    ask(pictures["b"], FIRST, 1)
-    back = ask(pictures["a"], FIRST, tokens)
+@dataclass(frozen=True)
+class Asked:
+    """What a side is to do. image_tokens: of pocketllava only; short: fewer questions."""
+
+    tokens: int
+    n_ctx: int = CONTEXT
+    image_tokens: int | None = None
+    short: bool = False
+
+
+def measure(ask: Ask, pictures: dict[str, bytes], tokens: int, *, short: bool = False) -> Found:
+    """What every side is asked, in this order. short: a new picture's first token and decoding only."""
+    ask(pictures["warm"], [FIRST], 4)
+    cold = ask(pictures["a"], [FIRST], 1)
+    found = {"cold": cold.first_s, "prompt": cold.prompt_tokens}
+    if not short:
+        found["second"] = ask(pictures["a"], [SECOND], 1).first_s
+        ask(pictures["b"], [FIRST], 1)
+    back = ask(pictures["a"], [FIRST], tokens)
     decoded = [back]
     for question in (SECOND, *MORE, *MORE):  # where answers end early
         if sum(times.n_after for times in decoded) >= min(ENOUGH_TOKENS, tokens - 1):
             break
-        decoded.append(ask(pictures["a"], question, tokens))
+        decoded.append(ask(pictures["a"], [question], tokens))
     n, seconds = sum(t.n_after for t in decoded), sum(t.after_s for t in decoded)
-    found = {
-        "cold": cold.first_s,
-        "second": second.first_s,
-        "back": back.first_s,
-        "prompt": cold.prompt_tokens,
-    }
+    if not short:
+        found["back"] = back.first_s
     return {**found, "decoding": n / seconds} if seconds else found
 
 
-def our_side(bundle: Bundle, pictures: dict[str, bytes], tokens: int) -> Found:
+def converse(ask: Ask, picture: bytes) -> Found:
+    """A conversation of TURNS turns about a picture that was seen, each side with its own answers."""
+    texts: Texts = []
+    first_s = []
+    for question in (FIRST, SECOND, *MORE, *MORE)[:TURNS]:
+        times = ask(picture, [*texts, question], TURN_TOKENS)
+        texts += [question, times.text.strip()]
+        first_s.append(times.first_s)
+    return {"turns": sum(first_s[1:]) / (TURNS - 1)}
+
+
+def our_side(bundle: Bundle, pictures: dict[str, bytes], asked: Asked) -> Found:
     """Llava, as a program uses it."""
-    with Llava.load(bundle.folder, n_ctx=CONTEXT) as llava:
+    with Llava.load(bundle.folder, n_ctx=asked.n_ctx, image_tokens=asked.image_tokens) as llava:
 
-        def ask(picture: bytes, question: str, n: int) -> Times:
-            return our_times(llava, picture, question, n)
+        def ask(picture: bytes, texts: Texts, n: int) -> Times:
+            return our_times(llava, picture, texts, n)
 
-        found = measure(ask, pictures, tokens)
-        start = time.perf_counter()
-        llava.prepare(pictures["prepared"]).wait()
-        found["preparing"] = time.perf_counter() - start
-        found["prepared"] = ask(pictures["prepared"], FIRST, 1).first_s
+        found = measure(ask, pictures, asked.tokens, short=asked.short)
+        if not asked.short:
+            found |= converse(ask, pictures["a"])
+            start = time.perf_counter()
+            llava.prepare(pictures["prepared"]).wait()
+            found["preparing"] = time.perf_counter() - start
+            found["prepared"] = ask(pictures["prepared"], [FIRST], 1).first_s
         return {**found, "peak": peak_bytes() / 1e9}
 
 
-def our_times(llava: Llava, picture: bytes, question: str, n: int) -> Times:
+def our_times(llava: Llava, picture: bytes, texts: Texts, n: int) -> Times:
     """From the call to its first chunk, by the clock; what follows as Llava counts it."""
-    start, first_s, n_tokens = time.perf_counter(), 0.0, 0
-    for chunk in llava.stream([Message("user", question, [picture])], options=Options(max_tokens=n)):
+    messages = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+    messages[0] = Message("user", texts[0], [picture])
+    start, first_s, n_tokens, answer = time.perf_counter(), 0.0, 0, ""
+    for chunk in llava.stream(messages, options=Options(max_tokens=n)):
         first_s = first_s or time.perf_counter() - start
         n_tokens += len(chunk.token_ids)
+        answer += chunk.text
     assert chunk.timings is not None  # stream's promise
     n_after = n_tokens - (chunk.finish_reason != "stop")
-    return Times(first_s, n_after, chunk.timings.decode_s, chunk.timings.prompt_tokens)
+    return Times(first_s, n_after, chunk.timings.decode_s, chunk.timings.prompt_tokens, answer)
 
 
 def seen_side(bundle: Bundle, picture: bytes, cache: str, keep: bool) -> Found:
@@ -106,14 +134,14 @@ def seen_side(bundle: Bundle, picture: bytes, cache: str, keep: bool) -> Found:
     return {"seen": timings.first_token_s, "seen_encode": timings.encode_s}
 
 
-def stock_side(bundle: Bundle, pictures: dict[str, bytes], tokens: int) -> Found:
+def stock_side(bundle: Bundle, pictures: dict[str, bytes], asked: Asked) -> Found:
     """llama_cpp.Llama with its own handler. Tokens are noted as they are sampled, since some have no text."""
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import Llava15ChatHandler
 
     handler = Llava15ChatHandler(clip_model_path=str(bundle.mmproj), verbose=False)
     llama = Llama(
-        str(bundle.model), chat_handler=handler, n_ctx=CONTEXT, n_threads=cores(), n_threads_batch=cores(),
+        str(bundle.model), chat_handler=handler, n_ctx=asked.n_ctx, n_threads=cores(), n_threads_batch=cores(),
         n_gpu_layers=-1, verbose=False,
     )  # fmt: skip
     generate, moments, prompt = llama.generate, [0.0], [0]
@@ -126,26 +154,32 @@ def stock_side(bundle: Bundle, pictures: dict[str, bytes], tokens: int) -> Found
 
     llama.generate = noted  # type: ignore[method-assign, assignment]
 
-    def ask(picture: bytes, question: str, n: int) -> Times:
-        messages: Any = [{"role": "user", "content": content(picture, question)}]
+    def ask(picture: bytes, texts: Texts, n: int) -> Times:
+        messages: Any = openai_messages(picture, texts)
         moments[:] = [time.perf_counter()]
         llama.create_chat_completion(messages, max_tokens=n, temperature=0.0, repeat_penalty=1.0)
         return Times(moments[1] - moments[0], len(moments) - 2, moments[-1] - moments[1], prompt[0])
 
-    return {**measure(ask, pictures, tokens), "peak": peak_bytes() / 1e9}
+    return {**measure(ask, pictures, asked.tokens, short=asked.short), "peak": peak_bytes() / 1e9}
 
 
-def server_side(bundle: Bundle, pictures: dict[str, bytes], tokens: int) -> Found:
+def server_side(bundle: Bundle, pictures: dict[str, bytes], asked: Asked) -> Found:
     """llama-server with one slot, over its OpenAI endpoint."""
-    with llama_server(bundle) as (port, process):
-        found = measure(lambda *asked: server_times(port, *asked), pictures, tokens)
+    with llama_server(bundle, asked.n_ctx) as (port, process):
+
+        def ask(picture: bytes, texts: Texts, n: int) -> Times:
+            return server_times(port, picture, texts, n)
+
+        found = measure(ask, pictures, asked.tokens, short=asked.short)
+        if not asked.short:
+            found |= converse(ask, pictures["a"])
         return {**found, "peak": server_peak(process.pid) / 1e9}
 
 
-def server_times(port: int, picture: bytes, question: str, n: int) -> Times:
+def server_times(port: int, picture: bytes, texts: Texts, n: int) -> Times:
     """From sending a request to the first line of the stream with a token, and to its last line."""
     body = json.dumps({
-        "messages": [{"role": "user", "content": content(picture, question)}], "max_tokens": n, "temperature": 0,
+        "messages": openai_messages(picture, texts), "max_tokens": n, "temperature": 0,
         "stream": True, "cache_prompt": True, "timings_per_token": True, "ignore_eos": True,
     })  # fmt: skip
     with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
@@ -156,6 +190,7 @@ def server_times(port: int, picture: bytes, question: str, n: int) -> Times:
         if response.status != 200:
             raise SystemExit(f"llama-server: status {response.status}: {response.read(300)!r}")
         first_s = last_s = 0.0
+        answer = ""
         timings: dict[str, Any] = {}
         for line in response:
             if not line.startswith(b"data: {"):
@@ -163,22 +198,25 @@ def server_times(port: int, picture: bytes, question: str, n: int) -> Times:
                     raise SystemExit(f"llama-server: {line!r}")
                 continue
             last_s = time.perf_counter() - start
-            timings = json.loads(line[len(b"data: ") :]).get("timings", timings)
+            chunk = json.loads(line[len(b"data: ") :])
+            timings = chunk.get("timings", timings)
+            answer += "".join(c["delta"].get("content") or "" for c in chunk["choices"])
             if not first_s and timings:  # tokens that had no text yet were sampled predicted_ms ago
                 first_s = last_s - (timings["predicted_ms"] / 1000 if timings["predicted_n"] > 1 else 0.0)
             first_s = first_s or last_s
     n_after = int(timings["predicted_n"]) - 1
-    return Times(first_s, n_after, last_s - first_s, int(timings["cache_n"] + timings["prompt_n"]))
+    n_prompt = int(timings["cache_n"] + timings["prompt_n"])
+    return Times(first_s, n_after, last_s - first_s, n_prompt, answer)
 
 
 @contextmanager
-def llama_server(bundle: Bundle) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def llama_server(bundle: Bundle, n_ctx: int) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A running server's port and process; killed in any case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     command = [
-        os.environ[SERVER], "-m", bundle.model, "--mmproj", bundle.mmproj, "-c", CONTEXT, "-t", cores(),
+        os.environ[SERVER], "-m", bundle.model, "--mmproj", bundle.mmproj, "-c", n_ctx, "-t", cores(),
         "-tb", cores(), "--parallel", 1, "--host", "127.0.0.1", "--port", port, "--offline",
     ]  # fmt: skip
     settings = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
@@ -220,10 +258,18 @@ def server_peak(pid: int) -> int:
     return peak_bytes(status) if status.exists() else int(getattr(memory, "peak_wset", memory.rss))
 
 
+def openai_messages(picture: bytes, texts: Texts) -> list[dict[str, Any]]:
+    """A conversation about a picture as OpenAI's clients send it."""
+    later = [
+        {"role": "assistant" if i % 2 == 0 else "user", "content": text} for i, text in enumerate(texts[1:])
+    ]
+    return [{"role": "user", "content": content(picture, texts[0])}, *later]
+
+
 def content(picture: bytes, question: str) -> list[dict[str, Any]]:
     """A question about a picture as OpenAI's clients send it."""
     url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
 
 
-MEASURES = {OURS: our_side, STOCK: stock_side, THEIRS: server_side}
+MEASURES = {OURS: our_side, FEWER: our_side, STOCK: stock_side, THEIRS: server_side}

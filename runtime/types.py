@@ -26,6 +26,7 @@ Truncation = Literal["oldest"]
 ROLES = ("system", "user", "assistant")
 KV_TYPES = ("f16", "q8_0")
 WEIGHTS = ("auto", "memory", "mapped")
+FLASH_ATTENTION = ("auto", "on", "off")
 GIGA = 1_000_000_000
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 2  # llama.cpp takes 2**32 - 1 for "draw one"
@@ -152,6 +153,8 @@ class LoadOptions:
             576 are answered about three times sooner, and keep 97.5 to 97.8 % of the published accuracy. Not for
             coordinates, dense text or counting. None: all of them, the faithful answer.
         kv_type: Type of the KV cache: "f16", or "q8_0" for half the memory.
+        flash_attn: Flash attention in the text model: "auto" does what answers a typical conversation soonest on the
+            device (benchmarks/README.md); never for F32, F16 and BF16, whose tokens are the reference's.
         weights: "memory" reads them, "mapped" maps the file, "auto" does what suits the device and the free memory.
         cache_dir: A folder to keep encoded images in, for the next time they are shown.
         cache_bytes: The oldest files in cache_dir go beyond this.
@@ -186,6 +189,10 @@ class LoadOptions:
         KV_TYPES[0], "choice", "--kv-type", "Type of the KV cache; q8_0 takes half the memory of f16.",
         choices=KV_TYPES,
     )  # fmt: skip
+    flash_attn: str = option(
+        FLASH_ATTENTION[0], "choice", "-fa --flash-attn",
+        "Flash attention; auto does what is sooner on the device.", choices=FLASH_ATTENTION,
+    )  # fmt: skip
     weights: str = option(
         WEIGHTS[0], "choice", "--weights",
         "Read the weights into memory, or map the file; auto does what suits the free memory.", choices=WEIGHTS,
@@ -203,6 +210,11 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         check(self, UnsupportedOption)
+        if self.kv_type == "q8_0" and self.flash_attn == "off":
+            raise UnsupportedOption(
+                "flash_attn: found 'off' with kv_type 'q8_0', which llama.cpp has with flash attention only; leave"
+                " one of them out"
+            )
         if self.keep_prefixes and self.cache_dir is None:
             raise UnsupportedOption(
                 "keep_prefixes: expected a folder to keep them in; give cache_dir as well"

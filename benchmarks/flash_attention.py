@@ -1,0 +1,86 @@
+"""Flash attention or not, over a typical conversation: one picture, three questions, answers of 60 tokens.
+
+    python benchmarks/flash_attention.py BUNDLE [--image FILE] [-n 3] [--image-tokens 128]
+
+And over a lone question with an answer of 20 tokens. Each in a process of its own (this script with --side), in turn,
+with pictures that it has not seen; medians of wall seconds. Answers do not end early. Run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pocketllava import Llava, Message, Options
+from pocketllava.measure.speed import FIRST, MORE, SECOND, jpeg, machine, unseen
+from pocketllava.vision.image import load
+
+ROWS = {
+    "first": "first token, new image, s",
+    "lone": "a lone question, answer of 20 tokens, s",
+    "conversation": "one image, three questions, answers of 60 tokens, s",
+    "decoding": "decoding in it, tokens/s",
+}
+LONE, LONG = 20, 60
+
+
+def one_side(a: argparse.Namespace) -> dict[str, float]:
+    """In a child process."""
+    picture = load(a.image)
+    with Llava.load(a.bundle, n_ctx=2048, flash_attn=a.side, image_tokens=a.image_tokens) as llava:
+        llava.ask(jpeg(unseen(picture)), FIRST, max_tokens=2)
+        start = time.perf_counter()
+        lone = llava.ask(jpeg(unseen(picture)), FIRST, options=Options(max_tokens=LONE))
+        lone_s, seen = time.perf_counter() - start, jpeg(unseen(picture))
+        turns: list[Message] = []
+        start, decode_s, n_tokens = time.perf_counter(), 0.0, 0
+        for question in (FIRST, SECOND, MORE[0]):
+            turns.append(Message("user", question, () if turns else seen))
+            answer = llava.chat(turns, options=Options(max_tokens=LONG))
+            turns.append(Message("assistant", answer.text))
+            decode_s += answer.timings.decode_s
+            n_tokens += answer.timings.answer_tokens - 1
+        return {
+            "first": lone.timings.first_token_s,
+            "lone": lone_s,
+            "conversation": time.perf_counter() - start,
+            "decoding": n_tokens / decode_s,
+            "tokens": n_tokens,
+        }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle")
+    parser.add_argument("--image", default=str(Path(__file__).parent.parent / "tests" / "photo.jpg"))
+    parser.add_argument("-n", "--runs", type=int, default=3)
+    parser.add_argument("--image-tokens", type=int)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.side:
+        print(json.dumps(one_side(a)))
+        return
+    rounds: dict[str, list[dict[str, float]]] = {"on": [], "off": []}
+    for n in range(a.runs):
+        for side in ("on", "off") if n % 2 == 0 else ("off", "on"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+            rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {n + 1}, {side}: {rounds[side][-1]}", file=sys.stderr, flush=True)
+    print("; ".join(f"{name}: {value}" for name, value in machine().items()) + f"; rounds: {a.runs}\n")
+    print("| flash attention | on | off | on / off |\n|---|---|---|---|")
+    for row, name in ROWS.items():
+        on, off = (statistics.median(values[row] for values in rounds[side]) for side in ("on", "off"))
+        print(f"| {name} | {on:.3g} | {off:.3g} | {on / off:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
