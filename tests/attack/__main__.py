@@ -24,7 +24,7 @@ COLUMNS = ("cases", "refused", "accepted", "crashes", "hangs", "tracebacks", "wr
 
 
 def _target(name: str, seed: int, cases: int, folder: Path) -> Counts:
-    return files.run_target(name, seed, cases, folder)
+    return files.run([name], seed, cases, folder)[name]
 
 
 CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
