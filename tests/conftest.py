@@ -15,8 +15,10 @@ from small_checkpoint import Layout
 from pocketllava import Bundle, Llava
 from pocketllava.convert import convert
 
-settings.register_profile("quiet clock", deadline=None)  # timings live in benchmarks
-settings.load_profile("quiet clock")
+# A seed in the suite, a campaign in `make attack`; timings live in benchmarks, not in deadlines.
+settings.register_profile("suite", deadline=None, max_examples=50)
+settings.register_profile("campaign", deadline=None, max_examples=500)
+settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
