@@ -17,15 +17,15 @@ demo: .venv/core
 test test-fast attack: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/dev
-	$(BIN)/pytest -n $(WORKERS) -m "not reference"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not reference"
 
 test-fast: .venv/dev
-	$(BIN)/pytest -n $(WORKERS) -m "not reference and not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not reference and not slow"
 
 attack: export PYTHONPATH = $(CURDIR)/tests
 attack: .venv/dev # 15 minutes of damaged files, odd places and interrupts; what fails stays in ATTACKS
 	$(BIN)/python -m attack $(or $(ATTACKS),build/attacks)
-	$(BIN)/pytest -n $(WORKERS) -m "hypothesis and not reference" --hypothesis-profile=campaign
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "hypothesis and not reference" --hypothesis-profile=campaign
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from pocketllava.models.gguf_header import Header
 QUANTS = sorted(set(TEXT_TYPES) - set(NEED_MATRIX))  # the others: test_imatrix.py
 DEEP = {"layers": 16, "ffn": 256}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "grouped queries, 8 layers": {"layers": 8, "ffn": 256, "kv_heads": 1},
+    "grouped queries, 4 layers": {"layers": 4, "ffn": 256, "kv_heads": 1},
     "tied embeddings": {"layers": 2, "ffn": 256, "tied": True},
     "rows of 288": {"layers": 2, "ffn": 288},
     "rows of 272": {"layers": 2, "ffn": 272},
