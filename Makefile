@@ -13,15 +13,19 @@ export HF_HUB_OFFLINE = 1
 demo: .venv/core
 	$(BIN)/pocketllava demo
 
+# Bytecode is kept, whatever the shell says: else every child compiles the package again.
+test test-fast attack: export PYTHONDONTWRITEBYTECODE =
+
 test: .venv/dev
-	$(BIN)/pytest -n $(WORKERS) -m "not reference"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not reference"
 
 test-fast: .venv/dev
-	$(BIN)/pytest -n $(WORKERS) -m "not reference and not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not reference and not slow"
 
 attack: export PYTHONPATH = $(CURDIR)/tests
 attack: .venv/dev # 15 minutes of damaged files, odd places and interrupts; what fails stays in ATTACKS
 	$(BIN)/python -m attack $(or $(ATTACKS),build/attacks)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "hypothesis and not reference" --hypothesis-profile=campaign
 
 check: .venv/dev
 	$(BIN)/ruff check .

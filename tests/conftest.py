@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import small_checkpoint
+from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 from small_checkpoint import Layout
@@ -15,8 +18,10 @@ from small_checkpoint import Layout
 from pocketllava import Bundle, Llava
 from pocketllava.convert import convert
 
-settings.register_profile("quiet clock", deadline=None)  # timings live in benchmarks
-settings.load_profile("quiet clock")
+# A seed in the suite, a campaign in `make attack`; timings live in benchmarks, not in deadlines.
+settings.register_profile("suite", deadline=None, max_examples=50)
+settings.register_profile("campaign", deadline=None, max_examples=500)
+settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,32 +56,62 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 MakeCheckpoint = Callable[..., Path]
 MakeBundle = Callable[..., Bundle]
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """shared(name, fill) -> a folder that fill(folder) wrote, once a run, by the worker that asks first."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def get(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, part = root / name, root / f"{name}.part"
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(part, ignore_errors=True)  # of a test that failed here
+                part.mkdir()
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    return get
+
+
+def digest(*values: object) -> str:
+    """A folder's name for what was asked for, the same in every worker."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """make_checkpoint(**layout) -> the checkpoint's folder; the same layout is written once."""
+    """make_checkpoint(**layout) -> the checkpoint's folder; the same layout is written once a worker."""
     made: dict[Layout, Path] = {}
 
     def make(**changes: object) -> Path:
         layout = Layout(**changes)  # type: ignore[arg-type]
         if layout not in made:
-            made[layout] = small_checkpoint.write(tmp_path_factory.mktemp("checkpoint"), layout)
+            folder = tmp_path_factory.mktemp(f"checkpoint-{digest(layout)}", numbered=False)
+            made[layout] = small_checkpoint.write(folder, layout)
         return made[layout]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_bundle(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """make_bundle(quant, mmproj, **layout) -> a converted bundle; the same one is converted once."""
+def make_bundle(make_checkpoint: MakeCheckpoint, shared: Shared) -> MakeBundle:
+    """make_bundle(quant, mmproj, **layout) -> a converted bundle; the same one is converted once a run."""
     made: dict[object, Bundle] = {}
 
     def make(quant: str = "F16", mmproj: str = "F16", **changes: object) -> Bundle:
         key = (quant, mmproj, Layout(**changes))  # type: ignore[arg-type]
         if key not in made:
-            out = tmp_path_factory.mktemp("bundles") / "bundle"
-            made[key] = convert(make_checkpoint(**changes), out, quant=quant, mmproj=mmproj)
+
+            def fill(folder: Path) -> None:
+                convert(make_checkpoint(**changes), folder / "bundle", quant=quant, mmproj=mmproj)
+
+            made[key] = Bundle.open(shared(f"bundle-{digest(key)}", fill) / "bundle")
         return made[key]
 
     return make
@@ -99,6 +134,14 @@ def llava(bundle: Bundle) -> Iterator[Llava]:
     """The same bundle, loaded."""
     with Llava.load(bundle.folder) as model:
         yield model
+
+
+@pytest.fixture(scope="session")
+def attacked(shared: Shared) -> Path:
+    """A folder with the bundles that attacks on GGUF files damage copies of."""
+    from attack.gguf_files import whole_bundles
+
+    return shared("attacked", whole_bundles)
 
 
 @pytest.fixture

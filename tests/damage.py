@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import small_checkpoint
+from attack.counts import Counts
 
 from pocketllava import Bundle, ConvertError
 from pocketllava.convert import convert
@@ -185,6 +187,17 @@ def main(seed: int, number: int, folder: Path) -> dict[str, Any]:
                 shutil.rmtree(folder / name)
         shutil.rmtree(source)
     return {**counts, "slowest_s": round(slowest, 2), "peak_bytes": peak_bytes(), "wrong": wrong}
+
+
+def campaign(seed: int, cases: int, folder: Path) -> Counts:
+    """For `make attack`: in a process of its own, as a tensor's reader may end it."""
+    command = [sys.executable, __file__, str(seed), str(cases), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return Counts(cases, crashes=1, failures=[done.stderr[-2000:]])
+    ends = json.loads(done.stdout.splitlines()[-1])
+    wrong = [json.dumps(case) for case in ends["wrong"]]
+    return Counts(cases, ends["refused"], ends["converted"], wrong=len(wrong), failures=wrong)
 
 
 if __name__ == "__main__":

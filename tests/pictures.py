@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,8 +38,9 @@ def rotated(image: Image.Image, orientation: int) -> bytes:
     return png(image, exif=exif)
 
 
+@cache
 def twelve() -> dict[str, bytes]:
-    """Name -> encoded picture."""
+    """Name -> encoded picture; drawn once, as quantizing colors and encoding take half a second."""
     palette = scene(300, 200, 3).quantize(64)
     return {
         "landscape": png(scene(640, 480)),

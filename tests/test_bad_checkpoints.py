@@ -208,21 +208,23 @@ def test_weights_too_large_for_f16(make_checkpoint: Any, tmp_path: Path) -> None
     assert convert(folder, tmp_path / "bf16", quant="BF16").manifest.types.model == "BF16"
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
+)
+ENTRIES = st.fixed_dictionaries({
+    "dtype": st.sampled_from(["F16", "F32", "BF16", "X"]) | VALUES,
+    "shape": st.lists(st.integers(-1, 9), max_size=3) | VALUES,
+    "data_offsets": st.lists(st.integers(-4, 400), min_size=2, max_size=2) | VALUES,
+})  # fmt: skip
+HEADERS = st.dictionaries(st.text(max_size=6), ENTRIES | VALUES, max_size=4) | VALUES
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_safetensors_headers(tmp_path: Path, data: st.DataObject) -> None:
     """Any header either lists tensors that lie inside the file, or is a ConvertError of one line."""
-    value = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
-    )
-    entry = st.fixed_dictionaries({
-        "dtype": st.sampled_from(["F16", "F32", "BF16", "X"]) | value,
-        "shape": st.lists(st.integers(-1, 9), max_size=3) | value,
-        "data_offsets": st.lists(st.integers(-4, 400), min_size=2, max_size=2) | value,
-    })  # fmt: skip
-    drawn = data.draw(st.dictionaries(st.text(max_size=6), entry | value, max_size=4) | value)
-    text = json.dumps(drawn).encode()
+    text = json.dumps(data.draw(HEADERS)).encode()
     length = data.draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
     path = tmp_path / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + text + bytes(200))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 import pictures
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from pocketllava import Bundle
-from pocketllava.cli import cli
+from pocketllava.cli import cli, exit_code
 
 PHOTO = str(Path(__file__).parent / "photo.jpg")
 
@@ -43,6 +44,11 @@ def test_ask_streams_the_answer_and_times_it(bundle: Bundle) -> None:
         assert part in line
 
 
+def invoke(*arguments: str, stdin: bytes = b"") -> Result:
+    """The same command in this process: what it prints does not depend on how it was started."""
+    return CliRunner().invoke(cli, arguments, input=stdin)
+
+
 def test_ask_as_json_from_stdin_and_a_data_uri(bundle: Bundle) -> None:
     arguments = (
         "What is it?",
@@ -61,8 +67,8 @@ def test_ask_as_json_from_stdin_and_a_data_uri(bundle: Bundle) -> None:
 
     uri = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
     answers = [
-        json.loads(run("ask", str(bundle.folder), source, *arguments, stdin=picture).stdout)
-        for source in (PHOTO, "-", uri)
+        json.loads(start("ask", str(bundle.folder), source, *arguments, stdin=picture).stdout)
+        for start, source in ((invoke, PHOTO), (run, "-"), (invoke, uri))
     ]
     assert answers[0]["token_ids"] == answers[1]["token_ids"] == answers[2]["token_ids"]
     assert set(answers[0]) == {"text", "token_ids", "timings", "finish_reason", "tokens_per_s", "usage"}
@@ -71,7 +77,7 @@ def test_ask_as_json_from_stdin_and_a_data_uri(bundle: Bundle) -> None:
 
 def test_ask_about_several_images(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "second.png").write_bytes(pictures.four()[1])
-    done = run(
+    done = invoke(
         "ask",
         str(bundle.folder),
         PHOTO,
@@ -104,21 +110,29 @@ def test_ask_about_several_images(bundle: Bundle, tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(
-    bundle: Bundle, arguments: tuple[str, ...], message: str
+    bundle: Bundle, arguments: tuple[str, ...], message: str, monkeypatch: Any, capsys: Any
 ) -> None:
-    done = run(*(str(bundle.folder) if a == "BUNDLE" else a for a in arguments))
-    assert done.returncode == 1
-    assert done.stdout == b""
-    error = done.stderr.decode()
+    words = [str(bundle.folder) if a == "BUNDLE" else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["pocketllava", *words])
+    assert exit_code() == 1
+    out, error = capsys.readouterr()
+    assert out == ""
     assert message in error
     assert error.count("\n") == 1
     assert error.startswith("error: ")
 
 
-def test_wrong_usage_exits_2() -> None:
-    assert run("ask").returncode == 2
-    assert run("convert", "x").returncode == 2
+def test_a_process_ends_with_one_line_and_that_code(bundle: Bundle) -> None:
+    done = run("ask", str(bundle.folder), __file__, "a")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert re.fullmatch(r"error: .* bytes that are not an image.*\n", done.stderr.decode())
     assert run("nonsense").returncode == 2
+
+
+def test_wrong_usage_exits_2() -> None:
+    assert invoke("ask").exit_code == 2
+    assert invoke("convert", "x").exit_code == 2
+    assert invoke("nonsense").exit_code == 2
 
 
 def test_convert_says_what_it_made(make_checkpoint: Any, tmp_path: Path) -> None:
@@ -168,7 +182,7 @@ def test_inspect_shows_three_parts(bundle: Bundle) -> None:
 
 
 def test_inspect_follows_one_picture(bundle: Bundle) -> None:
-    shown = run("inspect", str(bundle.folder), "--image", PHOTO).stdout.decode()
+    shown = invoke("inspect", str(bundle.folder), "--image", PHOTO).stdout
     for part in (
         "pixel_values (3, 336, 336)", "24 x 24 = 576 patches", "vision tower (576, 64) (class token moved",
         "projector (576, 256)", "before: 1:'<s>'", "after: ", "are the image features",

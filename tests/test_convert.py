@@ -191,7 +191,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(
     checkpoint, out = make_checkpoint(layers=16, ffn=256), tmp_path / "bundle"
     work = tmp_path / ".bundle.partial"
     rng = random.Random(0)
-    for _ in range(3):
+    for _ in range(2):  # at random moments; `make attack` interrupts many more
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(checkpoint), str(out)], stderr=subprocess.DEVNULL
         )

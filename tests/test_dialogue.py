@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -231,7 +231,6 @@ LINES = st.one_of(
 ANSWERS = st.one_of(st.none(), TEXTS)
 
 
-@settings(max_examples=60)
 @given(st.lists(st.tuples(LINES, ANSWERS), max_size=25))
 def test_any_lines_leave_a_conversation(pictures: list[Picture], lines: list[tuple[str, str | None]]) -> None:
     """Roles alternate, nothing but our errors is raised, and what fails changes nothing."""

@@ -149,6 +149,19 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert is_error or f"::: pocketllava.{name}\n" in reference, name
 
 
+def test_every_report_names_tests_that_are_there() -> None:
+    rows = re.findall(r"^\| \[(\S+)#(\d+)\]\(https://github\.com/(\S+)/(?:issues|pull)/(\d+)\): .+ \| (.+) \|$",
+                      (ROOT / "docs" / "reports.md").read_text("utf-8"), re.MULTILINE)  # fmt: skip
+    assert len({row[:2] for row in rows}) == len(rows) >= 40
+    for repository, number, linked, linked_number, tests in rows:
+        assert (repository, number) == (linked, linked_number)
+        names = re.findall(r"`(\w+\.py)::(\w+)`", tests)
+        assert names, (repository, number)
+        for file, function in names:
+            tree = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
+            assert function in {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}, (file, function)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_exist(page: Path) -> None:
     """Links to files, and every path in backquotes that begins with one of our folders."""

@@ -44,7 +44,7 @@ def test_the_converters_mmproj_passes_the_check(bundle: Bundle) -> None:
     assert (info.n_patches, info.n_blocks, info.vision_width, info.projected_width) == (576, 2, 64, 256)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_headers_are_one_line(bundle: Bundle, tmp_path: Path, data: st.DataObject) -> None:
     whole = bytearray(bundle.mmproj.read_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -67,7 +66,7 @@ def test_every_side_up_in_strips(kind: str, mode: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("resample", range(6))
 @pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("size", [(700, 60), (60, 700), (336, 336), (20, 31), (400, 399)])
+@pytest.mark.parametrize("size", [(350, 60), (60, 350), (336, 336), (20, 31), (400, 399)])
 def test_resizing_by_bands_is_resizing(
     resample: int, pad: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +74,7 @@ def test_resizing_by_bands_is_resizing(
     monkeypatch.setattr("pocketllava.vision.image.STRIP_PIXELS", 5000)
     monkeypatch.setattr("pocketllava.vision.image.WHOLE_PIXELS", 0)  # of a canvas that is resized at once
     steps = Preprocessing(resample=resample, pad_to_square=pad)
-    for mode, orientation in itertools.product(("RGB", "L", "RGBA", "P"), (1, 2, 6)):
+    for mode, orientation in (("RGB", 1), ("RGB", 2), ("RGB", 6), ("L", 1), ("RGBA", 6), ("P", 2)):
         picture = pictures.scene(*size).convert(mode)
         turn = image.TURNS.get(orientation)
         whole = picture.convert("RGB") if turn is None else picture.convert("RGB").transpose(turn)

@@ -14,7 +14,7 @@ import numpy as np
 import pictures
 import pytest
 import recorded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -170,7 +170,6 @@ def test_lines_of_pixels_are_refused() -> None:
         resize_and_crop(Picture.of(Image.new("RGB", (5000, 1))), CLIP)
 
 
-@settings(max_examples=100)
 @given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"]))
 def test_damaged_files_end_as_image_errors(data: st.DataObject, kind: str) -> None:
     whole = bytearray(encoded(pictures.scene(40, 30), kind))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -52,7 +52,6 @@ POWERSHELL: list[Callable[[str], str]] = [
 STYLES = [(style, False) for style in POSIX] + [(style, True) for style in POWERSHELL]
 
 
-@settings(max_examples=300)
 @given(NAMES, WORDS, WORDS, st.sampled_from(STYLES[7:] if WINDOWS else STYLES))
 def test_a_file_is_found_however_it_is_quoted(
     name: str, before: list[str], after: list[str], style: tuple[Callable[[str], str], bool]
@@ -148,7 +147,6 @@ AROUND = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400)
 @given(
     st.text(st.characters(categories=("L", "N"), include_characters="_- ()\\ "), min_size=1, max_size=9),
     st.sampled_from(SUFFIXES),

@@ -11,7 +11,7 @@ import numpy as np
 import pictures
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import Llama
 from PIL import Image
@@ -44,7 +44,6 @@ def plain(attention: Any, hidden: Any, n: int) -> list[int]:
 
 
 @given(st.integers(1, 60), st.integers(2, 40), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
 def test_the_lazy_order_is_the_plain_formulas(n: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     attention = rng.random(n, np.float32) + np.float32(0.01)

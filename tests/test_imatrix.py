@@ -13,7 +13,7 @@ import pytest
 from attack.gguf_mutants import File
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
-from test_quantize import tensor_bytes
+from test_quantize import planned_types, tensor_bytes
 
 from pocketllava import BackendError, Bundle, ConvertError, InputError, Llava, UnsupportedOption
 from pocketllava.convert.pipeline import convert, plan
@@ -27,18 +27,22 @@ from pocketllava.measure.activations import Activations
 from pocketllava.measure.importance import collect, write_matrix
 from pocketllava.models.gguf_header import Header
 
-# Types where their mix depends on the layer, on heads or on row lengths; all eight that need a matrix, and others.
+# Types where their mix depends on heads or on row lengths; all eight that need a matrix, and others.
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "one block": ({"layers": 1, "ffn": 256}, ("Q8_0", "Q6_K", "Q4_K_M", "Q3_K_S", "Q2_K", "Q4_1")),
-    "8 layers": (
-        {"layers": 8, "ffn": 256, "kv_heads": 2},
-        ("Q4_0", "Q5_0", "IQ4_XS", "IQ3_XS", "IQ3_M"),
+    "one block": (
+        {"layers": 1, "ffn": 256},
+        ("Q8_0", "Q6_K", "Q4_K_M", "Q3_K_S", "Q2_K", "Q4_1", "Q4_0", "Q5_0", "IQ4_XS"),
     ),
-    "grouped queries": ({"layers": 1, "ffn": 256, "kv_heads": 1}, ("IQ2_XS", "IQ3_XXS", "IQ3_S", "IQ4_NL")),
-    "tied embeddings": ({"layers": 1, "ffn": 256, "tied": True}, ("IQ2_S", "IQ3_XXS", "Q4_K_M")),
+    "grouped queries": (
+        {"layers": 1, "ffn": 256, "kv_heads": 1, "tied": True},
+        ("IQ2_XXS", "IQ3_XXS", "IQ3_S", "IQ4_NL"),
+    ),
+    "tied embeddings": ({"layers": 1, "ffn": 256, "tied": True}, ("IQ2_S", "IQ3_XS", "Q4_K_M")),
     "rows of 288": ({"layers": 1, "ffn": 288}, ("IQ2_XXS", "IQ2_M", "IQ3_XXS", "IQ3_S")),
-    "rows of 272": ({"layers": 1, "ffn": 272}, ("IQ2_XS", "IQ3_M")),
+    "rows of 272": ({"layers": 1, "ffn": 272, "tied": True}, ("IQ2_XS", "IQ3_M")),
 }
+DEEP = {"layers": 8, "ffn": 256, "kv_heads": 2, "tied": True}
+MIXES = ("Q4_0", "Q5_0", "IQ4_XS", "IQ3_XS", "IQ3_M")
 TOOLS = Path("/tmp/src/build/bin")
 
 
@@ -93,6 +97,17 @@ def test_bytes_equal_llama_cpps_with_a_matrix(
     for quant in quants:
         converted = model_file(checkpoint, quant, tmp_path / "converted.gguf", matrix)
         same(converted, llama_quantize(half.path, quant, tmp_path / "expected.gguf", matrix), quant)
+
+
+def test_mixes_by_layer_equal_llama_cpps_with_a_matrix(make_checkpoint: Any, tmp_path: Path) -> None:
+    """Types only: the bytes of every type are compared on shallow models."""
+    checkpoint = make_checkpoint(**DEEP)
+    half = model_file(checkpoint, "F16", tmp_path / "f16.gguf")
+    matrix = made_up(half, tmp_path / "m.gguf")
+    for quant in MIXES:
+        expected = llama_quantize(half.path, quant, tmp_path / "expected.gguf", matrix)
+        types = {name: T(t.type).name for name, t in expected.tensors.items()}
+        assert planned_types(checkpoint, quant, matrix) == types, quant
 
 
 def test_the_tool_itself_gives_the_same_file(make_checkpoint: Any, tmp_path: Path) -> None:

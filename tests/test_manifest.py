@@ -77,7 +77,7 @@ def test_headers_are_parsed_once(bundle: Bundle) -> None:
     assert again.model_header == bundle.model_header
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_changed_manifest_is_valid_or_refused_in_one_line(
     bundle: Bundle, tmp_path: Path, data: st.DataObject
@@ -98,7 +98,7 @@ def test_a_changed_manifest_is_valid_or_refused_in_one_line(
         assert Manifest.from_json(json.loads(json.dumps(changed.to_json())), Path("x")) == changed
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_bytes_are_refused_in_one_line(bundle: Bundle, tmp_path: Path, data: st.DataObject) -> None:
     text = bytearray((bundle.folder / MANIFEST).read_bytes())

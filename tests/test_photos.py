@@ -93,7 +93,7 @@ def test_a_file_that_changes_right_now_is_never_taken_for_its_past(
     assert seen[0] == seen[3]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     script=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["red", "lime", "blue"])), max_size=12)
 )

@@ -291,7 +291,7 @@ def test_a_directory_larger_than_any_checkpoint_needs_is_not_read(tmp_path: Path
         read_pickled(path)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_bytes(tmp_path: Path, data: st.DataObject) -> None:
     """Any file either gives tensors inside itself, or is a ConvertError of one line."""
@@ -309,7 +309,7 @@ def test_damaged_bytes(tmp_path: Path, data: st.DataObject) -> None:
         assert "\n" not in str(error)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pickled=st.lists(st.sampled_from([b"}", b"]", b"(", b"t", b"u", b"s", b"b", b"R", b"Q", b"a", b"e", b"K\x01", b"q\x01", b"h\x01", b"0", b"\x85", b"\x86", b"\x93", b"N", small_pickle.text("storage"), DICT, STORE, rebuild(STORE, (6,), (1,))]), max_size=40))  # fmt: skip
 def test_pickles_of_any_opcodes(tmp_path: Path, pickled: list[bytes]) -> None:
     path = archive(tmp_path / "x.bin", b"\x80\x02" + b"".join(pickled) + b".", {"0": SIX})

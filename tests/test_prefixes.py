@@ -45,13 +45,19 @@ def n_encoded(model: Llava) -> int:
 
 
 @pytest.fixture
-def expected(llava: Llava) -> Any:
-    """Logits after a question about each of three pictures, from evaluation alone."""
+def expected(llava: Llava, evaluated_alone: Any) -> Any:
+    """Logits after a question about each of three pictures, from evaluation alone; the caches are empty."""
+    llava.clear_cache()
+    return evaluated_alone
+
+
+@pytest.fixture(scope="module")
+def evaluated_alone(llava: Llava) -> Any:
+    """The same, computed once."""
     found = []
     for picture in (A, B, C):
         llava.clear_cache()
         found.append(evaluated(llava, picture)[0])
-    llava.clear_cache()
     return found
 
 

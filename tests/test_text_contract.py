@@ -83,9 +83,9 @@ PUBLISHED: dict[str, dict[str, tuple[int, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def small(attacked: Path) -> dict[str, Path]:
     """The models that the attack damages."""
-    return attack.whole_files(tmp_path_factory.mktemp("small"))
+    return {name: attacked / name / "model.gguf" for name in attack.LAYOUTS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import damage
 from attack import files, gguf_files, interrupts, streams, templates
 from attack.counts import Counts
 
@@ -24,12 +25,13 @@ COLUMNS = ("cases", "refused", "accepted", "crashes", "hangs", "tracebacks", "wr
 
 
 def _target(name: str, seed: int, cases: int, folder: Path) -> Counts:
-    return files.run_target(name, seed, cases, folder)
+    return files.run([name], seed, cases, folder)[name]
 
 
 CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "GGUF files": (gguf_files.run, 8000),
     "chat templates and tokenizers": (templates.run, 1200),
+    "checkpoints": (damage.campaign, 300),
     **{name: (partial(_target, name), 1500) for name in files.TARGETS},
     "commands in odd places": (streams.run, 60),
     "interrupts": (interrupts.run, 60),

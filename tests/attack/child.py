@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,43 +52,46 @@ def outcome(target: Target, data: bytes, folder: Path) -> tuple[str, str]:
     return ("hangs", f"took {took:.1f} s") if took > MAX_S else (kind, detail)
 
 
-def serve(target: Target, seed: int, numbers: Iterator[int], folder: Path) -> None:
-    """In the child: one line before each case, one after it."""
-    for n in numbers:
-        data = target.make(random.Random(f"{seed} {n}"))
-        (folder / "case").write_bytes(data)
-        kind, detail = outcome(target, data, folder)
-        print(json.dumps([n, kind, detail]), flush=True)
+def serve(targets: dict[str, Target], seed: int, cases: int, first: int, folder: Path) -> None:
+    """In the child: every target's cases, from number `first` of them all on, with a line after each."""
+    for number in range(first, cases * len(targets)):
+        name, n = list(targets)[number // cases], number % cases
+        data = targets[name].make(random.Random(f"{seed} {n}"))
+        place = folder / name.replace(" ", "-")
+        place.mkdir(exist_ok=True)
+        (place / "case").write_bytes(data)
+        kind, detail = outcome(targets[name], data, place)
+        print(json.dumps([number, kind, detail]), flush=True)
 
 
-def campaign(script: Path, name: str, seed: int, cases: int, folder: Path) -> Counts:
-    """Run cases in children of this script, `script --child NAME SEED FIRST LAST FOLDER`."""
+def campaign(script: Path, names: Sequence[str], seed: int, cases: int, folder: Path) -> dict[str, Counts]:
+    """Run each name's cases in children of this script, `script --child SEED CASES FIRST FOLDER NAME...`.
+
+    One child runs all of them, as starting one costs more than a hundred cases; after a crash another one goes on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    counts, first = Counts(cases=cases), 0
-    while first < cases:
-        command = [
-            sys.executable,
-            str(script),
-            "--child",
-            name,
-            str(seed),
-            str(first),
-            str(cases),
-            str(folder),
-        ]
+    counts, first = {name: Counts(cases=cases) for name in names}, 0
+
+    def count(number: int, kind: str, detail: str) -> None:
+        name, n = names[number // cases], number % cases
+        setattr(counts[name], kind, getattr(counts[name], kind) + 1)
+        if detail:
+            _keep(counts[name], folder / name.replace(" ", "-"), f"{name} {seed} {n}", f"{kind}: {detail}")
+
+    while first < cases * len(names):
+        words = ["--child", str(seed), str(cases), str(first), str(folder), *names]
         environment = os.environ | {"PYTHONPATH": str(TESTS)}
         with (folder / "stderr").open("wb") as chatter:  # libtiff has much to say
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=chatter, env=environment)
-        for n, kind, detail in _answers(child):
-            setattr(counts, kind, getattr(counts, kind) + 1)
-            if detail:
-                _keep(counts, folder, f"{name} {seed} {n}", f"{kind}: {detail}")
-            first = n + 1
-        if first < cases:
+            child = subprocess.Popen(
+                [sys.executable, str(script), *words], stdout=subprocess.PIPE, stderr=chatter, env=environment
+            )
+        for number, kind, detail in _answers(child):
+            count(number, kind, detail)
+            first = number + 1
+        if first < cases * len(names):
             kind = "hangs" if child.wait() == -9 else "crashes"
-            setattr(counts, kind, getattr(counts, kind) + 1)
             end = (folder / "stderr").read_text("utf-8", "replace")[-300:]
-            _keep(counts, folder, f"{name} {seed} {first}", f"{kind}: exit code {child.wait()} {end}")
+            count(first, kind, f"exit code {child.wait()} {end}")
             first += 1
     return counts
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,34 +22,20 @@ TARGETS: dict[str, Target] = images.TARGETS | texts.TARGETS | weights.TARGETS
 CORPUS = Path(__file__).parent.parent / "corpus"
 
 
-def run_target(name: str, seed: int, cases: int, folder: Path) -> Counts:
-    """One reader's campaign."""
-    return campaign(Path(__file__), name, seed, cases, folder / name.replace(" ", "-"))
-
-
-def run(seed: int, cases: int, folder: Path) -> Counts:
-    """All of them, with so many cases each."""
-    total = Counts()
-    for name in TARGETS:
-        counts = run_target(name, seed, cases, folder)
-        for key, value in asdict(counts).items():
-            setattr(total, key, getattr(total, key) + value)
-    return total
+def run(names: Sequence[str], seed: int, cases: int, folder: Path) -> dict[str, Counts]:
+    """These readers' campaigns, with so many cases each."""
+    return campaign(Path(__file__), names, seed, cases, folder)
 
 
 def main() -> None:
     """The command line of this file's first lines, or a child's loop."""
     if sys.argv[1:2] == ["--child"]:
-        name, seed, first, last, folder = sys.argv[2:]
-        serve(TARGETS[name], int(seed), iter(range(int(first), int(last))), Path(folder))
+        seed, cases, first, folder, *names = sys.argv[2:]
+        serve({name: TARGETS[name] for name in names}, int(seed), int(cases), int(first), Path(folder))
         return
     seed, cases, folder, *names = sys.argv[1:]
-    for name in names or TARGETS:
-        print(
-            name,
-            json.dumps(asdict(run_target(name, int(seed), int(cases), Path(folder))), indent=1),
-            flush=True,
-        )
+    for name, counts in run(names or list(TARGETS), int(seed), int(cases), Path(folder)).items():
+        print(name, json.dumps(asdict(counts), indent=1), flush=True)
 
 
 if __name__ == "__main__":

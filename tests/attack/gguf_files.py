@@ -67,11 +67,6 @@ def whole_bundles(folder: Path) -> dict[str, Path]:
     return bundles
 
 
-def whole_files(folder: Path) -> dict[str, Path]:
-    """The text models that are damaged."""
-    return {name: bundle / MODEL for name, bundle in whole_bundles(folder).items()}
-
-
 def hub_file(file: File) -> File:
     """An mmproj of 18 keys, with fc1 and fc2 swapped and CLIP's own projection_dim."""
     old = file.copy()
