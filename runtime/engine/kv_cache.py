@@ -6,7 +6,8 @@ holds: images are known by their content.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +114,14 @@ class KvCache:
             self._truncate(prompt[:n_reused])
             raise
         self._remember(prompt)
+
+    @contextmanager
+    def prompt_kept(self) -> Iterator[None]:
+        """The block may evaluate more behind the prompt; after it the cache holds the prompt alone."""
+        try:
+            yield
+        finally:
+            self._truncate(self._prompt)
 
     def _evaluate(
         self, prompt: list[PromptItem], n_reused: int, features: Mapping[str, npt.NDArray[np.float32]]
