@@ -82,11 +82,19 @@ if not TYPE_CHECKING:
         "Preparation": "engine.preparation",
         **dict.fromkeys(
             (
-                "Answer", "Choice", "Chunk", "LoadOptions", "Message", "Options", "Timings", "TokenLogprob", "Trace",
+                "Answer",
+                "Choice",
+                "Chunk",
+                "LoadOptions",
+                "Message",
+                "Options",
+                "Timings",
+                "TokenLogprob",
+                "Trace",
                 "Usage",
             ),
             "types",
-        ),  # fmt: skip
+        ),
     }
 
     def __getattr__(name: str) -> object:

@@ -24,7 +24,11 @@ MAX_DEPTH = 32  # of schemas within schemas
 MAX_ENUM = 1000  # values in all
 MAX_PATTERNS = 32  # 64 of them in one allOf took 0.9 s, 900 took minutes
 MAX_MULTIPLES = 1000  # the product of all multipleOf, as whole numbers: their automata multiply in an anyOf
-MAX_STRING = 1000  # characters of a string that is not bounded otherwise: greedy decoding may repeat itself for ever
+MAX_STRING = (
+    1000  # characters of a string that is not bounded otherwise: greedy decoding may repeat itself for ever
+)
+MAX_NUMBER = 10**15 - 1  # and six digits behind the point, for the same reason
+STEP = 1e-6
 MAX_NAME = 100  # characters of a property's name where any object is wanted
 
 ONE = ("items", "additionalProperties")  # keywords that hold a schema
@@ -39,8 +43,17 @@ ANNOTATIONS = (
     "$schema", "$id", "id", "$comment", "title", "description", "default", "examples", "example", "deprecated",
     "readOnly", "writeOnly", "contentEncoding", "contentMediaType",
 )  # fmt: skip
+KINDS = ("string", "number", "integer", "boolean", "null", "array", "object")
+COUNTS = ("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength")
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-UNBOUNDED = ("maxLength", "pattern", "format", "enum", "const", "$ref", "anyOf", "oneOf", "allOf")
+ELSEWHERE = (
+    "enum",
+    "const",
+    "$ref",
+    "anyOf",
+    "oneOf",
+    "allOf",
+)  # these bound a value, or something else does
 # What {"type": "object"} alone means: any object, each of its strings and names bounded.
 ANY_OBJECT: Schema = {
     "$ref": "#/$defs/object",
@@ -48,7 +61,8 @@ ANY_OBJECT: Schema = {
         "value": {
             "anyOf": [
                 {"type": "string", "maxLength": MAX_STRING},
-                {"type": ["number", "boolean", "null"]},
+                {"type": "number", "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER, "multipleOf": STEP},
+                {"type": ["boolean", "null"]},
                 {"type": "array", "items": {"$ref": "#/$defs/value"}},
                 {"$ref": "#/$defs/object"},
             ]
@@ -80,16 +94,65 @@ def checked_schema(given: Mapping[str, Any]) -> Schema:
 
 
 def bounded(schema: Schema) -> Schema:
-    """What a grammar is made from: no annotations, and a length for every string that had none."""
+    """What a grammar is made from: no annotations, an end for every string, number and object that had none.
+
+    Everything that fits it fits the schema too.
+    """
     found = _without_annotations(schema)
     if found == {"type": "object"}:
         return copy.deepcopy(ANY_OBJECT)
-    lengths = [s["minLength"] for _, s, _ in _schemas(found) if "minLength" in s]
-    for _, part, _ in list(_schemas(found)):
-        kinds = part.get("type", "string")
-        if "string" in ([kinds] if isinstance(kinds, str) else kinds) and not part.keys() & set(UNBOUNDED):
-            part["maxLength"] = max([MAX_STRING, *lengths])
+    parts = [part for _, part, _ in _schemas(found)]
+    longest = max([MAX_STRING, *(part.get("minLength", 0) for part in parts)])
+    numbers = [part[name] for part in parts for name in NUMBERS if name in part]
+    joined = any(map(_is_joined, parts))
+    for part in parts:
+        if not part.keys() & set(ELSEWHERE):
+            _bound_string(part, longest)
+            _bound_number(part, numbers)
+        if not joined:
+            _close(part)
     return found
+
+
+def _is_joined(part: Schema) -> bool:
+    """Whether an object's properties may stand in several schemas, so that none of them says which there are."""
+    own = {"properties", "required", "additionalProperties", "patternProperties", "minProperties"}
+    return "allOf" in part or bool(part.keys() & {"$ref", "anyOf", "oneOf"} and part.keys() & own)
+
+
+def _close(part: Schema) -> None:
+    """No properties but those that are named, where a schema leaves that open: small models invent some for ever."""
+    names = part.get("properties", {})
+    if (
+        names
+        and not part.keys() & {"additionalProperties", "patternProperties"}
+        and set(part.get("required", ())) <= names.keys()
+        and part.get("minProperties", 0) <= len(names)
+    ):
+        part["additionalProperties"] = False
+
+
+def _bound_string(part: Schema, longest: int) -> None:
+    if _may_be(part, "string") and not part.keys() & {"maxLength", "pattern", "format"}:
+        part["maxLength"] = longest
+
+
+def _bound_number(part: Schema, numbers: list[float]) -> None:
+    """numbers: those in the whole schema, which parts that are joined by allOf must not contradict."""
+    if "type" not in part or not (_may_be(part, "number") or _may_be(part, "integer")):
+        return
+    largest = max([MAX_NUMBER, *(math.ceil(abs(n)) for n in numbers)])
+    if not part.keys() & {"minimum", "exclusiveMinimum"}:
+        part["minimum"] = -largest
+    if not part.keys() & {"maximum", "exclusiveMaximum"}:
+        part["maximum"] = largest
+    if _may_be(part, "number") and all(n == round(n, 6) for n in numbers):
+        part.setdefault("multipleOf", STEP)
+
+
+def _may_be(part: Schema, kind: str) -> bool:
+    kinds = part.get("type", kind)
+    return kind in ([kinds] if isinstance(kinds, str) else kinds)
 
 
 def _check(schema: Schema) -> None:
@@ -138,6 +201,14 @@ def _check_value(name: str, keyword: str, value: Any) -> None:
         raise UnsupportedSchema(f"{name}: found {value!r}, expected a list of schemas")
     if keyword in MAPS and not isinstance(value, dict):
         raise UnsupportedSchema(f"{name}: found {type(value).__name__}, expected schemas by name")
+    if keyword in COUNTS and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise UnsupportedSchema(f"{name}: found {value!r}, expected a whole number of at least 0")
+    if keyword == "type" and not all(
+        kind in KINDS for kind in (value if isinstance(value, list) else [value])
+    ):
+        raise UnsupportedSchema(f"{name}: found {value!r}, expected one or several of {', '.join(KINDS)}")
+    if keyword == "required" and not (isinstance(value, list) and all(isinstance(n, str) for n in value)):
+        raise UnsupportedSchema(f"{name}: found {value!r}, expected a list of names")
     if keyword == "enum" and not (isinstance(value, list) and value):
         raise UnsupportedSchema(f"{name}: found {value!r}, expected a list of values")
 

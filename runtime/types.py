@@ -24,6 +24,7 @@ Role = Literal["system", "user", "assistant"]
 Messages = Sequence["Message | Mapping[str, Any]"]  # OpenAI's dicts are taken too
 FinishReason = Literal["stop", "length", "cancelled"]
 Truncation = Literal["oldest"]
+Bytes = bytes  # under a name that a field `bytes` does not hide
 ROLES = ("system", "user", "assistant")
 KV_TYPES = ("f16", "q8_0")
 WEIGHTS = ("auto", "memory", "mapped")
@@ -295,8 +296,8 @@ class TokenLogprob:
 
     token: str
     logprob: float
-    bytes: bytes
-    top: tuple[tuple[str, float, bytes], ...] = ()
+    bytes: Bytes
+    top: tuple[tuple[str, float, Bytes], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ llama.cpp's own converter of schemas is not used: it ends the process on six kin
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,14 @@ class Grammars:
         vocabulary = text.vocabulary
         ends = vocabulary.ends()
         if not ends:
-            raise UnsupportedOption("schema: the model's vocabulary has no end token, expected one to end the JSON")
+            raise UnsupportedOption(
+                "schema: the model's vocabulary has no end token, expected one to end the JSON"
+            )
         self._tokenizer = lltokenizer_from_vocab(vocabulary.pointer, n_vocab=text.n_vocab, eos_token=ends)
         self._n_vocab = text.n_vocab
-        self._unwritten = np.array(vocabulary.unknown(), np.int64)  # llguidance takes "<unk>" for these five letters
+        self._unwritten = np.array(
+            vocabulary.unknown(), np.int64
+        )  # llguidance takes "<unk>" for these five letters
 
     def constraint(self, schema: Schema) -> Constraint:
         """A schema at the beginning of an answer. Raises UnsupportedSchema."""
@@ -98,7 +103,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UnsupportedSchema(f"schema: {_reason(self._matcher.get_error())}; leave it out or simplify it")
+            raise UnsupportedSchema(f"schema: {_reason(self._matcher.get_error())}")
 
 
 def _within_budget(compiled: Callable[[], Constraint]) -> Constraint:
@@ -126,7 +131,11 @@ def _within_budget(compiled: Callable[[], Constraint]) -> Constraint:
 
 
 def _reason(error: str) -> str:
-    """llguidance's reason without its place in our Lark grammar and without the lines that quote it."""
-    reason = error.split("\n\n")[0].split("\n  1 |")[0].split("<non-verbose/>")[0]
-    prefix = "failed to compile JSON schema: "
-    return " ".join(reason.partition(prefix)[2].split() or reason.split()) or "no JSON fits it"
+    """llguidance's reason, without its place in our own grammar and the lines that quote it."""
+    reason = " ".join(re.split(r"\n\s*1 \| start:|<non-verbose/>", error)[0].split())
+    reason = reason.partition("failed to compile JSON schema: ")[2] or reason
+    if "oneOf" in reason:
+        return "oneOf: its schemas may overlap, expected some that tell themselves apart; use anyOf"
+    if not reason or reason.startswith("NoExtension"):
+        return "no JSON fits it, expected a schema that some value fits"
+    return f"{reason}; leave it out or simplify it"

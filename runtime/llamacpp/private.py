@@ -19,8 +19,8 @@ MODULE_NAMES = {
     "llama_cpp.llama": ("suppress_stdout_stderr",),
     "llama_cpp.llama_chat_format": ("_convert_completion_to_chat",),
 }
-# Attributes of a Llama: its record of evaluated tokens, whether the last logits can be sampled from, and what makes the
-# chain that samples them.
+# Attributes of a Llama: its record of evaluated tokens, whether the last logits can be sampled from, and what makes
+# the chain that samples them.
 LLAMA_ATTRIBUTES = ("input_ids", "n_tokens", "scores", "_requires_eval", "_init_sampler")
 
 
