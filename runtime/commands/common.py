@@ -115,9 +115,7 @@ class SchemaFile(ParamType):
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{value}: cannot be read as a JSON schema ({reason})") from error
         if not isinstance(schema, dict):
-            raise InputError(
-                f"{value}: found JSON of type {type(schema).__name__}, expected a schema, an object"
-            )
+            self.fail(f"{value}: found JSON of type {type(schema).__name__}, expected an object", param, ctx)
         return schema
 
 

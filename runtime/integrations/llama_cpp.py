@@ -143,7 +143,7 @@ class Held:
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """scores (n_vocab,), -inf where a token may not follow input_ids (n_positions,)."""
-        allowed = slice(None)
+        allowed: Any = slice(None)
         try:
             if self._error is None:
                 self._constraint.consume([int(i) for i in input_ids[self._n_consumed :]])
