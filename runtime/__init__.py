@@ -27,16 +27,29 @@ if TYPE_CHECKING:
         TensorMismatch,
         UnsupportedCheckpoint,
         UnsupportedOption,
+        UnsupportedSchema,
     )
     from pocketllava.llava import Llava
     from pocketllava.models import Bundle
-    from pocketllava.types import Answer, Chunk, LoadOptions, Message, Options, Timings, Trace, Usage
+    from pocketllava.types import (
+        Answer,
+        Choice,
+        Chunk,
+        LoadOptions,
+        Message,
+        Options,
+        Timings,
+        TokenLogprob,
+        Trace,
+        Usage,
+    )
 
 __all__ = [
     "Answer",
     "BackendError",
     "Bundle",
     "BundleError",
+    "Choice",
     "Chunk",
     "ContextOverflow",
     "ConvertError",
@@ -53,9 +66,11 @@ __all__ = [
     "StateError",
     "TensorMismatch",
     "Timings",
+    "TokenLogprob",
     "Trace",
     "UnsupportedCheckpoint",
     "UnsupportedOption",
+    "UnsupportedSchema",
     "Usage",
     "__version__",
 ]
@@ -66,7 +81,19 @@ if not TYPE_CHECKING:
         "Llava": "llava",
         "Preparation": "engine.preparation",
         **dict.fromkeys(
-            ("Answer", "Chunk", "LoadOptions", "Message", "Options", "Timings", "Trace", "Usage"), "types"
+            (
+                "Answer",
+                "Choice",
+                "Chunk",
+                "LoadOptions",
+                "Message",
+                "Options",
+                "Timings",
+                "TokenLogprob",
+                "Trace",
+                "Usage",
+            ),
+            "types",
         ),
     }
 

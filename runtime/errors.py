@@ -4,7 +4,8 @@ PocketLlavaError
 ├── InputError               an argument that cannot be used
 │   ├── ImageError           not an image, too large, or not a source we open
 │   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting
-│   └── UnsupportedOption    a setting this build or model cannot honor
+│   ├── UnsupportedOption    a setting this build or model cannot honor
+│   └── UnsupportedSchema    a JSON schema that an answer cannot be held to; names the keyword
 ├── StateError               a model used after close() or fork(), a stream that a newer call ended
 ├── ModelNotFound            no bundle of that name; names the nearest, and the command that makes one
 ├── BundleError              a bundle's file is missing, damaged or foreign
@@ -72,6 +73,10 @@ class ContextOverflow(InputError):
 
 class UnsupportedOption(InputError):
     """A setting that this build of llama.cpp or this model cannot honor."""
+
+
+class UnsupportedSchema(InputError):
+    """A JSON schema that no answer can be held to: a keyword that is not supported, a limit that it exceeds."""
 
 
 class StateError(PocketLlavaError):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pocketllava.engine.session import Prefilled, Session
+    from pocketllava.engine.structured import Constraint
     from pocketllava.vision.feature_cache import Features
 
 ROOM = 4  # the part of the context that Options.truncate makes free for an answer
@@ -461,44 +462,69 @@ class Llava:
         queue_s = time.perf_counter() - call.start
         try:
             room = min(call.options.max_tokens, self.n_ctx // ROOM) if call.options.truncate else None
+            constraint = self._session.constraint(call.options)
             prefilled = self._session.prefill(
                 messages,
                 should_stop=call.should_stop,
                 truncate_for=room,
                 image_tokens=call.options.image_tokens,
             )
-            yield from self._answer(lease, prefilled, call, queue_s)
+            if call.options.choices is not None:
+                yield from self._choice(prefilled, call, queue_s)
+            else:
+                yield from self._answer(lease, prefilled, call, queue_s, constraint)
         except PrefillInterrupted as interrupted:
             yield Chunk("", (), "cancelled", self._timings(interrupted.prefilled, queue_s))
         finally:
             self._lock.release(lease)
 
-    def _answer(self, lease: Lease, prefilled: Prefilled, call: _Call, queue_s: float) -> Iterator[Chunk]:
-        text, vocabulary = AnswerText(call.options.stop), self._session.text.vocabulary
+    def _choice(self, prefilled: Prefilled, call: _Call, queue_s: float) -> Iterator[Chunk]:
+        """The likeliest of the choices."""
+        from pocketllava.llamacpp.guard import Interrupted
+
+        try:
+            scored = self._session.choose(call.options.choices or (), call.should_stop)
+        except Interrupted:
+            yield Chunk("", (), "cancelled", self._timings(prefilled, queue_s))
+            return
+        at_s = time.perf_counter() - call.start
+        yield Chunk(scored.choices[0].text, scored.token_ids)
+        timings = self._timings(prefilled, queue_s, at_s, at_s, len(scored.token_ids))
+        yield Chunk("", (), "stop", timings, choices=scored.choices)
+
+    def _answer(
+        self, lease: Lease, prefilled: Prefilled, call: _Call, queue_s: float, constraint: Constraint | None
+    ) -> Iterator[Chunk]:
+        """A sampled answer. JSON ends by itself: texts in `stop` could only break it."""
+        text = AnswerText(call.options.stop if constraint is None else ())
+        vocabulary = self._session.text.vocabulary
         limit = min(call.options.max_tokens, self.n_ctx - prefilled.prompt_tokens)
         finish: FinishReason = "length"
         first_s = last_s = 0.0
         n = 0
-        with closing(self._session.generate(prefilled, call.options)) as tokens:
+        with closing(self._session.generate(prefilled, call.options, limit, constraint)) as tokens:
             for token in tokens:
                 last_s = time.perf_counter() - call.start
                 first_s = first_s or last_s
                 if call.should_stop is not None and call.should_stop():
                     finish = "cancelled"
                     break
-                if vocabulary.is_end(token):
+                if vocabulary.is_end(token.id):
                     finish = "stop"
                     break
                 n += 1
-                piece = text.add(vocabulary.piece(token))
+                logprobs = (token.logprob,) if token.logprob else ()
+                piece = text.add(vocabulary.piece(token.id))
                 if text.stopped:
-                    yield Chunk(piece, (token,))
+                    yield Chunk(piece, (token.id,), logprobs=logprobs)
                     finish = "stop"
                     break
                 with self._lock.suspended(lease):
-                    yield Chunk(piece, (token,))
+                    yield Chunk(piece, (token.id,), logprobs=logprobs)
                 if n == limit:
                     break
+        if constraint is not None and constraint.complete:
+            finish = "stop"
         yield Chunk(text.finish(), (), finish, self._timings(prefilled, queue_s, first_s, last_s, n))
 
     def _timings(
@@ -542,4 +568,6 @@ def _joined(chunks: Iterable[Chunk]) -> Answer:
     assert last.timings is not None  # stream's promise
     assert last.finish_reason is not None
     ids = tuple(i for chunk in chunks for i in chunk.token_ids)
-    return Answer("".join(chunk.text for chunk in chunks), ids, last.timings, last.finish_reason)
+    logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs)
+    text = "".join(chunk.text for chunk in chunks)
+    return Answer(text, ids, last.timings, last.finish_reason, logprobs, last.choices)

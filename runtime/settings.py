@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from pocketllava.errors import InputError
 
 T = TypeVar("T")
-Kind = Literal["whole", "number", "choice", "switch", "folder", "texts"]
+Kind = Literal["whole", "number", "choice", "switch", "folder", "texts", "several", "schema"]
 KEY = "setting"
 
 
@@ -53,6 +53,8 @@ class Setting:
             "switch": "True or False",
             "folder": "a folder's path",
             "texts": "a text or a sequence of texts, none of them empty",
+            "several": "a sequence of different texts, none of them empty",
+            "schema": "a JSON schema, as a dict",
         }[self.kind]
         return f"None or {words}" if self.optional else words
 
@@ -158,6 +160,22 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _several(value: object) -> tuple[str, ...]:
+    texts = () if isinstance(value, str) else _texts(value)
+    if not texts or len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
+        raise TypeError
+    for text in texts:
+        text.encode()  # halves of characters raise ValueError
+    return texts
+
+
+def _schema(value: object) -> dict[str, Any]:
+    """A mapping; json_schema says which."""
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return dict(value)
+
+
 _TYPES: dict[Kind, Callable[[Any], Any]] = {
     "whole": _whole,
     "number": _number,
@@ -165,4 +183,6 @@ _TYPES: dict[Kind, Callable[[Any], Any]] = {
     "switch": _switch,
     "folder": _folder,
     "texts": _texts,
+    "several": _several,
+    "schema": _schema,
 }

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pocketllava.errors import ImageError, InputError, UnsupportedOption
+from pocketllava.json_schema import checked_schema
 from pocketllava.settings import changed, check, nearest, option
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ Role = Literal["system", "user", "assistant"]
 Messages = Sequence["Message | Mapping[str, Any]"]  # OpenAI's dicts are taken too
 FinishReason = Literal["stop", "length", "cancelled"]
 Truncation = Literal["oldest"]
+Bytes = bytes  # under a name that a field `bytes` does not hide
 ROLES = ("system", "user", "assistant")
 KV_TYPES = ("f16", "q8_0")
 WEIGHTS = ("auto", "memory", "mapped")
@@ -31,6 +33,8 @@ GIGA = 1_000_000_000
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 2  # llama.cpp takes 2**32 - 1 for "draw one"
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_CHOICES = 1000
+MAX_TOP_LOGPROBS = 20  # as OpenAI's API
 MAX_FILE_BYTES = 192 << 20  # of an image: one of the most pixels that are accepted takes 150 MB, uncompressed
 
 
@@ -85,14 +89,23 @@ class Options:
         top_k: Keep the k likeliest tokens; 0 keeps all.
         min_p: Keep tokens at least this likely, as a share of the likeliest one's probability.
         repeat_penalty: Above 1, tokens that were used lately become less likely.
+        presence_penalty: Is subtracted from the logit of every token that was used lately.
+        frequency_penalty: The same, as often as it was used.
         seed: Repeats what was sampled; None draws a new one for every call.
         stop: A text, or several, that end the answer; they are not part of it.
         image_tokens: Show each picture by at most so many tokens, as in Llava.load; None: as it was loaded.
         truncate: "oldest" leaves out the oldest turns of a conversation that does not fit the context, never the
             system message nor the turn of the last images; None raises ContextOverflow.
+        schema: A JSON schema; the answer is JSON that fits it, unless max_tokens cuts it off ("length"). It is
+            sampled as any answer is, but texts in `stop` do not end it. {"type": "object"} is any object.
+        choices: The answer is one of these texts, the likeliest; Answer.choices has the probability of each. Nothing
+            is sampled, so options of sampling change nothing.
+        top_logprobs: The log probability of each token of the answer (Answer.logprobs), beside those of so many
+            others, from the model's own logits: before penalties, temperature and schema. None: none.
 
     Raises:
         InputError: a value of another type or outside its range.
+        UnsupportedSchema: a schema with a keyword that is not supported, or too large.
 
     Example:
         >>> Options(max_tokens=64, stop="USER:").stop
@@ -119,6 +132,14 @@ class Options:
         1.0, "number", "--repeat-penalty", "Above 1, tokens used lately become less likely.",
         low=0, high=100, above_low=True,
     )  # fmt: skip
+    presence_penalty: float = option(
+        0.0, "number", "--presence-penalty", "Above 0, tokens used lately become less likely, however often.",
+        low=-2, high=2,
+    )  # fmt: skip
+    frequency_penalty: float = option(
+        0.0, "number", "--frequency-penalty", "Above 0, tokens used lately become less likely, each time more.",
+        low=-2, high=2,
+    )  # fmt: skip
     seed: int | None = option(
         None, "whole", "-s --seed", "Repeats what was sampled.", low=0, high=MAX_SEED, optional=True
     )
@@ -132,11 +153,34 @@ class Options:
         None, "choice", "--truncate", "Leave out the oldest turns once the conversation does not fit.",
         choices=("oldest",), optional=True,
     )  # fmt: skip
+    schema: Mapping[str, Any] | None = option(
+        None, "schema", "--schema", "Answer in JSON that fits the JSON schema in FILE.",
+        optional=True, metavar="FILE",
+    )  # fmt: skip
+    choices: Sequence[str] | None = option(
+        None, "several", "--choices", "Answer with the likeliest of these texts, and say how likely each is.",
+        optional=True, metavar="TEXT,TEXT...",
+    )  # fmt: skip
+    top_logprobs: int | None = option(
+        None, "whole", "--top-logprobs", "With --json, each token's log probability beside those of N others.",
+        low=0, high=MAX_TOP_LOGPROBS, optional=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if callable(self.stop):
             raise InputError("stop: found a function, expected texts; give a function as should_stop")
         check(self)
+        if self.schema is not None:
+            object.__setattr__(self, "schema", checked_schema(self.schema))
+        if self.choices is not None:
+            self._check_choices(self.choices)
+
+    def _check_choices(self, choices: Sequence[str]) -> None:
+        if len(choices) > MAX_CHOICES:
+            raise InputError(f"choices: found {len(choices)}, expected at most {MAX_CHOICES}")
+        for name in ("schema", "top_logprobs"):
+            if getattr(self, name) is not None:
+                raise InputError(f"{name}: found with choices, expected one of both; choices sample nothing")
 
 
 @dataclass(frozen=True)
@@ -255,13 +299,40 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log probability, from the model's own logits: before penalties, temperature and schema.
+
+    token is its text, with U+FFFD where its bytes are half a character; top lists the likeliest tokens, as
+    (token, logprob, bytes).
+    """
+
+    token: str
+    logprob: float
+    bytes: Bytes
+    top: tuple[tuple[str, float, Bytes], ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of Options.choices, and how likely it is among them."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer; its str is its text. The last one carries finish_reason and timings."""
+    """A piece of a streamed answer; its str is its text. The last one carries finish_reason, timings and choices.
+
+    logprobs has one entry a token if Options.top_logprobs asks for them.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -280,15 +351,27 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer; its str is its text. token_ids are those that were sampled, without the end token."""
+    """A whole answer; its str is its text. token_ids are those that were sampled, without the end token.
+
+    logprobs: one entry a token, if Options.top_logprobs asked for them. choices: Options.choices, the likeliest first.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     timings: Timings
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def margin(self) -> float | None:
+        """By how much the likeliest choice is ahead of the next, 0 to 1; None without choices."""
+        if not self.choices:
+            return None
+        return self.choices[0].probability - (self.choices[1].probability if len(self.choices) > 1 else 0.0)
 
     @property
     def usage(self) -> Usage:

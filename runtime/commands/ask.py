@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,13 +16,18 @@ from pocketllava.commands.common import (
     image_argument,
     load_options,
     quiet_option,
+    refuse,
     sampling_options,
     stdin_bytes,
     stream,
     text_argument,
+    warn_of_incomplete,
 )
 from pocketllava.errors import InputError
 from pocketllava.models.files import expanded, text_of
+
+if TYPE_CHECKING:
+    from pocketllava import Answer, TokenLogprob
 
 
 @click.command()
@@ -56,11 +61,15 @@ def ask(
     pocketllava ask demo photo.jpg "What is in this photo?"
     pocketllava ask demo before.png after.png "What changed?"
     pocketllava ask demo "What is the capital of France?"
+    pocketllava ask demo photo.jpg "Is there a dog?" --choices yes,no
+    pocketllava ask demo photo.jpg "Describe it." --schema record.json
     pocketllava ask demo photo.jpg < question.txt
     """
     from pocketllava import Llava, Options
     from pocketllava.types import conversation
 
+    if not as_json:
+        refuse("without --json, which shows them", "top_logprobs")
     options = Options(**sampling)
     sources, source = arguments(words, more_images, question)
     images = [image_argument(source) for source in sources]
@@ -68,11 +77,30 @@ def ask(
     with Llava.load(model, **load) as llava:
         if as_json:
             answer = llava.ask(images, text, options=options, system=system)
-            speed = round(answer.timings.tokens_per_s, 2)
-            fields = {**asdict(answer), "usage": asdict(answer.usage), "tokens_per_s": speed}
-            click.echo(json.dumps(fields, ensure_ascii=False))
+            click.echo(json.dumps(fields(answer), ensure_ascii=False))
+            if options.schema is not None and answer.finish_reason != "stop":
+                warn_of_incomplete()
         else:
             stream(llava, conversation(images, text, system), options, quiet=quiet)
+
+
+def fields(answer: Answer) -> dict[str, Any]:
+    """An answer in JSON's types; log probabilities and choices where there are any."""
+    values: dict[str, Any] = {**asdict(answer), "usage": asdict(answer.usage)}
+    values["tokens_per_s"] = round(answer.timings.tokens_per_s, 2)
+    del values["logprobs"], values["choices"]
+    if answer.logprobs:
+        values["logprobs"] = [_logprob(entry) for entry in answer.logprobs]
+    if answer.choices:
+        values |= {"choices": list(map(asdict, answer.choices)), "margin": answer.margin}
+    return values
+
+
+def _logprob(entry: TokenLogprob) -> dict[str, Any]:
+    """As OpenAI's API writes it."""
+    top = [{"token": token, "logprob": logprob, "bytes": list(data)} for token, logprob, data in entry.top]
+    own = {"token": entry.token, "logprob": entry.logprob, "bytes": list(entry.bytes)}
+    return {**own, "top_logprobs": top}
 
 
 def arguments(

@@ -49,7 +49,7 @@ LEAVING = "Ctrl-D or /quit leaves"
 @click.option(
     "--load", "saved", metavar="FILE", type=Place(), help="Continue a conversation that /save wrote."
 )
-@sampling_options()
+@sampling_options("schema", "choices", "top_logprobs")
 @click.option("--stats", is_flag=True, help="Show timings after every answer.")
 @quiet_option("No welcome.")
 @load_options

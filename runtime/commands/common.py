@@ -6,6 +6,7 @@ Answers go to stdout, everything else to stderr. Heavy imports stay inside funct
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import sys
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pocketllava.commands.show import timing_line
+from pocketllava.commands.show import choices_line, timing_line
 from pocketllava.errors import InputError
-from pocketllava.models.files import utf8
+from pocketllava.models.files import expanded, read_text, utf8
 from pocketllava.settings import Setting, nearest, settings
 from pocketllava.types import LoadOptions, Options
 
@@ -33,6 +34,9 @@ else:
 Command = Callable[..., None]
 STDIN = "-"
 DRAWING = ("top_p", "top_k", "min_p", "seed")
+SAMPLING = (
+    "max_tokens", "temperature", *DRAWING, "repeat_penalty", "presence_penalty", "frequency_penalty", "stop",
+)  # fmt: skip
 _PRINTED = {ord(c): c for c in "\n\t"}
 INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\ufffd") | _PRINTED
 _METAVARS = {"whole": "N", "number": "X", "texts": "TEXT", "folder": "DIR"}
@@ -58,7 +62,9 @@ class SettingType(ParamType):
     def _expected_units(self) -> str:
         return f"{self._setting.metavar} above 0" if self._setting.unit != 1 else ""
 
-    def _parsed(self, text: str) -> int | float | str:
+    def _parsed(self, text: str) -> int | float | str | list[str]:
+        if self._setting.kind == "several":
+            return [part.strip() for part in text_argument(text).split(",")]
         if self._setting.kind == "whole":
             return int(text) if self._setting.unit == 1 else int(float(text) * self._setting.unit)
         return float(text) if self._setting.kind == "number" else text
@@ -96,6 +102,23 @@ class Text(ParamType):
         return text_argument(str(value))
 
 
+class SchemaFile(ParamType):
+    """A file with a JSON schema."""
+
+    name = "FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The schema. Raises InputError for a file that cannot be read, or is no JSON object."""
+        try:
+            schema = json.loads(read_text(expanded(str(value))))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{value}: cannot be read as a JSON schema ({reason})") from error
+        if not isinstance(schema, dict):
+            self.fail(f"{value}: found JSON of type {type(schema).__name__}, expected an object", param, ctx)
+        return schema
+
+
 class Place(ParamType):
     """A path, which need not exist, or a model's name: as it was typed, but never empty."""
 
@@ -122,8 +145,14 @@ def sampling_options(*without: str) -> Callable[[Command], Command]:
     names = tuple(name for name in named if name not in without)
 
     def check(sampling: dict[str, Any]) -> None:
-        if sampling["temperature"] == 0:
+        if sampling.get("choices") is not None:
+            if sampling.get("schema") is not None:
+                raise click.UsageError("--schema and --choices exclude each other")
+            refuse("with --choices, which samples nothing", *SAMPLING, "top_logprobs")
+        elif sampling["temperature"] == 0:
             refuse("at --temperature 0, which takes the likeliest token", *DRAWING)
+        if sampling.get("schema") is not None:
+            refuse("with --schema: JSON ends by itself", "stop")
 
     return _with_options(Options, names, "sampling", check)
 
@@ -136,6 +165,8 @@ def setting_option(options: type, name: str) -> Callable[[Command], Command]:
     more: dict[str, Any] = {"type": SettingType(setting)} if setting.kind != "switch" else {"is_flag": True}
     if setting.kind == "texts":
         more |= {"multiple": True, "type": Text("one that can appear")}
+    elif setting.kind == "schema":
+        more["type"] = SchemaFile()
     elif setting.kind == "choice" and len(setting.choices) == 1:
         more = {"is_flag": True, "flag_value": setting.choices[0], "default": None, "type": str}
     elif default is not None and setting.kind != "switch":
@@ -144,7 +175,7 @@ def setting_option(options: type, name: str) -> Callable[[Command], Command]:
     elif setting.default_text:
         text = f"{text}  [default: {setting.default_text}]"
     if not more.get("is_flag"):
-        choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS[setting.kind]
+        choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS.get(setting.kind)
         more["metavar"] = setting.metavar or choices
     return click.option(name, *setting.flags, help=text, envvar=setting.variable, **more)
 
@@ -176,17 +207,26 @@ def stream(
     """
     from pocketllava.engine.background import in_background
 
-    text, timings = "", None
+    text, last = "", None
     on_terminal = sys.stdout.isatty()
     for chunk in in_background(llava.stream, messages, options=options):
         click.echo(chunk.text.translate(INERT) if on_terminal else chunk.text, nl=False)
         sys.stdout.flush()
         text += chunk.text
-        timings = chunk.timings or timings
+        last = chunk
     click.echo()
-    if timings and not quiet:
-        click.echo(timing_line(timings), err=True)
+    if last and last.choices and not quiet:
+        click.echo(choices_line(last.choices), err=True)
+    if last and last.timings and not quiet:
+        click.echo(timing_line(last.timings), err=True)
+    if options and options.schema is not None and last and last.finish_reason != "stop":
+        warn_of_incomplete()
     return text
+
+
+def warn_of_incomplete() -> None:
+    """Mark JSON that was cut off, on stderr."""
+    complain("warning", "the answer is cut off, so it is not whole JSON; give it more room with --max-tokens")
 
 
 def text_argument(value: str) -> str:

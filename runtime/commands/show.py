@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pocketllava.types import Timings, Trace
+from pocketllava.types import Choice, Timings, Trace
 
 if TYPE_CHECKING:
     from pocketllava.convert import ConvertPlan
@@ -46,6 +47,11 @@ def timing_line(t: Timings) -> str:
         f" | prompt {t.prompt_tokens} tokens{cached} {t.prompt_s:.2f} s | first token {t.first_token_s:.2f} s"
         f" | {t.answer_tokens} tokens, {t.tokens_per_s:.1f}/s | {devices}{left_out}"
     )
+
+
+def choices_line(choices: Sequence[Choice]) -> str:
+    """How likely each choice is."""
+    return "choices: " + " | ".join(f"{choice.text} {choice.probability:.1%}" for choice in choices)
 
 
 def tree(bundle: Bundle) -> list[str]:

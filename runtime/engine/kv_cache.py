@@ -6,7 +6,8 @@ holds: images are known by their content.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +123,17 @@ class KvCache:
         self._remember(prompt)
         if isinstance(prompt[-1], int):
             self._logits = self._text.logits()
+
+    @contextmanager
+    def prompt_kept(self) -> Iterator[None]:
+        """The block may evaluate more behind the prompt; after it the cache holds the prompt alone."""
+        try:
+            yield
+        finally:
+            if self._logits is None:
+                self._truncate(self._prompt)
+            else:
+                self._repeat(self._prompt)
 
     def _evaluate(
         self, prompt: list[PromptItem], n_reused: int, features: Mapping[str, npt.NDArray[np.float32]]

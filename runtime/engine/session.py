@@ -15,8 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocketllava.engine.choices import Scored, scored
+from pocketllava.engine.generation import Token, constrained, free
 from pocketllava.engine.kv_cache import KvCache
 from pocketllava.engine.prefix_cache import PrefixCache
+from pocketllava.engine.structured import Constraint, Grammars
 from pocketllava.errors import ContextOverflow, InputError
 from pocketllava.llamacpp.guard import Interrupted, ShouldStop, translated
 from pocketllava.llamacpp.private import library_version
@@ -121,6 +124,7 @@ class Session:
         settings = repr((self._identity(text.path), encoder, *text.settings))
         self._prefixes = PrefixCache(store=store if options.keep_prefixes else None, settings=settings)
         self.cache = KvCache(text, self.image_id, self._prefixes)
+        self._grammars: Grammars | None = None
 
     @property
     def image_id(self) -> int:
@@ -180,19 +184,31 @@ class Session:
         with work.timed("prompt"), translated("evaluating the prompt"):
             self.cache.decode(work.prompt, work.n_reused, features, should_stop)
 
-    def generate(self, prefilled: Prefilled, options: Options) -> Generator[int, None, None]:
-        """Sample the answer's tokens, one by one; to be closed (TextModel.generate). Raises BackendError."""
+    def constraint(self, options: Options) -> Constraint | None:
+        """The beginning of an answer that fits options.schema, if there is one. Raises InputError."""
+        if options.schema is None:
+            return None
+        self._grammars = self._grammars or Grammars(self.text)
+        return self._grammars.constraint(dict(options.schema))
+
+    def generate(
+        self, prefilled: Prefilled, options: Options, limit: int, constraint: Constraint | None = None
+    ) -> Generator[Token, None, None]:
+        """Sample the answer's tokens, one by one; to be closed (TextModel.generate). Raises BackendError.
+
+        Without a constraint they have no end; with one there are at most `limit`, and fewer if the JSON is whole.
+        """
         seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
         with translated("generating the answer"):
-            yield from self.text.generate(
-                prefilled.token_ids,
-                seed=seed,
-                temp=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                min_p=options.min_p,
-                repeat_penalty=options.repeat_penalty,
-            )
+            if constraint is None:
+                yield from free(self.text, prefilled.token_ids, seed, options)
+            else:
+                yield from constrained(self.text, constraint, seed, options, limit)
+
+    def choose(self, choices: Sequence[str], should_stop: ShouldStop | None = None) -> Scored:
+        """Score texts as the answer to the prompt that was prefilled. Raises Interrupted, BackendError."""
+        with translated("scoring the choices"), self.cache.prompt_kept():
+            return scored(self.text, choices, should_stop)
 
     def image_features(self, image: ImageSource, *, image_tokens: int | None = None) -> Features:
         """What the text model sees of an image, (n_tokens, n_embd) float32. Raises ImageError, BackendError."""
@@ -224,7 +240,8 @@ class Session:
         self._prefixes.clear()
 
     def close(self) -> None:
-        """Free the vision tower and the text model."""
+        """Free the vision tower and the text model, whose vocabulary the grammars point to."""
+        self._grammars = None
         self.vision.close()
         self.text.close()
 

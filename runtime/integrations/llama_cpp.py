@@ -7,15 +7,17 @@ between is the engine's.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from llama_cpp import Llama, LlamaGrammar
+import numpy as np
+from llama_cpp import Llama, LogitsProcessorList
 from llama_cpp.llama_chat_format import Llava15ChatHandler
-from llama_cpp.llama_grammar import JSON_GBNF
 
 from pocketllava.engine.session import Session
+from pocketllava.engine.structured import Constraint
 from pocketllava.errors import BundleError, StateError, UnsupportedOption
 from pocketllava.llamacpp.private import private
 from pocketllava.llamacpp.text_model import TextModel
@@ -23,7 +25,7 @@ from pocketllava.models import Bundle
 from pocketllava.models.limits import check_room
 from pocketllava.names import open_bundle
 from pocketllava.prompt.openai import as_messages
-from pocketllava.types import load_options
+from pocketllava.types import load_options, sampling
 
 OWN_OPTIONS = ("max_pixels", "cache_dir", "cache_bytes", "keep_prefixes", "image_tokens")
 
@@ -81,13 +83,23 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
 
         Images are data URIs. Raises InputError and its kinds before anything is evaluated, StateError after close().
         """
+        schema = _schema(options.pop("response_format", None))
         options = _checked(options)
         top_logprobs = options.pop("top_logprobs", None)
         if options.pop("logprobs", False):
             options["logprobs"] = top_logprobs or 0
         options.setdefault("repeat_penalty", 1.0)
-        prefilled = self.session(llama).prefill(as_messages(messages))
+        session = self.session(llama)
+        constraint = session.constraint(sampling(schema=schema))
+        prefilled = session.prefill(as_messages(messages))
+        held = Held(constraint, len(prefilled.token_ids)) if constraint else None
+        if held is not None:
+            options["logits_processor"] = LogitsProcessorList(
+                [*(options.get("logits_processor") or ()), held]
+            )
         completion = llama.create_completion(prompt=prefilled.token_ids, **options)
+        if held is not None:
+            completion = held.checked(completion)
         to_chat = private("llama_cpp.llama_chat_format", "_convert_completion_to_chat")
         return to_chat(completion, stream=options.get("stream", False))
 
@@ -121,26 +133,71 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             self._session = None
 
 
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """What llama_cpp may be asked for. Raises UnsupportedOption for tools, and for grammars but JSON's own.
+class Held:
+    """Holds llama_cpp's own sampling to a grammar; a logits processor."""
 
-    llama.cpp's converter and parser of other grammars can end the process.
+    def __init__(self, constraint: Constraint, n_prompt: int) -> None:
+        """n_prompt: positions before the answer."""
+        self._constraint, self._n_consumed = constraint, n_prompt
+        self._error: Exception | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """scores (n_vocab,), -inf where a token may not follow input_ids (n_positions,)."""
+        allowed: Any = slice(None)
+        try:
+            if self._error is None:
+                self._constraint.consume([int(i) for i in input_ids[self._n_consumed :]])
+                self._n_consumed = len(input_ids)
+                allowed = self._constraint.allowed()
+        except Exception as error:  # llama.cpp called: what is raised here would be printed and lost
+            self._error = error
+        held = np.full_like(scores, -np.inf)
+        held[allowed] = scores[allowed]
+        return held
+
+    def checked(self, completion: Any) -> Any:
+        """A completion, or the chunks of one. Raises UnsupportedSchema if the grammar gave up before its end."""
+        if not isinstance(completion, dict):
+            return self._checked(completion)
+        self._check()
+        return completion
+
+    def _checked(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        for chunk in chunks:
+            self._check()
+            yield chunk
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """What llama_cpp may be asked for. Raises UnsupportedOption for tools, and for llama.cpp's own grammars.
+
+    llama.cpp's converter and parser of grammars can end the process.
     """
     for name in ("functions", "function_call", "tools", "tool_choice"):
         if options.pop(name, None):
             raise UnsupportedOption(f"{name}: LLaVA was not trained to call tools; leave it out")
-    wanted = options.pop("response_format", None)
-    kind = wanted.get("type") if isinstance(wanted, dict) else wanted
-    if options.get("grammar") is not None or kind not in (None, "text", "json_object") or _schema(wanted):
-        name = "grammar" if options.get("grammar") is not None else f"response_format {kind!r}"
+    if options.get("grammar") is not None:
         raise UnsupportedOption(
-            f"{name}: found a grammar or schema, which can end llama.cpp's process, expected response_format"
-            " 'json_object' without a schema; ask for the fields in words"
+            "grammar: found a grammar, which can end llama.cpp's process, expected none; use response_format"
         )
-    if kind == "json_object":
-        options["grammar"] = LlamaGrammar.from_string(JSON_GBNF, verbose=False)
     return options
 
 
-def _schema(response_format: Any) -> bool:
-    return isinstance(response_format, dict) and response_format.get("schema") is not None
+def _schema(wanted: Any) -> Any:
+    """The JSON schema of a response_format, OpenAI's or llama_cpp's; None for text. Raises UnsupportedOption."""
+    form = wanted if isinstance(wanted, dict) else {"type": wanted}
+    kind = form.get("type")
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return form.get("schema") or {"type": "object"}
+    described = form.get("json_schema")
+    if kind == "json_schema" and isinstance(described, dict) and "schema" in described:
+        return described["schema"]
+    raise UnsupportedOption(
+        f"response_format: found {wanted!r}, expected the type 'text', 'json_object', or 'json_schema' with its schema"
+    )

@@ -19,8 +19,9 @@ MODULE_NAMES = {
     "llama_cpp.llama": ("suppress_stdout_stderr",),
     "llama_cpp.llama_chat_format": ("_convert_completion_to_chat",),
 }
-# Attributes of a Llama: its record of evaluated tokens, and whether the last logits can be sampled from.
-LLAMA_ATTRIBUTES = ("input_ids", "n_tokens", "scores", "_requires_eval")
+# Attributes of a Llama: its record of evaluated tokens, whether the last logits can be sampled from, and what makes
+# the chain that samples them.
+LLAMA_ATTRIBUTES = ("input_ids", "n_tokens", "scores", "_requires_eval", "_init_sampler")
 
 
 def private(module: str, name: str) -> Any:

@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketllava.errors import BackendError, BundleError, InputError
-from pocketllava.llamacpp.batch import Logits, decode_features
+from pocketllava.llamacpp.batch import Logits, decode_features, decode_tokens
 from pocketllava.llamacpp.devices import cores
 from pocketllava.llamacpp.guard import ShouldStop, deferred_interrupts, interruptible, translated
 from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
 from pocketllava.llamacpp.mapped_pages import released_pages
 from pocketllava.llamacpp.private import check_llama
+from pocketllava.llamacpp.sampling import Sampler
 from pocketllava.llamacpp.token_rows import TokenRows
 from pocketllava.llamacpp.vocabulary import Vocabulary
 from pocketllava.models.gguf_header import Header
@@ -283,6 +284,26 @@ class TextModel:
                 if token is None:
                     return
                 yield token
+
+    def sampler(self, *, seed: int, **sampling: Any) -> Sampler:
+        """What generate() samples with, for logits of the caller's own choice."""
+        self._llama.set_seed(seed)
+        return Sampler(self._llama._init_sampler(**sampling))
+
+    def logits_after(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits after each of these tokens, (n, n_vocab) float32. They are evaluated, but not written down: truncate.
+
+        Raises BackendError.
+        """
+        from llama_cpp import llama_cpp
+
+        rows = np.empty((len(ids), self.n_vocab), np.float32)
+        for start in range(0, len(ids), self.n_batch):
+            part = ids[start : start + self.n_batch]
+            decode_tokens(self._llama.ctx, part, self.n_tokens + start, self.n_batch, logits="all")
+            pointer = llama_cpp.llama_get_logits(self._llama.ctx)
+            rows[start : start + len(part)] = np.ctypeslib.as_array(pointer, (len(part), self.n_vocab))
+        return rows
 
     def logits(self) -> npt.NDArray[np.float32]:
         """Logits of the next token, (n_vocab,) float32."""

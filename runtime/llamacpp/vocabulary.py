@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 PIECE_BYTES = 1024
-SPECIAL = 1 << 0 | 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_UNKNOWN and LLAMA_TOKEN_ATTR_CONTROL
+UNKNOWN = 1 << 0  # llama.h
+SPECIAL = UNKNOWN | 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_UNKNOWN and LLAMA_TOKEN_ATTR_CONTROL
 
 
 class Vocabulary:
@@ -18,7 +19,8 @@ class Vocabulary:
 
     def __init__(self, vocab: Any, end_ids: Iterable[int] = ()) -> None:
         """vocab: a llama_vocab that outlives this object. end_ids: ends of an answer beside the vocabulary's own."""
-        self._vocab, self._end_ids = vocab, set(end_ids)
+        self.pointer = self._vocab = vocab
+        self._end_ids = set(end_ids)
         self._cache: dict[int, tuple[bytes, bool]] = {}
 
     def piece(self, token: int) -> bytes:
@@ -41,9 +43,20 @@ class Vocabulary:
 
         return {
             self.text(i): i
-            for i in range(llama_cpp.llama_vocab_n_tokens(self._vocab))
+            for i in range(self._n_tokens)
             if llama_cpp.llama_vocab_get_attr(self._vocab, i) & SPECIAL
         }
+
+    def ends(self) -> list[int]:
+        """The ids that end an answer."""
+        return [i for i in range(self._n_tokens) if self._ends_answer(i)]
+
+    def unknown(self) -> list[int]:
+        """The ids that stand for what the vocabulary cannot write: they have a text, but no bytes."""
+        from llama_cpp import llama_cpp
+
+        n = self._n_tokens
+        return [i for i in range(n) if llama_cpp.llama_vocab_get_attr(self._vocab, i) & UNKNOWN]
 
     @property
     def adds_bos(self) -> bool:
@@ -65,6 +78,12 @@ class Vocabulary:
         from llama_cpp import llama_cpp
 
         return int(llama_cpp.llama_vocab_eos(self._vocab))
+
+    @property
+    def _n_tokens(self) -> int:
+        from llama_cpp import llama_cpp
+
+        return int(llama_cpp.llama_vocab_n_tokens(self._vocab))
 
     def _look_up(self, token: int) -> tuple[bytes, bool]:
         entry = self._cache.get(token)
