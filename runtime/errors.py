@@ -14,6 +14,7 @@ PocketLlavaError
 │   ├── TensorMismatch          .missing, .unexpected, .shape
 │   └── DiskFull                .needed_bytes, .available_bytes
 └── BackendError             llama.cpp could not load or evaluate
+    └── EngineDied           the child of a model loaded with isolated=True ended; the next call starts another
 
 A message is one line: the thing, what was found, what was expected, what to do. Whatever it quotes, it has at
 most MAX_CHARACTERS printable characters. Every error pickles, fields included.
@@ -127,6 +128,10 @@ class DiskFull(ConvertError):
 
 class BackendError(PocketLlavaError):
     """llama.cpp could not load a file or evaluate a batch."""
+
+
+class EngineDied(BackendError):
+    """The child process that held the model ended. The next call loads the model again."""
 
 
 def one_line(text: str) -> str:

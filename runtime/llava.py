@@ -1,7 +1,7 @@
 """Llava: a loaded bundle that answers questions about images; the door to the package.
 
-The one generator core is `stream`; ask and chat join it, astream, aask and achat run it in a thread. Knows how tokens
-become text, when an answer ends, and whose call comes first; prompt, image and cache work is the Session's.
+The one generator core is `stream`; ask and chat join it, astream, aask and achat run it in a thread. Checks arguments
+and knows whose call comes first; answers are the work of an Engine, in this process or in a child.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pocketllava.engine.answer_text import AnswerText
-from pocketllava.engine.lock import Lease, ModelLock
+from pocketllava.engine.local import Call, Engine, LocalEngine
+from pocketllava.engine.lock import ModelLock
 from pocketllava.engine.preparation import Preparation
-from pocketllava.errors import InputError
+from pocketllava.errors import InputError, UnsupportedOption
 from pocketllava.models import Bundle
 from pocketllava.prompt.openai import as_messages
 from pocketllava.settings import Setting, checked, settings
 from pocketllava.types import (
     Answer,
     Chunk,
-    FinishReason,
     ImageSource,
     Message,
     Messages,
+    OnProgress,
     Options,
     Timings,
     Trace,
@@ -40,23 +40,11 @@ from pocketllava.types import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pocketllava.engine.session import Prefilled, Session
-    from pocketllava.engine.structured import Constraint
+    from pocketllava.engine.session import Session
     from pocketllava.vision.feature_cache import Features
 
-ROOM = 4  # the part of the context that Options.truncate makes free for an answer
 IMAGE_TOKENS = settings(Options)["image_tokens"]
 QUEUE_TIMEOUT = Setting("number", "How long a call waits for those before it.", (), low=0, optional=True)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one answer was asked with."""
-
-    options: Options
-    should_stop: Callable[[], bool] | None
-    queue_timeout_s: float | None
-    start: float
 
 
 class Llava:
@@ -71,19 +59,30 @@ class Llava:
         'a blue square'
     """
 
-    def __init__(self, bundle: Bundle, session: Session, load_s: float, device: str) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, load_s: float) -> None:
         """Programs call Llava.load."""
         self.bundle, self.load_s = bundle, load_s
-        self._session, self._device = session, device
+        self._engine = engine
         self._lock = ModelLock()
         self._preparation: Preparation | None = None
 
     @classmethod
-    def load(cls, path: str | PathLike[str], **load: Any) -> Llava:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        *,
+        isolated: bool = False,
+        worker_command: Sequence[str] | None = None,
+        **load: Any,
+    ) -> Llava:
         """Load a bundle.
 
         Args:
             path: A folder made by `pocketllava convert`, or "demo", the model in the package.
+            isolated: Load it in a child process. Should llama.cpp end that process, the call that was running raises
+                EngineDied, and the next one loads the model again. This process never loads llama.cpp.
+            worker_command: With isolated, what starts a worker in a frozen application, such as [python, "-I",
+                "-m", "pocketllava.engine.child"].
             **load: Fields of LoadOptions: n_ctx, n_threads, n_gpu_layers, max_pixels, kv_type, weights, cache_dir,
                 cache_bytes, keep_prefixes.
 
@@ -100,14 +99,20 @@ class Llava:
             >>> Llava.load("demo", n_ctx=512).n_ctx
             512
         """
-        from pocketllava.engine.loading import load_bundle
         from pocketllava.names import open_bundle
 
         start = time.perf_counter()
         options = load_options(**load)
         bundle = open_bundle(path)
+        if isolated:
+            from pocketllava.engine.process import ProcessEngine
+
+            return cls(bundle, ProcessEngine(bundle, options, worker_command), time.perf_counter() - start)
+        from pocketllava.engine.loading import load_bundle
+
         loaded = load_bundle(bundle, options)
-        return cls(bundle, loaded.session, time.perf_counter() - start, loaded.device)
+        engine = LocalEngine(loaded.session, loaded.device)
+        return cls(bundle, engine, time.perf_counter() - start)
 
     def ask(
         self,
@@ -183,6 +188,7 @@ class Llava:
         *,
         options: Options | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_progress: OnProgress | None = None,
         queue_timeout_s: float | None = None,
         **changes: Any,
     ) -> Iterator[Chunk]:
@@ -195,6 +201,7 @@ class Llava:
             options: How the answer is sampled.
             should_stop: Is asked before every token, while the call waits for others, and during prompt evaluation
                 (on CPUs at every step of it). Once it is true the answer ends there, "cancelled".
+            on_progress: Is told of images that are encoded and of positions that are evaluated (Progress).
             queue_timeout_s: Wait no longer than this for calls of other threads; None waits for ever.
             **changes: Fields of Options, which replace those of `options`.
 
@@ -211,11 +218,12 @@ class Llava:
             'length'
         """
         self._lock.check()
-        if should_stop is not None and not callable(should_stop):
-            raise InputError(f"should_stop: found {should_stop!r}, expected a function, or None")
+        for name, function in (("should_stop", should_stop), ("on_progress", on_progress)):
+            if function is not None and not callable(function):
+                raise InputError(f"{name}: found {function!r}, expected a function, or None")
         timeout_s = checked("queue_timeout_s", QUEUE_TIMEOUT, queue_timeout_s)
-        call = _Call(sampling(options, **changes), should_stop, timeout_s, time.perf_counter())
-        return self._stream(as_messages(messages), call)
+        call = Call(sampling(options, **changes), should_stop, on_progress)
+        return self._stream(as_messages(messages), call, timeout_s, time.perf_counter())
 
     def astream(
         self,
@@ -315,12 +323,12 @@ class Llava:
         """
         self._lock.check()
         messages = [*as_messages(after), Message("user", "", as_images(image))]
-        most = _checked_tokens(image_tokens)
+        options = Options(image_tokens=_checked_tokens(image_tokens))
         self._make_way(messages)
 
-        def work(should_stop: Callable[[], bool]) -> None:
+        def work(should_stop: Callable[[], bool], on_progress: OnProgress) -> None:
             with self._lock.lease(should_stop):
-                self._session.prefill(messages, should_stop=should_stop, to_sample=False, image_tokens=most)
+                self._engine.prefill(messages, Call(options, should_stop, on_progress))
 
         self._preparation = Preparation(work, self._digests(messages))
         return self._preparation
@@ -349,8 +357,8 @@ class Llava:
         images = as_images(image)
         if len(images) != 1:
             raise InputError(f"image: found {len(images)} images, expected one")
-        with self.session() as session:
-            return session.image_features(images[0], image_tokens=_checked_tokens(image_tokens))
+        with self._lock.lease():
+            return self._engine.image_features(images[0], _checked_tokens(image_tokens))
 
     def count_tokens(self, messages: Messages, *, image_tokens: int | None = None) -> int:
         """The positions of the context that a conversation takes, images included; no image is decoded.
@@ -367,21 +375,19 @@ class Llava:
             48
         """
         messages = as_messages(messages)
-        with self.session() as session:
-            return session.count_tokens(messages, image_tokens=_checked_tokens(image_tokens))
+        with self._lock.lease():
+            return self._engine.count_tokens(messages, _checked_tokens(image_tokens))
 
     def clear_cache(self) -> None:
         """Evaluate the next prompt from its beginning. Encoded images, and what a cache folder holds, stay."""
-        with self.session() as session:
-            session.clear()
+        with self._lock.lease():
+            self._engine.clear()
 
     def trace(self, image: ImageSource, question: str, *, image_tokens: int | None = None) -> Trace:
         """Follow one picture through the model, from a real evaluation of the prompt. image_tokens: as in Options."""
-        from pocketllava.engine.trace import trace
-
         messages, most = conversation(image, question), _checked_tokens(image_tokens)
-        with self.session() as session:
-            return trace(session, messages, image_tokens=most)
+        with self._lock.lease():
+            return self._engine.trace(messages, most)
 
     def view(self, image: ImageSource, *, image_tokens: int | None = None) -> Image.Image:
         """The picture as the model sees it: tiles and patches, those that image_tokens leaves out dimmed.
@@ -401,32 +407,51 @@ class Llava:
             (672, 672)
         """
         most = _checked_tokens(image_tokens)
-        with self.session() as session:
-            return session.view(image, image_tokens=most)
+        with self._lock.lease():
+            return self._engine.view(image, most)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """The engine, for one caller at a time: what measures a model looks at it here. Raises StateError."""
+        """The engine, for one caller at a time: what measures a model looks at it here.
+
+        Raises StateError, UnsupportedOption for a model that was loaded with isolated=True.
+        """
         with self._lock.lease():
-            yield self._session
+            if not isinstance(self._engine, LocalEngine):
+                raise UnsupportedOption("session: the model was loaded with isolated=True; load it without")
+            yield self._engine.session
+
+    def unload(self) -> None:
+        """Free the memory of a model that was loaded with isolated=True; the next call loads it again.
+
+        Raises StateError, UnsupportedOption for a model in this process.
+        """
+        with self._lock.lease():
+            self._engine.unload()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory: not after unload(), nor after its process died."""
+        self._lock.check()
+        return self._engine.loaded
 
     @property
     def devices(self) -> tuple[str, str]:
         """Names of what evaluates the text model, and the vision tower. Raises StateError."""
         self._lock.check()
-        return self._device, self._session.vision.device
+        return self._engine.devices
 
     @property
     def n_ctx(self) -> int:
         """Tokens of context: a prompt and its answer. Raises StateError."""
         self._lock.check()
-        return self._session.text.n_ctx
+        return self._engine.n_ctx
 
     def close(self) -> None:
         """Free the model, after the answer that is running. A second call, or a child of fork(), does nothing."""
         self._make_way(None)
         if self._lock.close():
-            self._session.close()
+            self._engine.close()
 
     def __enter__(self) -> Llava:
         return self
@@ -447,112 +472,37 @@ class Llava:
     def _digests(self, messages: Sequence[Message]) -> list[str | None]:
         """What tells the content of each image from any other's."""
         images = [image for message in messages for image in message.images]
-        return [self._session.images.digest(image) for image in images]
+        return [self._engine.digest(image) for image in images]
 
-    def _stream(self, messages: list[Message], call: _Call) -> Iterator[Chunk]:
-        from pocketllava.engine.session import PrefillInterrupted
+    def _stream(
+        self, messages: list[Message], call: Call, timeout_s: float | None, start: float
+    ) -> Iterator[Chunk]:
+        """The engine's chunks while this call has the model, their times counted from the call."""
         from pocketllava.llamacpp.guard import Interrupted
 
         self._make_way(messages)
         try:
-            lease = self._lock.acquire(call.queue_timeout_s, call.should_stop)
+            lease = self._lock.acquire(timeout_s, call.should_stop)
         except Interrupted:
-            yield Chunk("", (), "cancelled", self._timings(None, time.perf_counter() - call.start))
+            queue_s = time.perf_counter() - start
+            yield Chunk("", (), "cancelled", Timings(self.load_s, queue_s, devices=self.devices))
             return
-        queue_s = time.perf_counter() - call.start
+        queue_s = time.perf_counter() - start
         try:
-            room = min(call.options.max_tokens, self.n_ctx // ROOM) if call.options.truncate else None
-            constraint = self._session.constraint(call.options)
-            prefilled = self._session.prefill(
-                messages,
-                should_stop=call.should_stop,
-                truncate_for=room,
-                image_tokens=call.options.image_tokens,
-            )
-            if call.options.choices is not None:
-                yield from self._choice(prefilled, call, queue_s)
-            else:
-                yield from self._answer(lease, prefilled, call, queue_s, constraint)
-        except PrefillInterrupted as interrupted:
-            yield Chunk("", (), "cancelled", self._timings(interrupted.prefilled, queue_s))
+            with closing(self._engine.answer(messages, call)) as chunks:
+                for chunk in chunks:
+                    if chunk.timings is not None:
+                        yield replace(chunk, timings=self._timings(chunk.timings, queue_s))
+                        continue
+                    with self._lock.suspended(lease):
+                        yield chunk
         finally:
             self._lock.release(lease)
 
-    def _choice(self, prefilled: Prefilled, call: _Call, queue_s: float) -> Iterator[Chunk]:
-        """The likeliest of the choices."""
-        from pocketllava.llamacpp.guard import Interrupted
-
-        try:
-            scored = self._session.choose(call.options.choices or (), call.should_stop)
-        except Interrupted:
-            yield Chunk("", (), "cancelled", self._timings(prefilled, queue_s))
-            return
-        at_s = time.perf_counter() - call.start
-        yield Chunk(scored.choices[0].text, scored.token_ids)
-        timings = self._timings(prefilled, queue_s, at_s, at_s, len(scored.token_ids))
-        yield Chunk("", (), "stop", timings, choices=scored.choices)
-
-    def _answer(
-        self, lease: Lease, prefilled: Prefilled, call: _Call, queue_s: float, constraint: Constraint | None
-    ) -> Iterator[Chunk]:
-        """A sampled answer. JSON ends by itself: texts in `stop` could only break it."""
-        text = AnswerText(call.options.stop if constraint is None else ())
-        vocabulary = self._session.text.vocabulary
-        limit = min(call.options.max_tokens, self.n_ctx - prefilled.prompt_tokens)
-        finish: FinishReason = "length"
-        first_s = last_s = 0.0
-        n = 0
-        with closing(self._session.generate(prefilled, call.options, limit, constraint)) as tokens:
-            for token in tokens:
-                last_s = time.perf_counter() - call.start
-                first_s = first_s or last_s
-                if call.should_stop is not None and call.should_stop():
-                    finish = "cancelled"
-                    break
-                if vocabulary.is_end(token.id):
-                    finish = "stop"
-                    break
-                n += 1
-                logprobs = (token.logprob,) if token.logprob else ()
-                piece = text.add(vocabulary.piece(token.id))
-                if text.stopped:
-                    yield Chunk(piece, (token.id,), logprobs=logprobs)
-                    finish = "stop"
-                    break
-                with self._lock.suspended(lease):
-                    yield Chunk(piece, (token.id,), logprobs=logprobs)
-                if n == limit:
-                    break
-        if constraint is not None and constraint.complete:
-            finish = "stop"
-        yield Chunk(text.finish(), (), finish, self._timings(prefilled, queue_s, first_s, last_s, n))
-
-    def _timings(
-        self,
-        prefilled: Prefilled | None,
-        queue_s: float,
-        first_s: float = 0.0,
-        last_s: float = 0.0,
-        n_tokens: int = 0,
-    ) -> Timings:
-        """prefilled: None for a call that ended before its turn."""
-        timings = Timings(load_s=self.load_s, queue_s=queue_s, devices=self.devices)
-        if prefilled is None:
-            return timings
-        return replace(
-            timings,
-            preprocess_s=prefilled.preprocess_s,
-            encode_s=prefilled.encode_s,
-            prompt_s=prefilled.prompt_s,
-            first_token_s=first_s,
-            decode_s=last_s - first_s,
-            prompt_tokens=prefilled.prompt_tokens,
-            image_tokens=prefilled.image_tokens,
-            all_image_tokens=prefilled.all_image_tokens,
-            cached_tokens=prefilled.cached_tokens,
-            answer_tokens=n_tokens,
-            left_out=prefilled.left_out,
-        )
+    def _timings(self, timings: Timings, queue_s: float) -> Timings:
+        """The engine's, which knows of no queue."""
+        first_s = timings.first_token_s + queue_s if timings.first_token_s else 0.0
+        return replace(timings, load_s=self.load_s, queue_s=queue_s, first_token_s=first_s)
 
 
 def _checked_tokens(image_tokens: object) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -22,6 +22,7 @@ else:
 
 Role = Literal["system", "user", "assistant"]
 Messages = Sequence["Message | Mapping[str, Any]"]  # OpenAI's dicts are taken too
+Stage = Literal["image", "prompt"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Truncation = Literal["oldest"]
 Bytes = bytes  # under a name that a field `bytes` does not hide
@@ -197,8 +198,8 @@ class LoadOptions:
             576 are answered about three times sooner, and keep 97.5 to 97.8 % of the published accuracy. Not for
             coordinates, dense text or counting. None: all of them, the faithful answer.
         kv_type: Type of the KV cache: "f16", or "q8_0" for half the memory.
-        flash_attn: Flash attention in the text model: "auto" does what answers a typical conversation soonest on the
-            device (benchmarks/README.md); never for F32, F16 and BF16, whose tokens are the reference's.
+        flash_attn: Flash attention in the text model: "auto" takes it for quantized types, and never for F32, F16 and
+            BF16, whose tokens are the reference's. "off" suits CPUs and long answers (benchmarks/README.md).
         weights: "memory" reads them, "mapped" maps the file, "auto" does what suits the device and the free memory.
         cache_dir: A folder to keep encoded images in, for the next time they are shown.
         cache_bytes: The oldest files in cache_dir go beyond this.
@@ -235,7 +236,7 @@ class LoadOptions:
     )  # fmt: skip
     flash_attn: str = option(
         FLASH_ATTENTION[0], "choice", "-fa --flash-attn",
-        "Flash attention; auto does what is sooner on the device.", choices=FLASH_ATTENTION,
+        "Flash attention; auto takes it for quantized types.", choices=FLASH_ATTENTION,
     )  # fmt: skip
     weights: str = option(
         WEIGHTS[0], "choice", "--weights",
@@ -263,6 +264,18 @@ class LoadOptions:
             raise UnsupportedOption(
                 "keep_prefixes: expected a folder to keep them in; give cache_dir as well"
             )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work before an answer is: `done` of `total` tiles ("image") or positions ("prompt")."""
+
+    stage: Stage
+    done: int
+    total: int
+
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ holds: images are known by their content.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +24,7 @@ from pocketllava.prompt.items import (
     runs,
     shared,
 )
+from pocketllava.types import OnProgress, Progress
 
 
 class KvCache:
@@ -103,6 +104,7 @@ class KvCache:
         n_reused: int,
         features: Mapping[str, npt.NDArray[np.float32]],
         should_stop: ShouldStop | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Evaluate all but the first n_reused items of a prompt, which the cache holds.
 
@@ -114,9 +116,17 @@ class KvCache:
             return
         self._truncate(prompt[:n_reused])
         self.clear()
+        first, last = self._text.n_tokens, n_positions(prompt)
+
+        def report() -> None:
+            if on_progress is not None:
+                on_progress(Progress("prompt", self._text.n_tokens - first, last - first))
+
         try:
             with self._text.interruptible(should_stop):
-                self._evaluate(prompt, n_reused, features)
+                report()
+                self._evaluate(prompt, n_reused, features, report)
+                report()
         except Interrupted:
             self._truncate(prompt[:n_reused])
             raise
@@ -136,7 +146,11 @@ class KvCache:
                 self._repeat(self._prompt)
 
     def _evaluate(
-        self, prompt: list[PromptItem], n_reused: int, features: Mapping[str, npt.NDArray[np.float32]]
+        self,
+        prompt: list[PromptItem],
+        n_reused: int,
+        features: Mapping[str, npt.NDArray[np.float32]],
+        report: Callable[[], None],
     ) -> None:
         """A prefix that goes to disk ends at its last image, so that what follows is evaluated after it."""
         end = next(iter(image_ends(prompt)), 0)
@@ -144,6 +158,7 @@ class KvCache:
             self._evaluate_items(prompt[n_reused:], features)
             return
         self._evaluate_items(prompt[n_reused:end], features)
+        report()
         self._prefixes.write(self._text, prompt[:end])
         self._evaluate_items(prompt[end:], features)
 

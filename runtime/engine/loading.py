@@ -92,7 +92,7 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
         "n_threads": threads,
         "n_threads_batch": threads,
         "use_mmap": not in_memory,
-        "flash_attn": _flash_attention(bundle, on_gpu=layers != 0, options=options),
+        "flash_attn": _flash_attention(bundle, options),
     }
     if options.kv_type == "q8_0":
         settings |= {"type_k": Q8_0, "type_v": Q8_0}
@@ -103,11 +103,11 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
     return text, f"{device_of(lines, gpus(), threads)}, weights {'in memory' if in_memory else 'mapped'}"
 
 
-def _flash_attention(bundle: Bundle, *, on_gpu: bool, options: LoadOptions) -> bool:
+def _flash_attention(bundle: Bundle, options: LoadOptions) -> bool:
     """llama.cpp quantizes the KV cache's values with flash attention only."""
     if options.flash_attn != "auto" or options.kv_type == "q8_0":
         return options.flash_attn != "off"
-    return on_gpu and bundle.manifest.types.model not in EXACT
+    return bundle.manifest.types.model not in EXACT
 
 
 def _in_memory(bundle: Bundle, on_gpu: bool, threads: int, options: LoadOptions) -> bool:

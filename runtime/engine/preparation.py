@@ -8,14 +8,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from pocketllava.types import OnProgress, Progress
+
+Work = Callable[[Callable[[], bool], OnProgress], None]
+
 
 class Preparation:
     """Made by Llava.prefill. A question about the same images waits for it, one about others ends it."""
 
-    def __init__(self, work: Callable[[Callable[[], bool]], None], digests: Sequence[str | None]) -> None:
+    def __init__(self, work: Work, digests: Sequence[str | None]) -> None:
         self._digests, self._work = tuple(digests), work
         self._stop = threading.Event()
         self._error: Exception | None = None
+        self.progress: Progress | None = None  # None: not begun, or all was known
         self._thread = threading.Thread(target=self._run, name="pocketllava prepare", daemon=True)
         self._thread.start()
 
@@ -43,8 +48,11 @@ class Preparation:
         from pocketllava.llamacpp.guard import Interrupted
 
         try:
-            self._work(self._stop.is_set)
+            self._work(self._stop.is_set, self._note)
         except Interrupted:
             pass
         except Exception as error:
             self._error = error
+
+    def _note(self, progress: Progress) -> None:
+        self.progress = progress

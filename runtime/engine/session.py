@@ -33,7 +33,7 @@ from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
 from pocketllava.prompt.template import Template
 from pocketllava.prompt.truncation import without_oldest
-from pocketllava.types import ImageSource, LoadOptions, Message, Options
+from pocketllava.types import ImageSource, LoadOptions, Message, OnProgress, Options, Progress
 from pocketllava.vision.decoding import MAX_PIXELS
 from pocketllava.vision.encoder import ENCODER_VERSION, VisionEncoder
 from pocketllava.vision.feature_cache import FeatureCache, Features, Order
@@ -139,15 +139,17 @@ class Session:
         to_sample: bool = True,
         truncate_for: int | None = None,
         image_tokens: int | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Prefilled:
         """Bring a conversation into the KV cache, ready for sampling; what the cache holds of it stays.
 
         should_stop: ends it with PrefillInterrupted once it is true. to_sample=False: no further than the last
         image. truncate_for: leave out the oldest turns of a conversation that has no room for that many tokens more.
         image_tokens: show each picture by that many tokens at most; None: as the session was loaded.
+        on_progress: is told of tiles that are encoded and positions that are evaluated.
         Raises InputError (ContextOverflow, ImageError) before the cache is touched, BackendError after.
         """
-        work = _Work()
+        work = _Work(on_progress)
         try:
             self._prefill(
                 work, messages, should_stop, to_sample, truncate_for, image_tokens or self.image_tokens
@@ -180,9 +182,10 @@ class Session:
             work.n_reused = self.cache.reuse(work.prompt, to_sample=to_sample)
         with work.timed("encode"):
             missing = {item.key for item in work.prompt[work.n_reused :] if isinstance(item, ImageSpan)}
-            features = {key: self._encoded(images[key], should_stop) for key in missing}
+            work.total_tiles = sum(len(images[key].tiles) for key in missing)
+            features = {key: self._encoded(images[key], should_stop, work.count_tile) for key in missing}
         with work.timed("prompt"), translated("evaluating the prompt"):
-            self.cache.decode(work.prompt, work.n_reused, features, should_stop)
+            self.cache.decode(work.prompt, work.n_reused, features, should_stop, work.on_progress)
 
     def constraint(self, options: Options) -> Constraint | None:
         """The beginning of an answer that fits options.schema, if there is one. Raises InputError."""
@@ -294,10 +297,15 @@ class Session:
         tiles, orders = zip(*ranked, strict=True)
         return select(tiles, orders, image.layout, image.n_tokens)
 
-    def _encoded(self, image: PreparedImage, should_stop: ShouldStop | None = None) -> Features:
-        """(n_tokens, n_embd) float32; each tile is encoded unless it is remembered."""
+    def _encoded(
+        self,
+        image: PreparedImage,
+        should_stop: ShouldStop | None = None,
+        on_tile: Callable[[], None] | None = None,
+    ) -> Features:
+        """(n_tokens, n_embd) float32; each tile is encoded unless it is remembered. on_tile: after each."""
         if image.n_tokens < image.all_tokens:
-            tiles, orders = self._ranked(image, should_stop)
+            tiles, orders = self._ranked(image, should_stop, on_tile)
             return select(tiles, orders, image.layout, image.n_tokens)
         tiles = []
         for key, pixels in zip(image.tile_keys, image.tiles, strict=True):
@@ -306,10 +314,15 @@ class Session:
             if features is None:
                 features = self._features.put(key, self.vision.encode(pixels, should_stop))
             tiles.append(features)
+            if on_tile is not None:
+                on_tile()
         return pack(tiles, image.layout, self.vision.newline)
 
     def _ranked(
-        self, image: PreparedImage, should_stop: ShouldStop | None
+        self,
+        image: PreparedImage,
+        should_stop: ShouldStop | None,
+        on_tile: Callable[[], None] | None = None,
     ) -> tuple[list[Features], list[Order]]:
         """Every tile's features, (n_patches, n_embd), and the order of its patches that are picture."""
         n_patches, boxes = self.vision.info.n_patches, image.boxes(self.vision.info.grid)
@@ -326,6 +339,8 @@ class Session:
                 self._features.put_order(name, order)
             tiles.append(features)
             orders.append(order)
+            if on_tile is not None:
+                on_tile()
         return tiles, orders
 
     def _identity(self, path: Path, header: Header | None = None) -> str:
@@ -370,10 +385,18 @@ def _check(should_stop: Callable[[], bool] | None) -> None:
 class _Work:
     """What a prefill has done so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_progress: OnProgress | None) -> None:
         self.prompt: list[PromptItem] = []
+        self.on_progress = on_progress
+        self.total_tiles = self._tiles = 0
         self.n_reused = self.left_out = self.all_image_tokens = 0
         self._seconds = {"preprocess": 0.0, "encode": 0.0, "prompt": 0.0}
+
+    def count_tile(self) -> None:
+        """One more tile is encoded, or was remembered."""
+        self._tiles += 1
+        if self.on_progress is not None:
+            self.on_progress(Progress("image", self._tiles, self.total_tiles))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

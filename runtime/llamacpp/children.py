@@ -35,6 +35,11 @@ BOOTSTRAP = (
     " sys.path.extend(p for p in task['path'] if p not in sys.path);"
     " from pocketllava.llamacpp.children import perform; perform(task)"
 )
+# The same for a child whose stdin is its own: the folders are its first argument.
+MODULE_BOOTSTRAP = (
+    "import json, sys; sys.path.extend(p for p in json.loads(sys.argv[1]) if p not in sys.path);"
+    " import {module}; {module}.main()"
+)
 SOURCE_FILE = re.compile(r"\S*[/\\](?=[\w.-]+\.(?:c|cc|cpp|cu|h|hpp|m|mm):\d)")
 
 
@@ -103,6 +108,17 @@ def run_child(
     return ChildResult(answer, exit_code, last_line(stderr))
 
 
+def isolated_command(module: str, worker_command: Sequence[str] | None = None) -> list[str]:
+    """What starts `module`'s main() isolated as run_child() isolates its functions; arguments may follow.
+
+    worker_command: as in run_child. Raises BackendError where sys.executable is no Python interpreter.
+    """
+    if worker_command:
+        return list(worker_command)
+    paths = json.dumps(_search_path())
+    return [*_interpreter(), "-I", "-c", MODULE_BOOTSTRAP.format(module=module), paths]
+
+
 _ADVICE = "pass worker_command=[...], a command that starts pocketllava's worker"
 
 
@@ -132,19 +148,22 @@ def _is_current(path: str) -> bool:
         return False
 
 
-def _environment() -> Mapping[str, str]:
+def isolated_environment() -> Mapping[str, str]:
+    """The parent's, without PYTHON* variables."""
     return {name: value for name, value in os.environ.items() if not name.upper().startswith("PYTHON")}
 
 
 def _run(command: Sequence[str], task: bytes, folder: str, timeout_s: float) -> tuple[int | None, str, str]:
     """(exit code, or None after a timeout; the ends of stdout and stderr). Raises OSError."""
     pipe, ends = subprocess.PIPE, (bytearray(), bytearray())
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env=_environment())
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env=isolated_environment()
+    )
     assert process.stdin
     assert process.stdout
     assert process.stderr
     streams = (process.stdout, process.stderr)
-    readers = [threading.Thread(target=_keep_end, args=pair) for pair in zip(streams, ends, strict=True)]
+    readers = [threading.Thread(target=keep_end, args=pair) for pair in zip(streams, ends, strict=True)]
     for reader in readers:
         reader.start()
     try:
@@ -163,7 +182,7 @@ def _run(command: Sequence[str], task: bytes, folder: str, timeout_s: float) -> 
     return exit_code, stdout, stderr
 
 
-def _keep_end(stream: IO[bytes], end: bytearray) -> None:
+def keep_end(stream: IO[bytes], end: bytearray) -> None:
     """Read to the end of a stream, keeping its last bytes."""
     while block := os.read(stream.fileno(), MAX_OUTPUT_BYTES):
         end += block
