@@ -18,9 +18,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import json_schemas
 import jsonschema
 import numpy as np
-import json_schemas
 
 from pocketllava import Options, UnsupportedSchema
 from pocketllava.engine.structured import Grammars
