@@ -184,6 +184,11 @@ def _check_keywords(place: str, part: Schema) -> None:
                 f"{place}: keyword {keyword!r} is not supported{nearest(keyword, known)}; leave it out"
             )
         _check_value(f"{place}: {keyword}", keyword, value)
+    if part.get("minProperties", 0) > len(set(part.get("required", ()))) + 1:
+        raise UnsupportedSchema(
+            f"{place}: minProperties: found {part['minProperties']}, expected at most one more than are required:"
+            " a grammar cannot tell that two names differ"
+        )
 
 
 def _check_value(name: str, keyword: str, value: Any) -> None:

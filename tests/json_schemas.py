@@ -23,7 +23,7 @@ def _chain(n: int, link: str) -> Schema:
     return {"$ref": "#/$defs/a0", "$defs": {**parts, f"a{n}": TEXT}}
 
 
-# The first six classes end llama.cpp's own converter or parser with a signal.
+# The first six kinds and the depth end llama.cpp's own converter or parser with a signal.
 HOSTILE: dict[str, Schema] = {
     "empty enum": {"enum": []},
     "empty anyOf": {"anyOf": []},
@@ -31,7 +31,7 @@ HOSTILE: dict[str, Schema] = {
     "odd property names": {"type": "object", "properties": {'a"\n\\{}|': TEXT, "": TEXT, "\u202e": TEXT}},
     "huge repetition": {"type": "string", "pattern": "((a{1000}){1000}){1000}"},
     "ten million items": {"type": "array", "items": TEXT, "minItems": 10**7, "maxItems": 10**7},
-    "3,000 deep": _deep(3000 // 10),
+    "3,000 deep": _deep(3000),
     "200,000 values": {"enum": [f"c{n}" for n in range(200_000)]},
     "remote reference": {"$ref": "http://127.0.0.1:9/schema.json"},
     "file reference": {"$ref": "file:///etc/passwd"},

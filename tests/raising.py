@@ -16,13 +16,14 @@ from pocketllava import (
     TensorMismatch,
     UnsupportedCheckpoint,
     UnsupportedOption,
+    UnsupportedSchema,
 )
 
 ONE_OF_EACH = [
     *(
         kind(f"{kind.__name__}: a thing")
         for kind in (
-            PocketLlavaError, InputError, ImageError, UnsupportedOption, StateError, ModelNotFound, BundleError,
+            PocketLlavaError, InputError, ImageError, UnsupportedOption, UnsupportedSchema, StateError, ModelNotFound, BundleError,
             ConvertError, UnsupportedCheckpoint, BackendError,
         )
     ),

@@ -10,10 +10,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jsonschema
 import pictures
 import pytest
 
-from pocketllava import Bundle, ContextOverflow, InputError, StateError, UnsupportedOption
+from pocketllava import (
+    Bundle,
+    ContextOverflow,
+    InputError,
+    StateError,
+    UnsupportedOption,
+    UnsupportedSchema,
+)
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
 from pocketllava.prompt.openai import from_openai
 
@@ -27,6 +35,16 @@ REQUEST: Any = [
         ],
     }
 ]
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["photo", "drawing"]},
+        "n": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["kind", "n"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +83,32 @@ def test_json_objects(llama: Any) -> None:
     assert answer(llama, response_format={"type": "text"}) == answer(llama)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_schemas(llama: Any, kind: str, stream: bool) -> None:
+    form = {"schema": SCHEMA} if kind == "json_object" else {"json_schema": {"name": "a", "schema": SCHEMA}}
+    options: Any = {"response_format": {"type": kind, **form}, "max_tokens": 60, "temperature": 0.0}
+    found = llama.create_chat_completion(REQUEST, stream=stream, **options)
+    choices = [part["choices"][0] for part in (found if stream else [found])]
+    text = "".join(c.get("delta", c.get("message")).get("content", "") for c in choices)
+    jsonschema.validate(json.loads(text), SCHEMA)
+    assert choices[-1]["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
         ({"grammar": 'root ::= "a"'}, "grammar"),
-        (
-            {"response_format": {"type": "json_object", "schema": {"enum": []}}},
-            "response_format 'json_object'",
-        ),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format 'json_schema'"),
-        ({"response_format": "json"}, "response_format 'json'"),
+        ({"response_format": {"type": "json_object", "schema": {"enum": []}}}, "schema: enum"),
+        ({"response_format": {"type": "json_object", "schema": {"not": {}}}}, "schema: keyword 'not'"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
     ],
 )
 def test_what_is_refused(llama: Any, options: dict[str, Any], name: str) -> None:
-    with pytest.raises(UnsupportedOption, match=f"^{name}: "):
+    with pytest.raises((UnsupportedOption, UnsupportedSchema), match=f"^{name}[: ]"):
         answer(llama, **options)
     assert answer(llama)["finish_reason"] == "length"
 

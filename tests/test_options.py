@@ -39,6 +39,11 @@ URI = "data:image/png;base64,AAAA"
         *(("seed", value) for value in (-1, 2**32 - 1, 1.0, "7", True)),
         *(("stop", value) for value in (None, "", ("",), ("a", 1), 5, b"ab", {"a"})),
         *(("truncate", value) for value in ("newest", True, 1, "")),
+        *(("presence_penalty", value) for value in (-2.1, 3, "0", None)),
+        *(("frequency_penalty", value) for value in (math.nan, 2.5)),
+        *(("schema", value) for value in ("{}", [], 5, True)),
+        *(("choices", value) for value in ("yes", (), ["yes", "yes"], ["yes", " "], ["a", 1], ["\ud800"])),
+        *(("top_logprobs", value) for value in (-1, 21, 1.5, True)),
     ],
 )
 def test_wrong_sampling_is_refused_in_one_line(name: str, wrong: Any) -> None:

@@ -58,7 +58,18 @@ def test_the_version_is_told_once() -> None:
 
 @pytest.mark.parametrize(
     "heavy",
-    ["llama_cpp", "numpy", "PIL", "gguf", "huggingface_hub", "jinja2", "tqdm", "prompt_toolkit", "asyncio"],
+    [
+        "llama_cpp",
+        "llguidance",
+        "numpy",
+        "PIL",
+        "gguf",
+        "huggingface_hub",
+        "jinja2",
+        "tqdm",
+        "prompt_toolkit",
+        "asyncio",
+    ],
 )
 def test_importing_is_light(heavy: str) -> None:
     code = f"import sys, pocketllava, pocketllava.cli; sys.exit({heavy!r} in sys.modules)"
@@ -70,6 +81,7 @@ EXTRAS = {
     "prompt_toolkit": "cli",
     "tqdm": "cli",
     "huggingface_hub": "convert",
+    "llguidance": "structured",
     "pillow-heif": "heic",
 }
 COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,9 @@ class Grammars:
             raise UnsupportedOption(
                 "schema: the model's vocabulary has no end token, expected one to end the JSON"
             )
-        self._tokenizer = lltokenizer_from_vocab(vocabulary.pointer, n_vocab=text.n_vocab, eos_token=ends)
+        with warnings.catch_warnings():  # it calls llama_token_get_attr, which llama_cpp calls deprecated
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._tokenizer = lltokenizer_from_vocab(vocabulary.pointer, text.n_vocab, ends)
         self._n_vocab = text.n_vocab
         self._unwritten = np.array(
             vocabulary.unknown(), np.int64
@@ -62,7 +65,7 @@ class Grammars:
         def compiled() -> Constraint:
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
             constraint = Constraint(matcher, self._n_vocab, self._unwritten)
-            constraint.allowed()
+            constraint.check_beginning()
             return constraint
 
         return _within_budget(compiled)
@@ -89,6 +92,13 @@ class Constraint:
         if not len(ids):
             raise UnsupportedSchema("schema: no JSON fits it, expected a schema that some value fits")
         return ids
+
+    def check_beginning(self) -> None:
+        """Raise UnsupportedSchema where nothing can be written but the space before the JSON."""
+        if len(ids := self.allowed()) == 1:
+            after = Constraint(self._matcher.deep_copy(), self._n_vocab, self._unwritten)
+            after.consume([int(ids[0])])
+            after.allowed()
 
     def consume(self, tokens: Sequence[int]) -> None:
         """Go on behind tokens, of which each was allowed."""

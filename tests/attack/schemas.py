@@ -130,7 +130,7 @@ def _batch(seeds: list[int], counts: Counts) -> list[int]:
             continue
         counts.cases += 1
         counts.refused += ending == "refused"
-        counts.accepted += ending in ("accepted", "long")
+        counts.accepted += ending == "accepted"  # and validated; an answer may be too long to end
         counts.wrong += ending == "wrong"
         counts.tracebacks += ending == "traceback"
         if ending in ("wrong", "traceback"):
