@@ -66,7 +66,7 @@ def test_usage_counts_what_was_cached(llava: Llava) -> None:
     first = llava.ask(A, "What is it?", options=SHORT).usage
     second = llava.ask(A, "What is it?", options=SHORT).usage
     assert (first.image_tokens, first.cached_tokens) == (576, 0)
-    assert 576 < second.cached_tokens < second.prompt_tokens == first.prompt_tokens
+    assert 576 < second.cached_tokens == second.prompt_tokens == first.prompt_tokens
     assert first.total_tokens == first.prompt_tokens + first.completion_tokens
 
 

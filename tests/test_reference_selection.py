@@ -17,9 +17,9 @@ from pocketllava.vision.class_token import ClassTokenCorrection
 
 FILE = recorded.FOLDER / "selection.json"
 COUNTS = (192, 128, 64)
-NEAR = (
-    1e-3  # of the larger gain: two patches whose order rounding may turn (an F32 tower's own error is 4.6e-4)
-)
+# Of the larger gain: two patches whose order rounding may turn. An F32 tower is 4.6e-4 off the reference (ggml's GELU
+# tables and its F16 pixels, benchmarks/README.md), in attention and in each similarity.
+NEAR = 5e-3
 N_PATCHES = 576
 
 

@@ -88,7 +88,7 @@ def test_the_space_before_the_first_word_is_not_forced_away(demo: Llava) -> None
 
 
 def test_random_schemas(llava: Llava) -> None:
-    """A few of the campaign's (tests/attack/schemas.py); one of them in ten is cut off."""
+    """A few of the campaign's (tests/attack/schemas.py)."""
     endings = []
     with llava.session() as session:
         grammars = Grammars(session.text)
