@@ -72,7 +72,14 @@ def _word(rng: random.Random) -> str:
 
 
 def _value(rng: random.Random, depth: int = 2) -> Any:
-    simple = (_word(rng), rng.randint(-99, 99), round(rng.uniform(-9, 9), rng.randint(0, 4)), True, False, None)
+    simple = (
+        _word(rng),
+        rng.randint(-99, 99),
+        round(rng.uniform(-9, 9), rng.randint(0, 4)),
+        True,
+        False,
+        None,
+    )
     if depth and rng.random() < 0.25:
         if rng.random() < 0.5:
             return [_value(rng, depth - 1) for _ in range(rng.randint(0, 3))]
@@ -102,7 +109,9 @@ def _string(rng: random.Random, _depth: int) -> Schema:
 def _number(kind: str) -> Any:
     def make(rng: random.Random, _depth: int) -> Schema:
         made: Schema = {"type": kind}
-        a, b = sorted(round(rng.uniform(-999, 999), 0 if kind == "integer" else rng.randint(0, 3)) for _ in range(2))
+        a, b = sorted(
+            round(rng.uniform(-999, 999), 0 if kind == "integer" else rng.randint(0, 3)) for _ in range(2)
+        )
         for keyword, bound in (
             (rng.choice(("minimum", "exclusiveMinimum")), a), (rng.choice(("maximum", "exclusiveMaximum")), b)
         ):  # fmt: skip
@@ -155,11 +164,15 @@ def _any_of(rng: random.Random, depth: int) -> Schema:
 
 def _all_of(rng: random.Random, depth: int) -> Schema:
     first = schema(rng, depth - 1)
-    return {"allOf": [first, rng.choice((first, {"type": first.get("type", "string")}, schema(rng, depth - 1)))]}
+    return {
+        "allOf": [first, rng.choice((first, {"type": first.get("type", "string")}, schema(rng, depth - 1)))]
+    }
 
 
 def _several(rng: random.Random, depth: int) -> Schema:
-    kinds = rng.sample(("string", "integer", "number", "boolean", "null", "array", "object"), rng.randint(1, 3))
+    kinds = rng.sample(
+        ("string", "integer", "number", "boolean", "null", "array", "object"), rng.randint(1, 3)
+    )
     return {"type": kinds, **(_range(rng, "minLength", "maxLength", 9) if "string" in kinds else {})}
 
 

@@ -17,7 +17,9 @@ from pocketllava.vision.class_token import ClassTokenCorrection
 
 FILE = recorded.FOLDER / "selection.json"
 COUNTS = (192, 128, 64)
-NEAR = 1e-3  # of the larger gain: two patches whose order rounding may turn (an F32 tower's own error is 4.6e-4)
+NEAR = (
+    1e-3  # of the larger gain: two patches whose order rounding may turn (an F32 tower's own error is 4.6e-4)
+)
 N_PATCHES = 576
 
 
@@ -55,7 +57,9 @@ def near_ties(found: list[int], attention: Any, similarity: Any) -> list[dict[st
 
 
 @pytest.mark.reference
-def test_attention_and_kept_patches(make_checkpoint: Any, make_bundle: Any, request: pytest.FixtureRequest) -> None:
+def test_attention_and_kept_patches(
+    make_checkpoint: Any, make_bundle: Any, request: pytest.FixtureRequest
+) -> None:
     import torch
     from transformers import LlavaForConditionalGeneration
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

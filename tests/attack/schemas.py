@@ -18,9 +18,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import json_schemas
 import jsonschema
 import numpy as np
-import json_schemas
 
 from pocketllava import Options, UnsupportedSchema
 from pocketllava.engine.structured import Grammars
@@ -111,8 +111,13 @@ def _batch(seeds: list[int], counts: Counts) -> list[int]:
             if child.is_alive() and time.perf_counter() - since < HANG_S:
                 continue
             kind = "hang" if child.is_alive() else f"crash, exit code {child.exitcode}"
-            counts.hangs, counts.crashes = counts.hangs + child.is_alive(), counts.crashes + (not child.is_alive())
-            counts.failures.append(f"seed {current}: {kind}: {json.dumps(json_schemas.schema(random.Random(current)))[:500]}")
+            counts.hangs, counts.crashes = (
+                counts.hangs + child.is_alive(),
+                counts.crashes + (not child.is_alive()),
+            )
+            counts.failures.append(
+                f"seed {current}: {kind}: {json.dumps(json_schemas.schema(random.Random(current)))[:500]}"
+            )
             child.kill()
             child.join()
             counts.cases += 1
