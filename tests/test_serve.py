@@ -6,24 +6,32 @@ import base64
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+from click.testing import CliRunner
 from pictures import png, scene
 
 from pocketllava import Llava, Options
+from pocketllava.cli import cli
 from pocketllava.names import open_bundle
 from pocketllava.serve.app import build
 from pocketllava.serve.guard import Access
 from pocketllava.serve.served import Limits, Served
 from pocketllava.serve.supervisor import Supervisor, load_engine
+
+# llguidance calls a deprecated name of llama_cpp, in the engine's thread.
+pytestmark = pytest.mark.filterwarnings("ignore:llama_token_get_attr:DeprecationWarning")
 
 QUESTION = "What is at the center?"
 PICTURE = png(scene(96, 80))
@@ -169,7 +177,8 @@ def test_chunks_come_in_order(server: Server, answer: str) -> None:
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     assert reasons[-1] in ("stop", "length")
     assert len({chunk["id"] for chunk in chunks}) == 1
-    assert chunks[-1]["timings"]["prompt_n"] >= 1
+    times = chunks[-1]["timings"]
+    assert times["cache_n"] + times["prompt_n"] == usage["usage"]["prompt_tokens"]
 
 
 def test_a_stream_without_usage_has_no_empty_choices(server: Server) -> None:
@@ -179,7 +188,7 @@ def test_a_stream_without_usage_has_no_empty_choices(server: Server) -> None:
 
 def test_a_schema_is_kept(server: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": SCHEMA, "name": "A", "strict": True}}
-    text = server.chat(response_format=form).json["choices"][0]["message"]["content"]
+    text = server.chat(response_format=form, max_tokens=64).json["choices"][0]["message"]["content"]
     assert list(json.loads(text)) == ["a"]
     assert server.chat(response_format={"type": "text"}).status == 200
 
@@ -188,7 +197,9 @@ def test_a_schema_is_kept(server: Server) -> None:
 def test_a_forced_function_is_called(server: Server, stream: bool) -> None:
     tools = [{"type": "function", "function": {"name": "A", "description": "", "parameters": SCHEMA}}]
     choice = {"type": "function", "function": {"name": "A"}}
-    reply = server.chat(tools=tools, tool_choice=choice, parallel_tool_calls=False, stream=stream)
+    reply = server.chat(
+        tools=tools, tool_choice=choice, parallel_tool_calls=False, stream=stream, max_tokens=64
+    )
     if stream:
         calls = [c["choices"][0]["delta"]["tool_calls"][0] for c in reply.events[1:-2]]
         assert calls[0]["function"]["name"] == "A"
@@ -443,7 +454,8 @@ def test_ollama_generate(server: Server, answer: str) -> None:
         "images": [BASE64],
     }
     assert server.post("/api/generate", body).json["response"] == answer
-    assert list(json.loads(server.post("/api/generate", body | {"format": SCHEMA}).json["response"])) == ["a"]
+    structured = body | {"format": SCHEMA, "options": {"num_predict": 64}}
+    assert list(json.loads(server.post("/api/generate", structured).json["response"])) == ["a"]
     assert server.post("/api/generate", {"model": "llava"}).json["done_reason"] == "load"
     assert server.post("/api/generate", body | {"images": ["%"]}).status == 400
 
@@ -455,3 +467,38 @@ def test_an_idle_model_is_freed_and_loaded_again(answer: str) -> None:
         assert server.get("/v1/models").status == 200
         assert server.supervisor.state == "idle"
         assert server.chat().json["choices"][0]["message"]["content"] == answer
+
+
+def test_the_command_prints_three_lines_and_ends(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text(KEY + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pocketllava",
+        "serve",
+        "demo",
+        "--port",
+        "0",
+        "--api-key-file",
+        str(key),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(3)]
+        server = Server(int(lines[0].rsplit(":", 1)[1]), None)  # type: ignore[arg-type]
+        server.until(lambda: server.get("/health").status == 200)  # it listens before the model is loaded
+        assert server.get("/v1/models").status == 401
+        child.terminate()
+        child.wait(20)
+    assert [line.split(":")[0] for line in lines] == ["page", "model", "clients"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--host", "0.0.0.0"], "--api-key-file"), (["--api-key-file", "none"], "cannot be read as an API key")],
+)
+def test_the_command_refuses(options: list[str], words: str) -> None:
+    result = CliRunner().invoke(cli, ["serve", "demo", *options])
+    assert result.exit_code != 0
+    assert words in f"{result.output}{result.exception}"
