@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -279,6 +279,14 @@ def test_other_refusals(server: Server) -> None:
     assert "error" in server.chat(picture, stream=True).events[-1]
 
 
+def test_nothing_of_a_request_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        server.chat("secret words", temperature=-1)
+        server.chat("secret words", model="secret name")
+        server.chat("secret words")
+    assert "secret" not in caplog.text
+
+
 def test_models_and_props(server: Server) -> None:
     (model,) = server.get("/v1/models").json["data"]
     assert model["id"] == "demo"
@@ -394,6 +402,24 @@ def test_a_full_queue(server: Server) -> None:
     assert (reply.status, reply.json["error"]["code"]) == (429, "queue_full")
     assert int(reply.headers["retry-after"]) > 0
     server.until(lambda: not server.supervisor.busy and not server.supervisor.waiting, 2)
+
+
+def test_slow_sockets_keep_nobody_waiting(server: Server, answer: str) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n".encode()
+    with ExitStack() as stack:
+        for n in range(200):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            slow.sendall(head[: len(head) - n % 2 * 10] + b"{" * (1 - n % 2))
+        start = time.monotonic()
+        assert server.chat().json["choices"][0]["message"]["content"] == answer
+        assert time.monotonic() - start < 2
+
+
+def test_a_body_that_does_not_arrive() -> None:
+    for server in running(Access(), Limits(body_s=0.2)):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
+            slow.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{{".encode())
+            assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_prepare_and_view(server: Server, answer: str) -> None:

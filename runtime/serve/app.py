@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pocketllava.errors import PocketLlavaError
 from pocketllava.llava import Llava
 from pocketllava.serve import openai, page_files, status
 from pocketllava.serve.faults import Fault, fault_of
@@ -62,7 +63,7 @@ def build(supervisor: Supervisor, served: Served, access: Access) -> Starlette:
     return Starlette(
         routes=[*routes.all(), *ollama.routes(), *page_files.routes()],
         middleware=[Middleware(Guard, access=access)],
-        exception_handlers={Exception: _refuse, Fault: _refuse, HTTPException: _refuse_http},
+        exception_handlers={PocketLlavaError: _refuse, Fault: _refuse, HTTPException: _refuse_http},
         lifespan=life,
     )
 
@@ -204,7 +205,7 @@ def _viewing(url: str) -> Callable[[Llava, Job], None]:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """Any error, in the form of the API that was asked."""
+    """An error of ours, in the form of the API that was asked."""
     return refusal(fault_of(error), request.url.path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pocketllava.serve.faults import Fault
+from pocketllava.serve.faults import Fault, fault_of
 from pocketllava.serve.transport import refusal
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -35,6 +36,8 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ class Guard:
         origin = headers.get("origin")
         shared = origin if origin in self._access.origins else None
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._dress(MutableHeaders(scope=message), shared)
             await send(message)
 
@@ -76,7 +83,12 @@ class Guard:
         if shared and scope["method"] == "OPTIONS":
             await _preflight()(scope, receive, send_with_headers)
             return
-        await self._app(scope, receive, send_with_headers)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:  # its message and its trace may quote the request: neither is logged
+            log.error("%s: %s", scope["path"], type(error).__name__)
+            if not started:
+                await refusal(fault_of(error), scope["path"])(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises Fault."""

@@ -182,7 +182,7 @@ class Supervisor:
     def wake(self) -> None:
         """Load a model that sleeps."""
         with suppress(Fault):
-            self.submit(lambda _llava, _job: None)
+            self.submit(lambda llava, _job: _load(llava))
 
     def unload(self) -> None:
         """Free the model as soon as nothing waits; the next job loads it again."""
@@ -210,6 +210,8 @@ class Supervisor:
             self._do(job)
             with self._changed:
                 self._running = None
+            if self._state == "restarting":
+                self._revive()
         if self._llava is not None:
             self._llava.close()
 
@@ -244,6 +246,15 @@ class Supervisor:
             log.error("request: %s in the engine's thread", type(unforeseen).__name__)
             error = unforeseen
         job.end(error)
+
+    def _revive(self) -> None:
+        """Start an engine that ended, so that /health is well again before the next request."""
+        try:
+            if (llava := self._loaded(None)) is not None:
+                _load(llava)
+                self._set("ok", "")
+        except PocketLlavaError as error:
+            self._failed(error)
 
     def _loaded(self, job: Job | None) -> Llava | None:
         """The model; loads it if need be, after a pause if the engine ended or could not be loaded."""
@@ -299,6 +310,11 @@ class Supervisor:
         with self._changed:
             if self._state != "closed":
                 self._state, self.message = state, message
+
+
+def _load(llava: Llava) -> None:
+    """The cheapest call that needs the model: one that was freed, or whose process ended, is loaded for it."""
+    llava.count_tokens([Message("user", "")])
 
 
 def _answering(messages: list[Message], options: Options) -> Work:
