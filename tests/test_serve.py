@@ -218,6 +218,48 @@ def test_logprobs(server: Server) -> None:
     assert all(len(token["top_logprobs"]) == 2 and token["logprob"] <= 0 for token in content)
 
 
+def test_a_picture_outlives_the_requests_between_its_questions(server: Server, answer: str) -> None:
+    """Open WebUI asks for a title, tags and follow-ups after each answer."""
+    turns = [{"role": "user", "content": parts()}, {"role": "assistant", "content": answer}]
+    assert server.chat().status == 200
+    for task in ("Give this chat a title.", "Give this chat tags."):
+        assert server.chat(f"{task} <chat>{QUESTION} {answer}</chat>").status == 200
+    follow_up = [*turns, {"role": "user", "content": "How many objects are there?"}]
+    usage = server.chat(messages=follow_up).json["usage"]["prompt_tokens_details"]
+    assert usage["cached_tokens"] >= usage["image_tokens"] == 36
+
+
+def test_labels_and_memories_of_llm_vision(server: Server) -> None:
+    """A text beside each picture, memories as a user message of their own, no key, another model's fields."""
+    labeled = [{"type": "text", "text": "Image 1:"}, parts()[1], {"type": "text", "text": QUESTION}]
+    turns = [
+        {"role": "developer", "content": "You watch a camera."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Memory:"}, {"type": "input_image", "image_url": URI}],
+        },
+        {"role": "user", "content": labeled},
+    ]
+    reply = server.chat(messages=turns, max_completion_tokens=8, temperature=0.2, top_p=0.9).json
+    assert reply["usage"]["prompt_tokens_details"]["image_tokens"] == 72
+    assert reply["choices"][0]["message"]["content"]
+
+
+def test_frigate_over_ollama(server: Server) -> None:
+    options = {"temperature": 0.5, "repeat_penalty": 1.05, "presence_penalty": 0.3, "num_predict": 64}
+    body = {
+        "model": "llava",
+        "prompt": QUESTION,
+        "images": [BASE64] * 2,
+        "options": options,
+        "format": SCHEMA,
+        "stream": False,
+    }
+    reply = server.post("/api/generate", body).json
+    assert list(json.loads(reply["response"])) == ["a"]
+    assert (reply["done"], reply["done_reason"]) == (True, "stop")
+
+
 def test_fields_of_clients_that_change_nothing(server: Server, answer: str) -> None:
     fields = {
         "user": "x",
