@@ -21,12 +21,13 @@ from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.quantize import quantize
+from pocketllava.commands.serve import serve
 from pocketllava.commands.streams import OutputError, flush_results, open_streams
 from pocketllava.errors import PocketLlavaError
 from pocketllava.settings import nearest
 
 SECTIONS = {
-    "Ask about images": (demo, ask, chat),
+    "Ask about images": (demo, ask, chat, serve),
     "Convert a checkpoint": (convert, quantize, imatrix),
     "Look and measure": (inspect, evaluate, bench),
 }
