@@ -1,4 +1,4 @@
-# make demo | test | test-fast | attack | check | docs | pyright | reference: each sets up what it needs in .venv
+# make demo | test | test-fast | attack | check | docs | page | pyright | reference: each sets up what it needs in .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -8,7 +8,7 @@ WORKERS ?= $(CORES)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(CORES)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-fast attack check docs pyright reference record clean
+.PHONY: demo test test-fast attack check docs page pyright reference record clean
 
 demo: .venv/core
 	$(BIN)/pocketllava demo
@@ -42,6 +42,10 @@ docs: .venv/docs
 pyright: .venv/dev # on the examples; fetches the npm package of that name once
 	$(BIN)/pip install --quiet pyright
 	$(BIN)/pyright
+
+page: .venv/dev # the web page in the system's Chromium
+	$(BIN)/pip install --quiet -e ".[page]"
+	$(BIN)/pytest tests/test_page.py
 
 reference: .venv/reference
 	$(BIN)/pytest -m reference -s

@@ -7,7 +7,6 @@ Knows jobs, cancelling, the engine's death and idleness; no HTTP, no API.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import threading
 import time
@@ -33,9 +32,8 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(path: str, load: dict[str, Any]) -> Llava:
-    """The model, in a child process where Llava offers it. Raises what Llava.load does."""
-    isolated = {"isolated": True} if "isolated" in inspect.signature(Llava.load).parameters else {}
-    return Llava.load(path, **isolated, **load)
+    """The model in a child process. Raises what Llava.load does."""
+    return Llava.load(path, isolated=True, **load)
 
 
 class Job:
