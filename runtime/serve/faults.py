@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pocketllava import errors
 from pocketllava.errors import (
     BackendError,
     ContextOverflow,
+    EngineDied,
     InputError,
     PocketLlavaError,
     StateError,
@@ -19,8 +19,6 @@ UNAVAILABLE = "unavailable_error"
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would send a request again that ended the engine
 OVERFLOW_CODE = "context_length_exceeded"  # what LangChain and LiteLLM look for
 OVERFLOW_TYPE = "exceed_context_size_error"  # llama-server's
-_NEVER: tuple[type[Exception], ...] = ()
-ENGINE_DIED: type[Exception] | tuple[type[Exception], ...] = getattr(errors, "EngineDied", _NEVER)
 
 
 class Fault(Exception):
@@ -96,7 +94,7 @@ def fault_of(error: BaseException) -> Fault:
         return invalid(str(error), _param(str(error)))
     if isinstance(error, BackendError | StateError):
         headers = NO_RETRY if isinstance(error, BackendError) else {}
-        code = "engine_died" if isinstance(error, ENGINE_DIED) else None
+        code = "engine_died" if isinstance(error, EngineDied) else None
         return Fault(503, str(error), type=UNAVAILABLE, code=code, headers=headers)
     message = str(error) if isinstance(error, PocketLlavaError) else f"server error ({type(error).__name__})"
     return Fault(500, message, type="server_error", headers=NO_RETRY)

@@ -15,10 +15,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import closing, suppress
 from typing import Any, Literal
 
-from pocketllava.errors import BackendError, PocketLlavaError, UnsupportedOption
+from pocketllava.errors import BackendError, EngineDied, PocketLlavaError
 from pocketllava.llava import Llava
-from pocketllava.serve.faults import ENGINE_DIED, Fault, fault_of, quarantined, queue_full
-from pocketllava.types import Chunk, ImageSource, Message, Options
+from pocketllava.serve.faults import Fault, fault_of, quarantined, queue_full
+from pocketllava.types import Chunk, ImageSource, Message, Options, Progress
 
 State = Literal["loading", "ok", "restarting", "idle", "failed", "closed"]
 Work = Callable[[Llava, "Job"], None]
@@ -233,7 +233,7 @@ class Supervisor:
                 self._set("ok", "")
                 job.work(llava, job)
                 self._backoff_s = 0.0
-        except ENGINE_DIED as death:
+        except EngineDied as death:
             error = death
             self._note_death(job, death)
         except PocketLlavaError as refusal:
@@ -291,17 +291,10 @@ class Supervisor:
         log.error("engine: it ended and starts again (%s)", death)
 
     def _unload(self) -> None:
-        """Free the model: its child's memory, or the model itself in this process."""
+        """Free the model; its next call loads it again."""
         if self._llava is None:
             return
-        unload = getattr(self._llava, "unload", None)
-        try:
-            if unload is None:
-                raise UnsupportedOption("unload: the model is in this process")
-            unload()
-        except UnsupportedOption:
-            self._llava.close()
-            self._llava = None
+        self._llava.unload()
         self._set("idle", "The model sleeps; the next question loads it")
 
     def _set(self, state: State, message: str) -> None:
@@ -317,10 +310,7 @@ def _load(llava: Llava) -> None:
 
 def _answering(messages: list[Message], options: Options) -> Work:
     def work(llava: Llava, job: Job) -> None:
-        more: dict[str, Any] = (
-            {"on_progress": job.put} if "on_progress" in inspect.signature(llava.stream).parameters else {}
-        )
-        stream: Any = llava.stream(messages, options=options, should_stop=job.cancelled, **more)
+        stream: Any = llava.stream(messages, options=options, should_stop=job.cancelled, on_progress=job.put)
         with closing(stream) as chunks:
             for chunk in chunks:
                 job.put(chunk)
@@ -333,11 +323,11 @@ def preparing(images: tuple[ImageSource, ...], after: list[Message]) -> Work:
 
     def work(llava: Llava, job: Job) -> None:
         preparation = llava.prefill(images, after=after)
-        shown: object = None
+        shown: Progress | None = None
         while not preparation.wait(POLL_S):
             if job.cancelled():
                 preparation.cancel()
-            progress = getattr(preparation, "progress", None)
+            progress = preparation.progress
             if progress is not None and progress != shown:
                 job.put(progress)
                 shown = progress
