@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 
 def load_engine(path: str, load: dict[str, Any]) -> Llava:
     """The model, in a child process where Llava offers it. Raises what Llava.load does."""
-    isolated = {"isolated": True} if "isolated" in inspect.signature(Llava.load).parameters else {}
+    isolated: dict[str, Any] = (
+        {"isolated": True} if "isolated" in inspect.signature(Llava.load).parameters else {}
+    )
     return Llava.load(path, **isolated, **load)
 
 
