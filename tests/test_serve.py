@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import inspect
 import json
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 from click.testing import CliRunner
@@ -431,6 +433,29 @@ def test_a_client_that_leaves_frees_the_engine(server: Server, stream: bool, ans
     connection.close()
     server.until(lambda: not server.supervisor.busy, 1)
     assert server.chat().json["choices"][0]["message"]["content"] == answer
+
+
+@pytest.mark.skipif(
+    "isolated" not in inspect.signature(Llava.load).parameters, reason="no engine in a child here"
+)
+def test_an_engine_that_dies_is_started_again(answer: str) -> None:
+    others = psutil.Process().children()
+    for server in running(Access()):
+        for deaths in (1, 2):
+            with closing(long_request(server, False)) as connection:
+                server.until(lambda: server.supervisor.busy)  # noqa: B023
+                for child in set(psutil.Process().children()) - set(others):
+                    child.kill()
+                head = http.client.HTTPResponse(connection)
+                head.begin()
+            assert (head.status, head.headers["x-should-retry"]) == (503, "false")
+            server.until(lambda: server.get("/health").status == 200)  # noqa: B023
+            assert server.supervisor.restarts == deaths
+            assert server.chat().json["choices"][0]["message"]["content"] == answer
+        with closing(long_request(server, False)) as connection:
+            head = http.client.HTTPResponse(connection)
+            head.begin()
+            assert json.loads(head.read())["error"]["code"] == "quarantined"
 
 
 def test_a_full_queue(server: Server) -> None:

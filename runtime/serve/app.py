@@ -114,7 +114,7 @@ class Routes:
     async def _events(self, job: Job, completion: openai.Completion) -> AsyncIterator[bytes]:
         """A stream's events. The first one is sent at once; something is sent every few seconds."""
         yield completion.opening()
-        alive, shown = "queue", 0.0
+        alive, shown = "starting", 0.0
         try:
             while True:
                 try:
