@@ -37,7 +37,7 @@ SLOW = (
     "answers", "attack_files", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat", "chat_template",
     "children", "cli", "convert", "damage", "demo", "docs", "evaluation", "examples", "hostile_pictures",
     "image_tokens", "imatrix", "interrupts", "limits", "manifest", "mmproj_contract", "odd_checkpoints", "original",
-    "pickled", "places", "prefixes", "quantize", "repair", "scale", "streams", "text_contract", "tiled",
+    "pickled", "places", "prefixes", "quantize", "repair", "scale", "serve", "streams", "text_contract", "tiled",
     "tiled_convert", "usage", "variants",
 )  # fmt: skip
 
