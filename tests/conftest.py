@@ -37,7 +37,8 @@ SLOW = (
     "answers", "attack_files", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat", "chat_template",
     "children", "cli", "convert", "damage", "demo", "docs", "evaluation", "examples", "hostile_pictures",
     "image_tokens", "imatrix", "interrupts", "limits", "manifest", "mmproj_contract", "odd_checkpoints", "original",
-    "pickled", "places", "prefixes", "quantize", "repair", "scale", "streams", "structured", "text_contract", "tiled",
+    "pickled", "places", "prefixes", "quantize", "repair", "scale", "serve", "streams", "structured", "text_contract",
+    "tiled", "isolated",
     "tiled_convert", "usage", "variants",
 )  # fmt: skip
 

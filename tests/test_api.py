@@ -124,12 +124,14 @@ LATE: dict[str, Callable[[Llava], Any]] = {
     "count_tokens": lambda m: m.count_tokens(QUESTION),
     "devices": lambda m: m.devices,
     "image_features": lambda m: m.image_features(A),
+    "loaded": lambda m: m.loaded,
     "n_ctx": lambda m: m.n_ctx,
     "prefill": lambda m: m.prefill(A),
     "prepare": lambda m: m.prepare(A),
     "session": lambda m: m.session().__enter__(),
     "stream": lambda m: m.stream(QUESTION),
     "trace": lambda m: m.trace(A, "a"),
+    "unload": lambda m: m.unload(),
     "view": lambda m: m.view(A),
 }
 

@@ -198,7 +198,7 @@ def test_the_map_shows_every_room() -> None:
 
 def test_questions_are_answered_by_files_that_are_there() -> None:
     rows = re.findall(r"^\| (.+\?) \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) >= 10
     for question, answer in rows:
         files = re.findall(r"`([\w/]+\.py)`", answer)
         assert files, question

@@ -83,9 +83,10 @@ EXTRAS = {
     "huggingface_hub": "convert",
     "llguidance": "structured",
     "pillow-heif": "heic",
+    **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
 }
 COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")
-DISTRIBUTIONS = {"PIL": "pillow", "llama_cpp": "llama-cpp-python", "pillow_heif": "pillow-heif"}
+DISTRIBUTIONS = {"PIL": "pillow", "llama_cpp": "llama-cpp-python", "pillow_heif": "pillow-heif", "prometheus_client": "prometheus-client"}
 
 
 def third_party_imports(path: str) -> set[str]:
@@ -159,7 +160,7 @@ def test_ctypes_and_llama_cpps_own_names_stay_in_one_room() -> None:
         text = (ROOT / path).read_text("utf-8")
         assert not re.search(r"^\s*(import|from) ctypes\b", text, re.MULTILINE), path
         foreign = {name for name in private_names(ROOT / path) if not own_class(name, text)}
-        assert not foreign, path
+        assert foreign <= {"os._exit"}, path  # public in spite of its name
 
 
 def own_class(name: str, text: str) -> bool:
