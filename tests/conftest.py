@@ -20,7 +20,7 @@ from pocketllava.convert import convert
 
 # A seed in the suite, a campaign in `make attack`; timings live in benchmarks, not in deadlines.
 settings.register_profile("suite", deadline=None, max_examples=50)
-settings.register_profile("campaign", deadline=None, max_examples=500)
+settings.register_profile("campaign", deadline=None, max_examples=300)
 settings.load_profile("suite")
 
 

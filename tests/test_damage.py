@@ -1,6 +1,6 @@
 """Damaged checkpoints end in one line, quickly, in little memory, and leave nothing behind.
 
-POCKETLLAVA_DAMAGED sets how many, POCKETLLAVA_SEED which; `make attack` tries 300, and 2,000 were run by hand.
+POCKETLLAVA_DAMAGED sets how many, POCKETLLAVA_SEED which; `make attack` tries 100, and 2,000 were run by hand.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def _target(name: str, seed: int, cases: int, folder: Path) -> Counts:
 CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "GGUF files": (gguf_files.run, 8000),
     "chat templates and tokenizers": (templates.run, 1200),
-    "checkpoints": (damage.campaign, 300),
+    "checkpoints": (damage.campaign, 100),
     **{name: (partial(_target, name), 1500) for name in files.TARGETS},
     "JSON schemas": (schemas.run, 4000),
     "commands in odd places": (streams.run, 60),
