@@ -8,6 +8,7 @@ from pocketllava import (
     ContextOverflow,
     ConvertError,
     DiskFull,
+    EngineDied,
     ImageError,
     InputError,
     ModelNotFound,
@@ -24,7 +25,7 @@ ONE_OF_EACH = [
         kind(f"{kind.__name__}: a thing")
         for kind in (
             PocketLlavaError, InputError, ImageError, UnsupportedOption, UnsupportedSchema, StateError, ModelNotFound, BundleError,
-            ConvertError, UnsupportedCheckpoint, BackendError,
+            ConvertError, UnsupportedCheckpoint, BackendError, EngineDied,
         )
     ),
     ContextOverflow(5000, 2048),

@@ -86,7 +86,12 @@ EXTRAS = {
     **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
 }
 COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")
-DISTRIBUTIONS = {"PIL": "pillow", "llama_cpp": "llama-cpp-python", "pillow_heif": "pillow-heif", "prometheus_client": "prometheus-client"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "llama_cpp": "llama-cpp-python",
+    "pillow_heif": "pillow-heif",
+    "prometheus_client": "prometheus-client",
+}
 
 
 def third_party_imports(path: str) -> set[str]:
