@@ -10,7 +10,7 @@ import numpy as np
 import pictures
 import pytest
 import recorded
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pocketllava import Llava
 from pocketllava.vision.class_token import ClassTokenCorrection
@@ -73,7 +73,7 @@ def test_attention_and_kept_patches(
     tower = model.model.vision_tower
     with Llava.load(bundle.folder) as llava, llava.session() as session:
         for name, data in pictures.twelve().items():
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
             pixels = processor(picture, return_tensors="pt")["pixel_values"]
             with torch.no_grad():
                 out = tower(pixels, output_hidden_states=True, output_attentions=True)
