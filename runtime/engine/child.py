@@ -61,8 +61,9 @@ class Child:
             frame = self._frames.get()
             number = frame.fields["id"]
             try:
-                with contextlib.suppress(OSError):  # relative paths are the parent's
-                    os.chdir(frame.fields["cwd"])
+                if frame.fields["cwd"] is not None:  # relative paths are the parent's
+                    with contextlib.suppress(OSError):
+                        os.chdir(frame.fields["cwd"])
                 result, blobs = getattr(self, f"_do_{frame.fields['do']}")(frame)
             except Exception as error:
                 self._write(number, "error", wire.pack_error(error))

@@ -61,6 +61,6 @@ def read_frame(file: BinaryIO) -> Frame | None:
         if any(not 0 <= length <= MAX_BLOB_BYTES for length in lengths):
             return None
         blobs = tuple(file.read(length) for length in lengths)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, MemoryError):
         return None
     return Frame(fields, blobs) if [len(blob) for blob in blobs] == lengths else None

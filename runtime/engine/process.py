@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import queue
 import subprocess
 import tempfile
@@ -155,6 +154,7 @@ class ProcessEngine:
             encoder="",
         )
         self._process: _Process | None = None
+        self._finalizer = weakref.finalize(self, int)  # the child's end, once there is one
         self._n_calls = 0
         self._devices, self._n_ctx = ("", ""), 0
         self._start()
@@ -220,7 +220,8 @@ class ProcessEngine:
     def _start(self) -> _Process:
         """A child that has loaded the bundle."""
         self._process = _Process(self._command)
-        weakref.finalize(self, self._process.end)
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, self._process.end)
         try:
             done = self._run(
                 self._process, "load", bundle=str(self._bundle.folder.absolute()), options=self._options
@@ -261,7 +262,7 @@ class ProcessEngine:
         """A call's frames, the one that ends it last. Closed early, it cancels the call and waits for its end."""
         self._n_calls += 1
         number, ended = self._n_calls, False
-        process.send({"do": do, "id": number, "cwd": os.getcwd(), **fields}, blobs)  # noqa: PTH109
+        process.send({"do": do, "id": number, "cwd": _current_folder(), **fields}, blobs)
         try:
             while not ended:
                 frame = self._next(process, number, call.should_stop)
@@ -312,3 +313,11 @@ class ProcessEngine:
                 ):
                     return
         process.end()
+
+
+def _current_folder() -> str | None:
+    """For relative paths; None where it was deleted."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return None
