@@ -235,7 +235,10 @@ class ProcessEngine:
 
     def _running(self) -> _Process:
         process = self._process
-        return process if process is not None and process.alive else self._start()
+        if process is not None and process.alive:
+            return process
+        self.unload()  # the pipes of one that ended between two calls
+        return self._start()
 
     def _ask_about(self, image: ImageSource, do: str, image_tokens: int | None) -> Frame:
         blobs: list[bytes] = []
