@@ -53,11 +53,6 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return Fault(400, message, param=param, code=code)
 
 
-def loading(message: str = "Loading model") -> Fault:
-    """llama-server's answer while there is no model."""
-    return Fault(503, message, type=UNAVAILABLE, code=503, headers={"retry-after": "2"})
-
-
 def queue_full(n: int) -> Fault:
     """More requests wait than the server holds."""
     return Fault(

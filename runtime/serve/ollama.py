@@ -18,20 +18,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pocketllava.serve.faults import Fault, fault_of, invalid
-from pocketllava.serve.openai import ANY_OBJECT, ROLES
+from pocketllava.serve.openai import ANY_OBJECT, ROLES, sampled
 from pocketllava.serve.served import LATEST, Served
 from pocketllava.serve.status import Metrics
 from pocketllava.serve.supervisor import Job, Supervisor, whole
 from pocketllava.serve.transport import Pieces, attended, counted, digest, encoded, parsed, read_body
-from pocketllava.settings import settings
 from pocketllava.types import MAX_INT, Chunk, Message, Options, Timings
 
 VERSION = "0.12.0"  # of the API that is answered
 LINES = "application/x-ndjson"
 NANO = 1_000_000_000
-SAMPLED = (
-    "temperature", "top_p", "top_k", "min_p", "seed", "repeat_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 Format = str | dict[str, Any] | None
 
 
@@ -278,10 +274,7 @@ def _pictures(images: list[str] | None, place: str) -> list[bytes]:
 def _options(asked: Asked) -> Options:
     """Ollama's names -> ours. Others, num_ctx included, change nothing here. Raises Fault, InputError."""
     options = asked.options or {}
-    known = settings(Options)
-    given = {name: options[name] for name in SAMPLED if name in known and options.get(name) is not None}
-    if isinstance(given.get("seed"), int) and given["seed"] < 0:
-        del given["seed"]
+    given = sampled(options)
     limit = options.get("num_predict")
     if limit is not None:
         given["max_tokens"] = MAX_INT if isinstance(limit, int) and limit < 0 else limit

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -25,7 +25,6 @@ SAMPLED = (
 )  # fmt: skip
 ANY_OBJECT = {"type": "object"}
 MAX_STOPS = 4
-DRAWN_SEED = -1  # llama.cpp's word for "draw one"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -168,9 +167,7 @@ def options_of(request: ChatRequest) -> Options:
     """How the answer is sampled. Raises Fault, InputError."""
     if request.n not in (None, 1):
         raise invalid(f"n: found {request.n}, expected 1", "n", "unsupported_value")
-    given: dict[str, Any] = {name: value for name in SAMPLED if (value := getattr(request, name)) is not None}
-    if given.get("seed", 0) <= DRAWN_SEED:
-        del given["seed"]
+    given = sampled(msgspec.structs.asdict(request))
     limits = [n for n in (request.max_tokens, request.max_completion_tokens) if n is not None]
     if limits:
         given["max_tokens"] = min(limits)
@@ -182,6 +179,14 @@ def options_of(request: ChatRequest) -> Options:
     if request.logprobs:
         given["top_logprobs"] = request.top_logprobs or 0
     return Options(**given, schema=schema_of(request))
+
+
+def sampled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Options that both APIs name as we do; a seed below 0 asks for a new one."""
+    given = {name: fields[name] for name in SAMPLED if fields.get(name) is not None}
+    if isinstance(given.get("seed"), int) and given["seed"] < 0:
+        del given["seed"]
+    return given
 
 
 def schema_of(request: ChatRequest) -> dict[str, Any] | None:
