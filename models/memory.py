@@ -97,7 +97,12 @@ def better_in_memory(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
     resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. The map is better where memory is short, because
     its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs).
     """
-    return not on_gpu and 2 * _repacked(bundle) > needed.text and needed.total <= available_bytes()
+    return rearranged(bundle, needed, on_gpu) and needed.total <= available_bytes()
+
+
+def rearranged(bundle: Bundle, needed: Memory, on_gpu: bool) -> bool:
+    """Whether CPUs may compute with a copy of most of the text model's weights, in another order."""
+    return not on_gpu and 2 * _repacked(bundle) > needed.text
 
 
 def check_memory(bundle: Bundle, needed: Memory, *, in_memory: bool, on_gpu: bool, threads: int) -> None:

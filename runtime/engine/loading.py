@@ -18,12 +18,14 @@ from pocketllava.llamacpp.devices import cores, gpus
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
 from pocketllava.models.memory import (
+    Memory,
     available_bytes,
     batch_size,
     better_in_memory,
     check_memory,
     context_size,
     memory,
+    rearranged,
 )
 from pocketllava.types import GIGA, LoadOptions
 
@@ -84,7 +86,8 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
     n_ctx = context_size(options.n_ctx, info.n_ctx_train, bundle.image_tokens)
     if options.n_ctx is not None and n_ctx != options.n_ctx:
         logger.warning("n_ctx: %d became %d, the next length that llama.cpp allocates", options.n_ctx, n_ctx)
-    in_memory = _in_memory(bundle, layers != 0, threads, options)
+    on_gpu, needed = layers != 0, memory(bundle, options.n_ctx, options.kv_type)
+    in_memory = _in_memory(bundle, needed, on_gpu, threads, options)
     settings: dict[str, Any] = {
         "n_ctx": n_ctx,
         "n_batch": batch_size(bundle),
@@ -98,7 +101,13 @@ def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextM
         settings |= {"type_k": Q8_0, "type_v": Q8_0}
     # config.json may name several ends; a GGUF file holds one
     text, lines = TextModel.load(
-        bundle.model, bundle.manifest.eos_token_ids, info=info, n_gpu_layers=layers, **settings
+        bundle.model,
+        bundle.manifest.eos_token_ids,
+        info=info,
+        header=bundle.model_header,
+        releases_pages=not in_memory and rearranged(bundle, needed, on_gpu),
+        n_gpu_layers=layers,
+        **settings,
     )
     return text, f"{device_of(lines, gpus(), threads)}, weights {'in memory' if in_memory else 'mapped'}"
 
@@ -110,9 +119,8 @@ def _flash_attention(bundle: Bundle, options: LoadOptions) -> bool:
     return bundle.manifest.types.model not in EXACT
 
 
-def _in_memory(bundle: Bundle, on_gpu: bool, threads: int, options: LoadOptions) -> bool:
+def _in_memory(bundle: Bundle, needed: Memory, on_gpu: bool, threads: int, options: LoadOptions) -> bool:
     """Whether the weights will be read; raises BackendError where there is no room for them."""
-    needed = memory(bundle, options.n_ctx, options.kv_type)
     if not on_gpu and (free := available_bytes()) < needed.total:
         logger.warning(
             "%s: needs about %.1f GB of memory, %.1f GB are free; a smaller n_ctx (--ctx) or kv_type q8_0 (--kv-type)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,11 @@ class Mark:
 class TextModel:
     """Text in, logits out. Not thread-safe."""
 
-    def __init__(self, llama: Any, end_ids: Iterable[int] = ()) -> None:
+    def __init__(self, llama: Any, end_ids: Iterable[int] = (), header: Header | None = None) -> None:
         """llama: a llama_cpp.Llama, or a weak proxy of one that somebody else owns.
 
-        end_ids: tokens that end an answer, beside the vocabulary's own. Raises BackendError for a version of
-        llama_cpp that keeps its record in another way.
+        end_ids: tokens that end an answer, beside the vocabulary's own. header: of its file, if it was read.
+        Raises BackendError for a version of llama_cpp that keeps its record in another way.
         """
         from llama_cpp import llama_cpp
 
@@ -70,29 +70,39 @@ class TextModel:
         pre = self.metadata.get("tokenizer.ggml.pre", "")
         self._bounded = self.metadata.get("tokenizer.ggml.model") == "gpt2" and not is_unbounded(pre)
         self.n_embd, self.n_vocab = int(llama.n_embd()), int(llama.n_vocab())
+        self._header = header
         self._token_rows: TokenRows | None = None
 
     @classmethod
     def load(
-        cls, path: Path, end_ids: Iterable[int] = (), *, info: TextInfo | None = None, **settings: Any
+        cls,
+        path: Path,
+        end_ids: Iterable[int] = (),
+        *,
+        info: TextInfo | None = None,
+        header: Header | None = None,
+        releases_pages: bool = False,
+        **settings: Any,
     ) -> tuple[TextModel, list[str]]:
         """Load a GGUF file; also what llama.cpp logged meanwhile. settings: llama_cpp.Llama's.
 
-        info: what check_text gave for the file; it is checked here unless given, because llama.cpp ends the
-        process on what it does not expect. Raises BundleError, BackendError.
+        header: the file's, if it was read. info: what check_text gave for it; it is checked here unless given, because
+        llama.cpp ends the process on what it does not expect. releases_pages: let go of mapped weights as they are
+        copied. Raises BundleError, BackendError.
         """
         from llama_cpp import Llama
 
+        header = header or Header.read(path)
         if info is None:
-            check_text(Header.read(path))
+            check_text(header)
         with (
             translated(f"{path}: loading the text model"),
             log_lines() as lines,
-            released_pages(path),
+            released_pages(path) if releases_pages else nullcontext(),
             keep_file_descriptors(),
             deferred_interrupts(),
         ):
-            return cls(Llama(str(path), verbose=False, **settings), end_ids), lines
+            return cls(Llama(str(path), verbose=False, **settings), end_ids, header), lines
 
     @property
     def path(self) -> Path:
@@ -239,7 +249,7 @@ class TextModel:
         if self._all_logits:
             return None
         try:
-            self._token_rows = self._token_rows or TokenRows(self.path)
+            self._token_rows = self._token_rows or TokenRows(self.path, self._header)
         except (OSError, BundleError, KeyError):
             return None
         return self._token_rows.read(ids)

@@ -21,9 +21,9 @@ MATRIX = "token_embd.weight"
 class TokenRows:
     """Reads single rows from the file, which stays unmapped: a question has a few dozen of them."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises BundleError for a file that is no GGUF file, OSError."""
-        header = Header.read(path)
+    def __init__(self, path: Path, header: Header | None = None) -> None:
+        """header: the file's, if it was read. Raises BundleError for a file that is no GGUF file, OSError."""
+        header = header or Header.read(path)
         self._path, self._matrix = path, header.tensors[MATRIX]
         self._start = header.data_start + self._matrix.offset
         self._file_id = _file_id(path)
