@@ -235,7 +235,16 @@ class Session:
         """A conversation's prompt, with placeholders for its images. Raises InputError."""
         most = image_tokens or self.image_tokens
         counts = (self.images.n_tokens(image, most) for message in messages for image in message.images)
-        return self.template.prompt(messages, placeholders(counts), self.text.tokenize)
+        return self.template.prompt(messages, placeholders(counts), self._tokenize)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """A run's ids. Raises ContextOverflow before tokenizing what cannot fit, which can take libllama minutes."""
+        n_bytes = len(text.strip().encode())
+        if n_bytes > self.text.n_ctx:
+            least = -(-n_bytes // self.text.vocabulary.longest_bytes)
+            if least > self.text.n_ctx:
+                raise ContextOverflow(least, self.text.n_ctx, (), self._fitting_context(least))
+        return self.text.tokenize(text)
 
     def clear(self) -> None:
         """Evaluate the next prompt from its beginning; features and what is on disk stay."""
@@ -252,8 +261,14 @@ class Session:
         self, messages: Sequence[Message], truncate_for: int | None, image_tokens: int | None
     ) -> tuple[Sequence[Message], list[PromptItem]]:
         """A conversation that fits the context, and its prompt as it was counted. Raises InputError."""
-        counted = self.count(messages, image_tokens=image_tokens)
-        if truncate_for is not None and n_positions(counted) > self.text.n_ctx - truncate_for:
+        try:
+            counted = self.count(messages, image_tokens=image_tokens)
+            fits = n_positions(counted) <= self.text.n_ctx - (truncate_for or 0)
+        except ContextOverflow:  # of a text that is too long to be tokenized
+            if truncate_for is None:
+                raise
+            fits = False
+        if truncate_for is not None and not fits:
             count = partial(self.count_tokens, image_tokens=image_tokens)
             messages = without_oldest(messages, count, self.text.n_ctx - truncate_for)
             counted = self.count(messages, image_tokens=image_tokens)
