@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from pocketllava.models.gguf_header import Header
 from pocketllava.models.memory import CONTEXT_STEP
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
-from pocketllava.prompt.template import Template
+from pocketllava.prompt.template import Template, Tokenize
 from pocketllava.prompt.truncation import without_oldest
 from pocketllava.types import ImageSource, LoadOptions, Message, OnProgress, Options, Progress
 from pocketllava.vision.decoding import MAX_PIXELS
@@ -229,16 +228,21 @@ class Session:
 
         Raises InputError.
         """
-        return n_positions(self.count(messages, image_tokens=image_tokens))
+        return n_positions(self._count(messages, image_tokens, self.text.tokenize))
 
     def count(self, messages: Sequence[Message], *, image_tokens: int | None = None) -> list[PromptItem]:
-        """A conversation's prompt, with placeholders for its images. Raises InputError."""
+        """A conversation's prompt, with placeholders for its images. Raises InputError, ContextOverflow."""
+        return self._count(messages, image_tokens, self._tokenize_short)
+
+    def _count(
+        self, messages: Sequence[Message], image_tokens: int | None, tokenize: Tokenize
+    ) -> list[PromptItem]:
         most = image_tokens or self.image_tokens
         counts = (self.images.n_tokens(image, most) for message in messages for image in message.images)
-        return self.template.prompt(messages, placeholders(counts), self._tokenize)
+        return self.template.prompt(messages, placeholders(counts), tokenize)
 
-    def _tokenize(self, text: str) -> list[int]:
-        """A run's ids. Raises ContextOverflow before tokenizing what cannot fit, which can take libllama minutes."""
+    def _tokenize_short(self, text: str) -> list[int]:
+        """A run's ids. Raises ContextOverflow before tokenizing what cannot fit, which can take libllama hours."""
         n_bytes = len(text.strip().encode())
         if n_bytes > self.text.n_ctx:
             least = -(-n_bytes // self.text.vocabulary.longest_bytes)
@@ -269,8 +273,11 @@ class Session:
                 raise
             fits = False
         if truncate_for is not None and not fits:
-            count = partial(self.count_tokens, image_tokens=image_tokens)
-            messages = without_oldest(messages, count, self.text.n_ctx - truncate_for)
+            messages = without_oldest(
+                messages,
+                lambda kept: n_positions(self.count(kept, image_tokens=image_tokens)),
+                self.text.n_ctx - truncate_for,
+            )
             counted = self.count(messages, image_tokens=image_tokens)
         if not counted or isinstance(counted[-1], ImageSpan):  # an image gives no logits to sample from
             end = "an image" if counted else "nothing"
