@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from pocketllava.commands.show import choices_line, timing_line
+from pocketllava.commands.waiting import Waiting, shown
 from pocketllava.errors import InputError
 from pocketllava.models.files import expanded, read_text, utf8
 from pocketllava.settings import Setting, nearest, settings
@@ -208,8 +209,8 @@ def stream(
     from pocketllava.engine.background import in_background
 
     text, last = "", None
-    on_terminal = sys.stdout.isatty()
-    for chunk in in_background(llava.stream, messages, options=options):
+    on_terminal, waiting = sys.stdout.isatty(), Waiting(quiet=quiet)
+    for chunk in shown(in_background(llava.stream, messages, options=options, on_progress=waiting), waiting):
         click.echo(chunk.text.translate(INERT) if on_terminal else chunk.text, nl=False)
         sys.stdout.flush()
         text += chunk.text

@@ -181,7 +181,7 @@ class Session:
             work.n_reused = self.cache.reuse(work.prompt, to_sample=to_sample)
         with work.timed("encode"):
             missing = {item.key for item in work.prompt[work.n_reused :] if isinstance(item, ImageSpan)}
-            work.total_tiles = sum(len(images[key].tiles) for key in missing)
+            work.start_tiles(sum(len(images[key].tiles) for key in missing))
             features = {key: self._encoded(images[key], should_stop, work.count_tile) for key in missing}
         with work.timed("prompt"), translated("evaluating the prompt"):
             self.cache.decode(work.prompt, work.n_reused, features, should_stop, work.on_progress)
@@ -410,15 +410,23 @@ class _Work:
     def __init__(self, on_progress: OnProgress | None) -> None:
         self.prompt: list[PromptItem] = []
         self.on_progress = on_progress
-        self.total_tiles = self._tiles = 0
+        self._total_tiles = self._tiles = 0
         self.n_reused = self.left_out = self.all_image_tokens = 0
         self._seconds = {"preprocess": 0.0, "encode": 0.0, "prompt": 0.0}
 
+    def start_tiles(self, total: int) -> None:
+        """So many tiles are to be encoded, or remembered."""
+        self._total_tiles = total
+        self._report_tiles()
+
     def count_tile(self) -> None:
-        """One more tile is encoded, or was remembered."""
+        """One more of them is done."""
         self._tiles += 1
-        if self.on_progress is not None:
-            self.on_progress(Progress("image", self._tiles, self.total_tiles))
+        self._report_tiles()
+
+    def _report_tiles(self) -> None:
+        if self.on_progress is not None and self._total_tiles:
+            self.on_progress(Progress("image", self._tiles, self._total_tiles))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
