@@ -182,6 +182,56 @@ class Llava:
         """
         return _joined(self.stream(messages, options=options, queue_timeout_s=queue_timeout_s, **changes))
 
+    def ask_many(
+        self,
+        images: Iterable[ImageSource],
+        question: str,
+        *,
+        system: str | None = None,
+        batch: int | Literal["auto"] = "auto",
+        options: Options | None = None,
+        **changes: Any,
+    ) -> Iterator[Answer | PocketLlavaError]:
+        """Ask one question about each of many images; several answers are decoded at once.
+
+        The next images are read while the model evaluates. An image that cannot be asked about gives its error in its
+        place. A newer call of the same thread ends the iterator, as it ends a stream; close it to end it sooner.
+
+        Args:
+            images: One image each, as ask() takes them; may be an iterator without end.
+            question: The question.
+            system: A system message before it.
+            batch: How many answers to decode at once. 1 gives ask()'s answers bit for bit; with more, sums are
+                rounded otherwise, which may decide a near tie. "auto" takes what the device and the free memory are
+                good for. With a schema, choices or isolated=True it is always 1.
+            options: How answers are sampled; a seed is each answer's own.
+            **changes: Fields of Options, which replace those of `options`.
+
+        Returns:
+            An answer for each image, in their order, or the error. Timings of an answer include its waits for others.
+
+        Raises:
+            InputError: An argument that cannot be used.
+            StateError: The model is closed.
+            BackendError: llama.cpp failed.
+
+        Example:
+            >>> [str(answer) for answer in llava.ask_many(["scene.png", "scene.png"], "How many objects are there?")]
+            ['4', '4']
+        """
+        from pocketllava.engine.many import read_ahead
+
+        self._lock.check()
+        most = None if batch == "auto" else checked("batch", BATCH, batch)
+        chosen, plain = sampling(options, **changes), conversation(None, question, system)
+        engine = self._engine
+        one = most == 1 or chosen.schema is not None or chosen.choices is not None
+        if one or not isinstance(engine, LocalEngine):
+            return self._ask_each(images, question, system, chosen)
+        n_ctx = self._positions(plain, chosen)
+        n = most or answers_at_once()
+        return self._ask_together(images, question, system, chosen)
+
     def stream(
         self,
         messages: Messages,

@@ -6,19 +6,22 @@ Knows how tokens become text and when an answer ends; not whose turn it is, nor 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pocketllava.engine.answer_text import AnswerText
-from pocketllava.types import Chunk, FinishReason, ImageSource, Message, OnProgress, Options, Timings, Trace
+from pocketllava.errors import PocketLlavaError
+from pocketllava.types import Answer, Chunk, FinishReason, ImageSource, Message, OnProgress, Options, Timings, Trace
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from pocketllava.engine.batched import Job
     from pocketllava.engine.session import Prefilled, Session
     from pocketllava.engine.structured import Constraint
+    from pocketllava.llamacpp.sequences import Sequences
     from pocketllava.vision.feature_cache import Features
 
 ROOM = 4  # the part of the context that Options.truncate makes free for an answer
@@ -167,6 +170,34 @@ class LocalEngine:
         if constraint is not None and constraint.complete:
             finish = "stop"
         yield Chunk(text.finish(), (), finish, self._timings(prefilled, first_s, last_s, n))
+
+    def answer_many(
+        self, jobs: Iterator[Job], options: Options, n: int, n_ctx: int, *, fewer: bool = False
+    ) -> Generator[tuple[int, Answer | PocketLlavaError], None, None]:
+        """Conversations, answered n at once with n_ctx positions each, as they are done; to be closed.
+
+        fewer: rather fewer at once than none, where there is no memory for n. Raises BackendError.
+        """
+        from pocketllava.engine.batched import Batched
+
+        with self._sequences(n, min(n_ctx, self.n_ctx), fewer) as sequences:
+            yield from Batched(self.session, sequences, options, self.devices).answers(jobs)
+
+    def _sequences(self, n: int, n_ctx: int, fewer: bool) -> Sequences:
+        from pocketllava.errors import BackendError
+        from pocketllava.llamacpp.sequences import Sequences
+
+        try:
+            return Sequences(self.session.text, n, n_ctx)
+        except BackendError:
+            if n == 1 or not fewer:
+                raise
+        return self._sequences(n // 2, n_ctx, fewer)
+
+    def read_ahead(self, image: ImageSource) -> None:
+        """Preprocess an image while another call runs; whoever asks about it is told what is wrong with it."""
+        with suppress(Exception):
+            self.session.images.process(image)
 
     def prefill(self, messages: Sequence[Message], call: Call) -> None:
         self.session.prefill(

@@ -73,6 +73,16 @@ class Prefilled:
     left_out: int
 
 
+@dataclass(frozen=True)
+class Composed:
+    """A prompt, and its images by key. left_out: messages that had no room; all_image_tokens: with none left out."""
+
+    prompt: list[PromptItem]
+    images: dict[str, PreparedImage]
+    left_out: int
+    all_image_tokens: int
+
+
 class PrefillInterrupted(Interrupted):
     """prefill() was asked to stop; `prefilled` counts the work until then and has no token ids."""
 
@@ -167,14 +177,10 @@ class Session:
         image_tokens: int | None,
     ) -> None:
         """prefill(), noting what is done as it goes."""
-        n_messages = len(messages)
         with work.timed("preprocess"):
-            messages, work.prompt = self._fitting(messages, truncate_for, image_tokens)
-            work.left_out = n_messages - len(messages)
-            work.prompt, images = self._prompt(messages, work.prompt, image_tokens, should_stop)
-            work.all_image_tokens = sum(
-                images[item.key].all_tokens for item in work.prompt if isinstance(item, ImageSpan)
-            )
+            composed = self.compose(messages, truncate_for, image_tokens, should_stop)
+            work.prompt, images = composed.prompt, composed.images
+            work.left_out, work.all_image_tokens = composed.left_out, composed.all_image_tokens
             if not to_sample:
                 work.prompt = work.prompt[: next(iter(image_ends(work.prompt)), 0)]
         with work.timed("prompt"), translated("restoring the prompt"):
@@ -182,9 +188,22 @@ class Session:
         with work.timed("encode"):
             missing = {item.key for item in work.prompt[work.n_reused :] if isinstance(item, ImageSpan)}
             work.start_tiles(sum(len(images[key].tiles) for key in missing))
-            features = {key: self._encoded(images[key], should_stop, work.count_tile) for key in missing}
+            features = {key: self.encoded(images[key], should_stop, work.count_tile) for key in missing}
         with work.timed("prompt"), translated("evaluating the prompt"):
             self.cache.decode(work.prompt, work.n_reused, features, should_stop, work.on_progress)
+
+    def compose(
+        self,
+        messages: Sequence[Message],
+        truncate_for: int | None = None,
+        image_tokens: int | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Composed:
+        """A conversation's prompt, its images preprocessed and nothing evaluated. Raises as prefill() does."""
+        kept, counted = self._fitting(messages, truncate_for, image_tokens)
+        prompt, images = self._prompt(kept, counted, image_tokens, should_stop)
+        all_tokens = sum(images[item.key].all_tokens for item in prompt if isinstance(item, ImageSpan))
+        return Composed(prompt, images, len(messages) - len(kept), all_tokens)
 
     def constraint(self, options: Options) -> Constraint | None:
         """The beginning of an answer that fits options.schema, if there is one. Raises InputError."""
@@ -214,7 +233,7 @@ class Session:
 
     def image_features(self, image: ImageSource, *, image_tokens: int | None = None) -> Features:
         """What the text model sees of an image, (n_tokens, n_embd) float32. Raises ImageError, BackendError."""
-        return self._encoded(self.images.process(image).with_tokens(image_tokens or self.image_tokens))
+        return self.encoded(self.images.process(image).with_tokens(image_tokens or self.image_tokens))
 
     def view(self, image: ImageSource, *, image_tokens: int | None = None) -> Image.Image:
         """The picture as the model sees it, patches that are left out dimmed. Raises ImageError, BackendError."""
@@ -319,7 +338,7 @@ class Session:
         tiles, orders = zip(*ranked, strict=True)
         return select(tiles, orders, image.layout, image.n_tokens)
 
-    def _encoded(
+    def encoded(
         self,
         image: PreparedImage,
         should_stop: ShouldStop | None = None,

@@ -220,7 +220,7 @@ class TextModel:
 
         Logits follow ids, no rows. token_id stands for rows in the record.
         """
-        rows = [self._rows(part) if isinstance(part, list) else part for part in parts]
+        rows = [self.rows(part) if isinstance(part, list) else part for part in parts]
         if any(part is None for part in rows):
             for part in parts:
                 if isinstance(part, list):
@@ -241,7 +241,7 @@ class TextModel:
         self._llama.input_ids[first : first + len(ids)] = ids
         self._llama.n_tokens = first + len(ids)
 
-    def _rows(self, ids: list[int]) -> Features | None:
+    def rows(self, ids: list[int]) -> Features | None:
         """What libllama looks up for ids, (n, n_embd) float32; None where it has to do that itself.
 
         That is a Llama that keeps the logits of all tokens, which are its own to record, and a file that has gone.
