@@ -14,10 +14,10 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ContextManager
+from typing import TYPE_CHECKING
 
 from platformdirs import user_data_path
 
@@ -179,7 +179,7 @@ class Store:
             if lock is not None:
                 _give_back(lock)
 
-    def lease_of(self, folder: Path) -> ContextManager[None]:
+    def lease_of(self, folder: Path) -> AbstractContextManager[None]:
         """As lease, by a model's folder; nothing for a folder that is not in the store."""
         name = self.name_of(folder)
         return nullcontext() if name is None else self.lease(name)
