@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 VARIABLE = "POCKETLLAVA_HOME"
-STAGING, LEASES, GATE = ".staging", ".leases", ".lock"
+STAGING, LEASES, DOWNLOADS, GATE = ".staging", ".leases", ".downloads", ".lock"
 GATE_S = 30.0  # nobody holds the gate for longer than a rename takes
 POLL_S = 0.2
 SEPARATOR = "@"  # of base and tag on disk, where Windows has no colons
@@ -38,11 +38,11 @@ OWN = "="  # in file names of the store's own, which no model's name has
 LOCK = f"{OWN}lock"
 MAX_BASE, MAX_TAG = 100, 60  # characters
 GRAMMAR = (
-    "letters, digits and . _ - (at its ends letters or digits), and after a colon a tag of the same kind, such as"
-    " llava-1.5-7b:q4_k_m"
+    "two or more letters, digits and . _ - (at its ends letters or digits), and after a colon a tag of the same"
+    " kind, such as llava-1.5-7b:q4_k_m"
 )
 _PART = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
-_NAME = re.compile(rf"({_PART})(?::({_PART}))?")
+_NAME = re.compile(rf"(?=..)(?!.:)({_PART})(?::({_PART}))?")  # c:q8_0 is a drive's file on Windows
 # Windows opens these devices whatever follows a dot; demo is the model in the package.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 DEMO = "demo"

@@ -65,6 +65,7 @@ class Llava:
         self._engine = engine
         self._lock = ModelLock()
         self._preparation: Preparation | None = None
+        self._use = ExitStack()  # of the store's model
 
     @classmethod
     def load(
@@ -78,7 +79,7 @@ class Llava:
         """Load a bundle.
 
         Args:
-            path: A folder made by `pocketllava convert`, or "demo", the model in the package.
+            path: A folder made by `pocketllava convert`, a name of the store, or "demo", the model in the package.
             isolated: Load it in a child process. Should llama.cpp end that process, the call that was running raises
                 EngineDied, and the next one loads the model again. This process never loads llama.cpp.
             worker_command: With isolated, what starts a worker in a frozen application, such as [python, "-I",
@@ -103,16 +104,13 @@ class Llava:
 
         start = time.perf_counter()
         options = load_options(**load)
-        bundle = open_bundle(path)
-        if isolated:
-            from pocketllava.engine.process import ProcessEngine
-
-            return cls(bundle, ProcessEngine(bundle, options, worker_command), time.perf_counter() - start)
-        from pocketllava.engine.loading import load_bundle
-
-        loaded = load_bundle(bundle, options)
-        engine = LocalEngine(loaded.session, loaded.device)
-        return cls(bundle, engine, time.perf_counter() - start)
+        with ExitStack() as use:
+            bundle = open_bundle(path)
+            use.enter_context(Store.default().lease_of(bundle.folder))
+            engine = _engine(bundle, options, isolated, worker_command)
+            llava = cls(bundle, engine, time.perf_counter() - start)
+            llava._use = use.pop_all()
+        return llava
 
     def ask(
         self,
@@ -451,7 +449,8 @@ class Llava:
         """Free the model, after the answer that is running. A second call, or a child of fork(), does nothing."""
         self._make_way(None)
         if self._lock.close():
-            self._engine.close()
+            with self._use:
+                self._engine.close()
 
     def __enter__(self) -> Llava:
         return self
@@ -503,6 +502,20 @@ class Llava:
         """The engine's, which knows of no queue."""
         first_s = timings.first_token_s + queue_s if timings.first_token_s else 0.0
         return replace(timings, load_s=self.load_s, queue_s=queue_s, first_token_s=first_s)
+
+
+def _engine(
+    bundle: Bundle, options: LoadOptions, isolated: bool, worker_command: Sequence[str] | None
+) -> Engine:
+    """The loaded model, in this process or in a child."""
+    if isolated:
+        from pocketllava.engine.process import ProcessEngine
+
+        return ProcessEngine(bundle, options, worker_command)
+    from pocketllava.engine.loading import load_bundle
+
+    loaded = load_bundle(bundle, options)
+    return LocalEngine(loaded.session, loaded.device)
 
 
 def _checked_tokens(image_tokens: object) -> int | None:

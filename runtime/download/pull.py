@@ -27,9 +27,8 @@ from pocketllava.errors import BundleError, DiskFull, DownloadError, InputError,
 from pocketllava.models.bundle import MANIFEST, MMPROJ, MODEL, Bundle
 from pocketllava.models.files import atomic_write
 from pocketllava.models.manifest import Source
-from pocketllava.models.store import Store, parsed
+from pocketllava.models.store import DOWNLOADS, Store, parsed
 
-FOLDER = ".downloads"
 CHECKPOINT = "checkpoint"  # a model's checkpoint, with keep
 SPARE_BYTES = 64 << 20  # left free on the disk
 BITS_KEPT = 0.45  # of a checkpoint's 16 bits, in a text model of 6 bits and a vision tower of 16
@@ -103,7 +102,7 @@ class _Job:
 
     @property
     def downloads(self) -> Downloads:
-        return Downloads(self.store.root / FOLDER, self.hub)
+        return Downloads(self.store.root / DOWNLOADS, self.hub)
 
     def run(self, name: str | None) -> Pulled:
         pair = choice.pair(self.listing, self.quant, self.mmproj)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketllava.download.hub import Hub, HubFile, TryAgain
 from pocketllava.errors import DiskFull, DownloadError
+from pocketllava.models.store import DOWNLOADS, Store
 
 if TYPE_CHECKING:
     import requests
@@ -135,6 +136,16 @@ class Downloads:
         if length.isdecimal() and offset + int(length) != file.bytes:
             raise TryAgain(f"the server has {offset + int(length)} bytes, the hub names {file.bytes}")
         return offset
+
+
+def clear(store: Store) -> None:
+    """Remove what stopped downloads left; what a living process writes stays."""
+    from filelock import FileLock, Timeout
+
+    for lock in (store.root / DOWNLOADS).glob(f"*{LOCK}"):
+        with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+            for suffix in ("", PART, ETAG):
+                lock.with_name(lock.name.removesuffix(LOCK) + suffix).unlink(missing_ok=True)
 
 
 def size_of(path: Path) -> int:
