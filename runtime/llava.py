@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pocketllava.engine.session import Session
+    from pocketllava.types import LoadOptions
     from pocketllava.vision.feature_cache import Features
 
 IMAGE_TOKENS = settings(Options)["image_tokens"]
@@ -100,13 +101,13 @@ class Llava:
             >>> Llava.load("demo", n_ctx=512).n_ctx
             512
         """
-        from pocketllava.names import open_bundle
+        from pocketllava.names import lease, open_bundle
 
         start = time.perf_counter()
         options = load_options(**load)
         with ExitStack() as use:
             bundle = open_bundle(path)
-            use.enter_context(Store.default().lease_of(bundle.folder))
+            use.enter_context(lease(bundle))
             engine = _engine(bundle, options, isolated, worker_command)
             llava = cls(bundle, engine, time.perf_counter() - start)
             llava._use = use.pop_all()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.resources import as_file, files
 from os import PathLike
 from pathlib import Path
@@ -41,7 +41,8 @@ def open_bundle(name: str | PathLike[str]) -> Bundle:
     exists = _exists(folder)
     if name == DEMO and not _exists(folder / MANIFEST):
         return demo_bundle()
-    if not exists and is_name(str(name)) and (store := Store.default()).has(str(name)):
+    store = _store() if not exists and isinstance(name, str) and is_name(name) else None
+    if store is not None and store.has(str(name)):
         return Bundle.open(store.folder(str(name)))
     return Bundle.open(folder) if exists else _missing(str(name), folder)
 
@@ -73,12 +74,26 @@ def _missing(name: str, folder: Path) -> Bundle:
     )
 
 
+def lease(bundle: Bundle) -> AbstractContextManager[None]:
+    """While it is entered, the store keeps the bundle; nothing for a bundle elsewhere."""
+    store = _store()
+    return store.lease_of(bundle.folder) if store is not None else nullcontext()
+
+
+def _store() -> Store | None:
+    """This user's store; None for a user without a home, whose bundles have folders."""
+    try:
+        return Store.default()
+    except InputError:
+        return None
+
+
 def _stored() -> list[str]:
     """Names of the store's models; a store that cannot be read has none to offer."""
-    try:
-        return Store.default().names()
-    except InputError:
-        return []
+    store = _store()
+    with suppress(InputError):
+        return store.names() if store is not None else []
+    return []
 
 
 def _bundles(folder: Path) -> list[str]:

@@ -137,7 +137,7 @@ def load_options(command: Command) -> Command:
         if load["cache_dir"] is None:
             refuse("without --cache-dir DIR", "cache_bytes", "keep_prefixes")
 
-    return _with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command)
+    return verbose_option(_with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command))
 
 
 def sampling_options(*without: str) -> Callable[[Command], Command]:
@@ -184,6 +184,25 @@ def setting_option(options: type, name: str) -> Callable[[Command], Command]:
 def quiet_option(text: str) -> Callable[[Command], Command]:
     """-q, --quiet."""
     return click.option("-q", "--quiet", is_flag=True, help=text)
+
+
+def show_log(_ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print llama.cpp's log on stderr from now on."""
+    if wanted:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("llama.cpp: %(message)s"))
+        logging.getLogger("pocketllava.llama").addHandler(handler)
+        logging.getLogger("pocketllava").setLevel(logging.DEBUG)  # a child process takes over this level
+
+
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=show_log,
+    help="Show llama.cpp's log on stderr.",
+)
 
 
 def refuse(without: str, *names: str) -> None:

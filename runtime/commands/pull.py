@@ -11,7 +11,9 @@ from pocketllava.commands.show import size
 
 @click.command()
 @click.argument("source", type=Text("a hub id"))
-@click.option("--quant", metavar="TYPE", type=Text("a type"), help="Type of the text model  [default: Q4_K_M].")
+@click.option(
+    "--quant", metavar="TYPE", type=Text("a type"), help="Type of the text model  [default: Q4_K_M]."
+)
 @click.option(
     "--mmproj-type", "mmproj", type=OneOf(mmproj_types), help="Type of the vision tower  [default: F16]."
 )

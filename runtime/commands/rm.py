@@ -31,6 +31,8 @@ def rm(name: str | None, yes: bool, unfinished: bool) -> None:
     if not yes and not sys.stdin.isatty():
         raise InputError(f"{full}: is removed with --yes only, where nobody can be asked")
     if not yes:
-        click.confirm(f"remove {full} ({about['types']}, {about['size']}) from {store.root}?", abort=True, err=True)
+        click.confirm(
+            f"remove {full} ({about['types']}, {about['size']}) from {store.root}?", abort=True, err=True
+        )
     store.remove(full)
     click.echo(f"removed {full}", err=True)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from os.path import commonprefix
+from itertools import takewhile
 
 from pocketllava.convert.read.checkpoint import PATTERNS, PICKLED_PATTERNS
 from pocketllava.download.hub import HubFile, Listing
@@ -138,7 +138,8 @@ def _projector(repo: str, projectors: list[HubFile], model: HubFile, wanted: str
 
 def _shared(file: HubFile, model: HubFile) -> int:
     """How many folders two files have in common."""
-    return len(commonprefix([file.name.split("/")[:-1], model.name.split("/")[:-1]]))
+    pairs = zip(file.name.split("/")[:-1], model.name.split("/")[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda names: names[0] == names[1], pairs))
 
 
 def _no_type(repo: str, what: str, wanted: str, files: Iterable[HubFile]) -> str:

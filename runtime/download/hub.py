@@ -92,10 +92,14 @@ class Hub:
     def default(cls) -> Hub:
         """HF_ENDPOINT, or huggingface.co. Raises InputError where HF_HUB_OFFLINE is set."""
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise InputError("HF_HUB_OFFLINE is set, so nothing is downloaded; unset it, or give a model that is here")
+            raise InputError(
+                "HF_HUB_OFFLINE is set, so nothing is downloaded; unset it, or give a model that is here"
+            )
         endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         if not endpoint.startswith(("https://", "http://")):
-            raise InputError(f"HF_ENDPOINT: found {endpoint!r}, expected an address that begins with https://")
+            raise InputError(
+                f"HF_ENDPOINT: found {endpoint!r}, expected an address that begins with https://"
+            )
         return cls(endpoint)
 
     @cached_property
@@ -140,16 +144,21 @@ class Hub:
         size = headers.get("X-Linked-Size", headers.get("Content-Length", ""))
         sha256, sha1 = _matching(_SHA256, etag), _matching(_SHA1, etag)
         if not size.isdecimal() or int(size) > MAX_FILE_BYTES or not (sha256 or sha1):
-            raise DownloadError(f"{about}: {self.endpoint} gives no size and hash, so it could not be checked")
+            raise DownloadError(
+                f"{about}: {self.endpoint} gives no size and hash, so it could not be checked"
+            )
         return replace(file, bytes=int(size), sha256=sha256, sha1=sha1)
 
     @contextmanager
-    def get(self, url: str, about: str, headers: Mapping[str, str] | None = None) -> Iterator[requests.Response]:
+    def get(
+        self, url: str, about: str, headers: Mapping[str, str] | None = None
+    ) -> Iterator[requests.Response]:
         """An open answer of status 200, 206 or 416. Raises TryAgain, ModelNotFound, DownloadError."""
         timeout = (self.patience.connect_s, self.patience.read_s)
-        with translated(self.patience), self.session.get(
-            url, headers=headers, stream=True, timeout=timeout
-        ) as response:
+        with (
+            translated(self.patience),
+            self.session.get(url, headers=headers, stream=True, timeout=timeout) as response,
+        ):
             _check(response, about)
             yield response
 
@@ -159,7 +168,9 @@ class Hub:
                 return ask()
             except TryAgain as error:
                 if failures == self.patience.tries:
-                    raise DownloadError(f"{about}: {self.endpoint} gave nothing ({error}); try again later") from error
+                    raise DownloadError(
+                        f"{about}: {self.endpoint} gave nothing ({error}); try again later"
+                    ) from error
                 self.patience.wait(failures, error.wait_s)
         raise AssertionError
 
@@ -169,7 +180,9 @@ class Hub:
             for block in response.iter_content(1 << 16):
                 body += block
                 if len(body) > MAX_LISTING_BYTES:
-                    raise DownloadError(f"{about}: a list of more than {MAX_LISTING_BYTES} bytes; check HF_ENDPOINT")
+                    raise DownloadError(
+                        f"{about}: a list of more than {MAX_LISTING_BYTES} bytes; check HF_ENDPOINT"
+                    )
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
@@ -178,9 +191,10 @@ class Hub:
 
     def _head(self, url: str, about: str) -> Mapping[str, str]:
         timeout = (self.patience.connect_s, self.patience.read_s)
-        with translated(self.patience), self.session.head(
-            url, timeout=timeout, allow_redirects=False
-        ) as response:
+        with (
+            translated(self.patience),
+            self.session.head(url, timeout=timeout, allow_redirects=False) as response,
+        ):
             _check(response, about)
             return response.headers
 

@@ -20,7 +20,7 @@ from pocketllava.convert.read.config import LlavaConfig
 from pocketllava.convert.read.sources import read_json
 from pocketllava.convert.repair import examine, repair
 from pocketllava.download import choice
-from pocketllava.download.choice import DEFAULT_TYPE, Pair
+from pocketllava.download.choice import DEFAULT_TYPE
 from pocketllava.download.hub import Hub, HubFile, Listing
 from pocketllava.download.transfer import Downloads
 from pocketllava.errors import BundleError, DiskFull, DownloadError, InputError, ModelNotFound
@@ -107,9 +107,11 @@ class _Job:
     def run(self, name: str | None) -> Pulled:
         pair = choice.pair(self.listing, self.quant, self.mmproj)
         files = self._measured(pair.files if pair else choice.checkpoint(self.listing))
-        kind = choice.type_of(pair.model) if pair else known(self.quant or DEFAULT_TYPE, TEXT_TYPES, "--quant")
+        kind = (
+            choice.type_of(pair.model) if pair else known(self.quant or DEFAULT_TYPE, TEXT_TYPES, "--quant")
+        )
         full = _full_name(name, self.listing.repo, kind)
-        if (there := self._there(full, kind)) is not None:
+        if (there := self._there(full, kind, files)) is not None:
             return there
         self._check_disk(files, converted=pair is None)
         try:
@@ -119,7 +121,7 @@ class _Job:
                 else:
                     self._convert(staging, files, kind)
         except InputError:  # taken meanwhile, by this very model perhaps
-            if (there := self._there(full, kind)) is None:
+            if (there := self._there(full, kind, files)) is None:
                 raise
             return there
         self.downloads.discard(files)
@@ -128,17 +130,18 @@ class _Job:
     def _measured(self, files: Iterable[HubFile]) -> tuple[HubFile, ...]:
         return tuple(self.hub.measured(self.listing, file) for file in files)
 
-    def _there(self, name: str, kind: str) -> Pulled | None:
-        """The model, where the store has it from the same commit already."""
-        folder = self.store.folder(name)
+    def _there(self, name: str, kind: str, files: Sequence[HubFile]) -> Pulled | None:
+        """The model, where the store has the same one already."""
         try:
-            bundle = Bundle.open(folder) if self.store.has(name) else None
+            bundle = Bundle.open(self.store.folder(name)) if self.store.has(name) else None
         except (BundleError, ModelNotFound):
             return None
-        if bundle is None or bundle.manifest.source.revision != self.listing.commit:
+        if bundle is None or bundle.manifest.source.id != self.listing.repo:
             return None
-        same = bundle.manifest.source.id == self.listing.repo
-        return Pulled(name, bundle, False) if same else None
+        manifest = bundle.manifest
+        weights = {file.sha256 for file in files}
+        same = manifest.source.revision == self.listing.commit and manifest.types.model == kind
+        return Pulled(name, bundle, False) if same or manifest.files[MODEL].sha256 in weights else None
 
     def _check_disk(self, files: Sequence[HubFile], *, converted: bool) -> None:
         """Raises DiskFull before the first byte is asked for."""
@@ -223,7 +226,8 @@ def _check_digest(bundle: Bundle, name: str, sha256: str) -> None:
     found = bundle.manifest.files[name].sha256
     if found != sha256:
         raise DownloadError(
-            f"{name}: SHA-256 is {found[:12]}... on this disk, expected {sha256[:12]}...; check the disk, then pull again"
+            f"{name}: SHA-256 is {found[:12]}... on this disk, expected {sha256[:12]}...; check the disk, pull"
+            " again"
         )
 
 

@@ -129,7 +129,9 @@ class Downloads:
         """Where the answer's bytes belong: after the part's, or at the start. Raises TryAgain."""
         place = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         length = response.headers.get("Content-Length", "")
-        if response.status_code == 416 or (response.status_code == 206 and (not place or int(place[1]) != start)):
+        if response.status_code == 416 or (
+            response.status_code == 206 and (not place or int(place[1]) != start)
+        ):
             part.unlink(missing_ok=True)
             raise TryAgain("the server has another range than was asked for")
         offset = start if response.status_code == 206 else 0
