@@ -104,7 +104,7 @@ def _handler(hub: LocalHub, on_cdn: bool) -> type[BaseHTTPRequestHandler]:
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            hub.requests.append(Request(self.command, self.path, dict(self.headers), on_cdn))
+            hub.requests.append(Request(self.command, self.path, self.sent_headers(), on_cdn))
             if on_cdn:
                 self.bytes(*path.lstrip("/").split("/files/", 1))
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
@@ -113,6 +113,9 @@ def _handler(hub: LocalHub, on_cdn: bool) -> type[BaseHTTPRequestHandler]:
                 self.resolve(match[1], match[2])
             else:
                 self.plain(404, b"not found")
+
+        def sent_headers(self) -> dict[str, str]:
+            return {name.title(): value for name, value in self.headers.items()}
 
         def listing(self, repo: str, revision: str) -> None:
             if repo == "private/model" and self.headers.get("Authorization") != "Bearer hf_right":

@@ -120,7 +120,7 @@ def _model(repo: str, models: list[HubFile], quant: str | None) -> HubFile:
     """The wanted type, else Q4_K_M, else the first file, as llama.cpp chooses."""
     fitting = [file for file in models if type_of(file) == (quant or DEFAULT_TYPE)]
     if not fitting and quant is not None:
-        raise InputError(_no_type(repo, "a text model", quant, models))
+        raise InputError(_no_type(repo, "text model", quant, models))
     return (fitting or models)[0]
 
 
@@ -131,7 +131,7 @@ def _projector(repo: str, projectors: list[HubFile], model: HubFile, wanted: str
     if wanted is not None:
         files = [file for file in files if type_of(file) == wanted]
         if not files:
-            raise InputError(_no_type(repo, "an mmproj", wanted, projectors))
+            raise InputError(_no_type(repo, "mmproj", wanted, projectors))
     order = {kind: n for n, kind in enumerate(PROJECTOR_TYPES)}
     return min(files, key=lambda file: order.get(type_of(file), len(order)))
 
@@ -144,7 +144,7 @@ def _shared(file: HubFile, model: HubFile) -> int:
 
 def _no_type(repo: str, what: str, wanted: str, files: Iterable[HubFile]) -> str:
     types = sorted({type_of(file) for file in files} - {""})
-    return f"{repo}: has no {what} of type {wanted}{nearest(wanted, types)}; there are {', '.join(types) or 'none'}"
+    return f"{repo}: has no {what} of type {wanted}; there are {', '.join(types) or 'none'}{nearest(wanted, types)}"
 
 
 def _like(name: str, patterns: list[str]) -> bool:

@@ -23,7 +23,8 @@ from pocketllava.models.store import DOWNLOADS, Store
 if TYPE_CHECKING:
     import requests
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 14  # as much is lost where a connection breaks: urllib3 hands out whole blocks only
+HASHED_BYTES = 1 << 20
 MAX_WRONG = 2  # downloads of a whole file with wrong bytes
 POLL_S = 0.2
 PART, ETAG, LOCK = ".part", ".etag", ".lock"
@@ -110,18 +111,17 @@ class Downloads:
             offset = self._offset(response, start, part, file)
             _note(response, etag)
             with part.open("r+b" if offset else "wb") as target:
-                target.seek(offset)
-                target.truncate()
-                try:
-                    for block in response.iter_content(BLOCK_BYTES):
-                        offset += len(block)
-                        if offset > file.bytes:
-                            raise TryAgain(f"the server sent more than {file.bytes} bytes")
-                        target.write(block)
-                        progress(offset)
-                finally:
-                    target.flush()
-                    os.fsync(target.fileno())
+                if offset:
+                    target.seek(offset)
+                    target.truncate()
+                for block in response.iter_content(BLOCK_BYTES):
+                    offset += len(block)
+                    if offset > file.bytes:
+                        raise TryAgain(f"the server sent more than {file.bytes} bytes")
+                    target.write(block)
+                    progress(offset)
+                target.flush()
+                os.fsync(target.fileno())  # a rename can reach the disk before the data does
         if offset < file.bytes:
             raise TryAgain("the connection broke")
 
@@ -164,7 +164,7 @@ def is_right(path: Path, file: HubFile) -> bool:
         return False
     digest: Any = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.bytes}\0".encode())
     with path.open("rb") as content:
-        while block := content.read(BLOCK_BYTES):
+        while block := content.read(HASHED_BYTES):
             digest.update(block)
     return bool(digest.hexdigest() == (file.sha256 or file.sha1))
 
