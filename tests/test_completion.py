@@ -15,6 +15,7 @@ from pocketllava import Bundle
 from pocketllava.cli import cli
 from pocketllava.models.store import MANIFEST, VARIABLE, Store
 
+pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 BASH = """
 source <(pocketllava completion bash)

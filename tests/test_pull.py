@@ -25,6 +25,7 @@ from pocketllava.download.transfer import BLOCK_BYTES
 from pocketllava.models.bundle import MMPROJ, MODEL
 from pocketllava.models.store import DOWNLOADS, VARIABLE, Store
 
+pytestmark = pytest.mark.slow
 PAIR, CHECKPOINT = "owner/Small-GGUF", "owner/small-hf"
 
 

@@ -186,13 +186,19 @@ def quiet_option(text: str) -> Callable[[Command], Command]:
     return click.option("-q", "--quiet", is_flag=True, help=text)
 
 
-def show_log(_ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    """Print llama.cpp's log on stderr from now on."""
+def show_log(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print llama.cpp's log on stderr until the command ends."""
+
+    class Line(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(f"llama.cpp: {record.getMessage().translate(INERT)}", err=True)
+
     if wanted:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("llama.cpp: %(message)s"))
-        logging.getLogger("pocketllava.llama").addHandler(handler)
-        logging.getLogger("pocketllava").setLevel(logging.DEBUG)  # a child process takes over this level
+        ours, llama = logging.getLogger("pocketllava"), logging.getLogger("pocketllava.llama")
+        handler, level = Line(), ours.level
+        llama.addHandler(handler)
+        ours.setLevel(logging.DEBUG)  # a child process takes over this level
+        context.call_on_close(lambda: (llama.removeHandler(handler), ours.setLevel(level)))
 
 
 verbose_option = click.option(
