@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
-
-import requests
 
 from pocketllava.errors import DownloadError, InputError, ModelNotFound, UnsupportedOption
 from pocketllava.version import __version__
+
+if TYPE_CHECKING:
+    import requests  # late: urllib3 opens a socket when it is imported, and offline none is opened
 
 ENDPOINT = "https://huggingface.co"
 MAX_LISTING_BYTES = 32 << 20
@@ -106,6 +107,7 @@ class Hub:
     def session(self) -> requests.Session:
         """Sends the token to the endpoint; requests drops it where a redirect leads to another host or port."""
         try:
+            import requests
             from huggingface_hub.utils import build_hf_headers
         except ImportError as error:
             raise UnsupportedOption(
@@ -202,16 +204,18 @@ class Hub:
 @contextmanager
 def translated(patience: Patience) -> Iterator[None]:
     """Turn what requests raises into a reason of a few words: its own texts hold whole addresses, keys included."""
+    from requests import exceptions
+
     try:
         yield
-    except (requests.exceptions.ConnectTimeout, requests.exceptions.ReadTimeout) as error:
+    except (exceptions.ConnectTimeout, exceptions.ReadTimeout) as error:
         raise TryAgain(f"silent for {patience.read_s:g} s") from error
-    except requests.exceptions.SSLError as error:
+    except exceptions.SSLError as error:
         raise TryAgain("its certificate is not trusted") from error
-    except requests.exceptions.ConnectionError as error:
+    except exceptions.ConnectionError as error:
         stalled = "timed out" in str(error)
         raise TryAgain(f"silent for {patience.read_s:g} s" if stalled else "no connection") from error
-    except requests.exceptions.RequestException as error:
+    except exceptions.RequestException as error:
         raise TryAgain(f"the connection broke, {type(error).__name__}") from error
 
 
