@@ -8,6 +8,7 @@ that changes the store. A lease is a locked file per process that has a model lo
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -29,6 +30,7 @@ from pocketllava.settings import nearest
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+logger = logging.getLogger("pocketllava")
 VARIABLE = "POCKETLLAVA_HOME"
 STAGING, LEASES, DOWNLOADS, GATE = ".staging", ".leases", ".downloads", ".lock"
 GATE_S = 30.0  # nobody holds the gate for longer than a rename takes
@@ -135,16 +137,18 @@ class Store:
         """A staging folder, which becomes the model when the block ends without an exception.
 
         wait: for another process that makes the same one; it may then be there. Raises InputError for a name that is
-        taken, StateError for one that another process is making, OSError.
+        taken and for a store that cannot be written, StateError for one that another process is making.
         """
         name = parsed(name)
         staging = self.root / STAGING / self._place(name).name
-        lock = self._staging_lock(name, staging, wait)
+        with self._changing():
+            lock = self._staging_lock(name, staging, wait)
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
+            with self._changing():
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir()
             yield staging
-            with self._gate():
+            with self._changing(), self._gate():
                 self._check_free(name)
                 staging.rename(self._place(name))
         finally:
@@ -153,8 +157,8 @@ class Store:
                 _give_back(lock)
 
     def remove(self, name: str) -> None:
-        """Remove a model. Raises ModelNotFound, StateError for one that is loaded somewhere, OSError."""
-        with self._gate():
+        """Remove a model. Raises ModelNotFound, StateError for one that is loaded somewhere, InputError."""
+        with self._changing(), self._gate():
             full = self.find(name)
             place = self._place(full)
             if self._leased(place.name):
@@ -201,6 +205,7 @@ class Store:
             )
 
     def _staging_lock(self, name: str, staging: Path, wait: bool) -> BaseFileLock:
+        waiting = False
         while True:
             with self._gate():
                 self._check_free(name)
@@ -210,6 +215,9 @@ class Store:
                 return lock
             if not wait:
                 raise StateError(f"{name}: another process is making it; wait for it, or choose another name")
+            if not waiting:
+                logger.warning("%s: another process is making it; waiting for it", name)
+            waiting = True
             time.sleep(POLL_S)
 
     def _sweep(self) -> None:
@@ -240,6 +248,16 @@ class Store:
         if lock is None:
             raise OSError(errno.EAGAIN, "a new file is locked", str(folder / entry))
         return lock
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.root}: the store cannot be changed ({error.strerror or error}); close what has its files"
+                f" open, or set {VARIABLE} to a folder that can be written"
+            ) from error
 
     @contextmanager
     def _gate(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from pocketllava.models.store import DOWNLOADS, Store
 if TYPE_CHECKING:
     import requests
 
+logger = logging.getLogger("pocketllava")
 BLOCK_BYTES = 1 << 14  # as much is lost where a connection breaks: urllib3 hands out whole blocks only
 HASHED_BYTES = 1 << 20
 MAX_WRONG = 2  # downloads of a whole file with wrong bytes
@@ -73,11 +75,19 @@ class Downloads:
 
     @contextmanager
     def _locked(self, file: HubFile) -> Iterator[None]:
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f"{file.key}{LOCK}").acquire(poll_interval=POLL_S):
+        lock = FileLock(self.folder / f"{file.key}{LOCK}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("%s: another process downloads it; waiting for it", file.name)
+            lock.acquire(poll_interval=POLL_S)
+        try:
             yield
+        finally:
+            lock.release()
 
     def _fill(self, part: Path, file: HubFile, url: str, progress: Progress) -> None:
         """Ask until the part is whole and its hash right. Raises DownloadError, ModelNotFound, OSError."""
