@@ -36,6 +36,7 @@ STAGING, LEASES, DOWNLOADS, GATE = ".staging", ".leases", ".downloads", ".lock"
 GATE_S = 30.0  # nobody holds the gate for longer than a rename takes
 POLL_S = 0.2
 SEPARATOR = "@"  # of base and tag on disk, where Windows has no colons
+USUAL_TAG = "q4_k_m"  # before f16, which few laptops hold
 OWN = "="  # in file names of the store's own, which no model's name has
 LOCK = f"{OWN}lock"
 MAX_BASE, MAX_TAG = 100, 60  # characters
@@ -99,7 +100,7 @@ class Store:
     def folder(self, name: str) -> Path:
         """A model's folder, or where it would be. Raises InputError for what cannot be a name.
 
-        A name without a tag stands for the model of just that name, else for the first one with a tag.
+        A name without a tag stands for the model of just that name, else for q4_k_m, else for the first of its tags.
         """
         return self._place(self._full(parsed(name)))
 
@@ -195,7 +196,9 @@ class Store:
         """A parsed name with the tag that it stands for."""
         if ":" in name or (self._place(name) / MANIFEST).is_file():
             return name
-        return next((n for n in self.names() if n.startswith(f"{name}:")), name)
+        tagged = [n for n in self.names() if n.startswith(f"{name}:")]
+        usual = f"{name}:{USUAL_TAG}"
+        return usual if usual in tagged else next(iter(tagged), name)
 
     def _check_free(self, name: str) -> None:
         place = self._place(name)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,42 +211,6 @@ def test_two_threads_of_one_file_download_it_once(hub: LocalHub, tmp_path: Path)
         results = [pool.submit(fetched, hub, tmp_path) for _ in range(2)]
         assert [result.result(timeout=60) for result in results] == [DATA, DATA]
     assert hub.sent == len(DATA)
-
-
-RUN = """
-import sys
-from pathlib import Path
-from pocketllava.download.hub import Hub
-from pocketllava.download.transfer import BLOCK_BYTES, Downloads
-here = Hub(sys.argv[1])
-listing = here.listing("owner/model", None)
-print("asks", flush=True)
-Downloads(Path(sys.argv[2]), here).get(listing.files[0], here.url(listing, "weights.bin"), lambda _: None)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is POSIX's")
-def test_twenty_kills_lose_nothing_that_was_on_the_disk(hub: LocalHub, tmp_path: Path) -> None:
-    hub.bytes_per_s = 1e6
-    command = [sys.executable, "-c", RUN, hub.endpoint, str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    part = tmp_path / f"sha256-{hashlib.sha256(DATA).hexdigest()}.part"
-    kills = 0
-    for n in range(20):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
-            assert child.stdout is not None
-            child.stdout.readline()
-            time.sleep(0.001 * n)
-            child.send_signal(signal.SIGKILL)
-        kills += child.returncode == -signal.SIGKILL
-        assert not whole_files(tmp_path) or whole_files(tmp_path)[0].read_bytes() == DATA
-        assert not part.exists() or DATA.startswith(part.read_bytes())
-    assert kills == 20
-    there = part.stat().st_size
-    assert 0 < there < len(DATA)
-    assert fetched(hub, tmp_path) == DATA
-    assert ranges(hub)[-1] == f"bytes={there}-"
 
 
 SOURCES = {

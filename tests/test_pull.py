@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +116,39 @@ def test_a_stopped_pull_leaves_no_model_and_is_continued(hub: LocalHub) -> None:
     assert "of stopped downloads" in run("list").stderr
     pull(PAIR)
     assert hub.sent < sum(map(len, hub.repos[PAIR].values())) + BLOCK_BYTES
+    assert left(store) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is POSIX's")
+def test_twenty_kills_leave_no_model_and_lose_nothing_that_was_on_the_disk(hub: LocalHub) -> None:
+    hub.bytes_per_s = 1e6
+    store, whole = (
+        Store.default(),
+        {hashlib.sha256(data).hexdigest(): data for data in hub.repos[PAIR].values()},
+    )
+    kills = 0
+    for n in range(20):
+        asked = len(hub.for_bytes())
+        with subprocess.Popen(
+            [sys.executable, "-m", "pocketllava", "pull", PAIR], stderr=subprocess.PIPE
+        ) as child:
+            while len(hub.for_bytes()) == asked and child.poll() is None:
+                time.sleep(0.001)
+            time.sleep(0.005 * n)
+            child.send_signal(signal.SIGKILL)
+        kills += child.returncode == -signal.SIGKILL
+        assert store.names() == []
+        for path in (store.root / DOWNLOADS).glob("sha256-*"):
+            data, suffix = whole[path.stem.removeprefix("sha256-")], path.suffix
+            assert (
+                suffix in (".lock", ".etag")
+                or (suffix and data.startswith(path.read_bytes()))
+                or data == path.read_bytes()
+            )
+    assert kills == 20
+    pull(PAIR)
+    assert [request.headers.get("Range") for request in hub.for_bytes()].count(None) <= 4
+    assert run("verify").stdout == "small:f16: as recorded\n"
     assert left(store) == []
 
 

@@ -35,8 +35,10 @@ def add(store: Store, *names: str) -> None:
 
 def test_models_are_listed_and_found_in_any_case_and_without_their_tag(store: Store) -> None:
     assert store.names() == []
-    add(store, "LLaVA-1.5-7B:Q8_0", "llava-1.5-7b:q4_k_m", "mine")
-    assert store.names() == ["llava-1.5-7b:q4_k_m", "llava-1.5-7b:q8_0", "mine"]
+    add(store, "LLaVA-1.5-7B:Q8_0", "llava-1.5-7b:f16", "mine")
+    assert store.names() == ["llava-1.5-7b:f16", "llava-1.5-7b:q8_0", "mine"]
+    assert store.find("llava-1.5-7b") == "llava-1.5-7b:f16"
+    add(store, "llava-1.5-7b:q4_k_m")
     assert store.find("Llava-1.5-7B") == "llava-1.5-7b:q4_k_m"
     assert store.find("llava-1.5-7b:Q8_0") == "llava-1.5-7b:q8_0"
     assert store.folder("mine") == store.root / "mine"
