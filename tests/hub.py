@@ -54,6 +54,7 @@ class LocalHub:
     endpoint: str = ""
     cdn: str = ""
     etag: str = "e1"
+    moved: dict[str, str] = field(default_factory=dict)  # ids of repositories that have another now
     sent: int = 0
 
     def bytes_of(self, repo: str, name: str) -> bytes:
@@ -105,7 +106,10 @@ def _handler(hub: LocalHub, on_cdn: bool) -> type[BaseHTTPRequestHandler]:
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(Request(self.command, self.path, self.sent_headers(), on_cdn))
-            if on_cdn:
+            old = next((old for old in hub.moved if f"/{old}/" in path), None)
+            if old is not None:
+                self.plain(307, b"", {"Location": self.path.replace(old, hub.moved[old])})
+            elif on_cdn:
                 self.bytes(*path.lstrip("/").split("/files/", 1))
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
                 self.listing(match[1], match[2])

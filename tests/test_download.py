@@ -136,6 +136,16 @@ def test_a_file_that_changed_on_the_server_is_asked_for_whole(hub: LocalHub, tmp
     assert hub.for_bytes()[-1].headers["If-Range"] == '"e1"'
 
 
+def test_a_repository_that_moved_is_followed(hub: LocalHub, tmp_path: Path) -> None:
+    hub.moved = {"old/name": REPO}
+    here = Hub(hub.endpoint, QUICK)
+    listing = here.listing("old/name", None)
+    file = listing.files[0]
+    assert (
+        Downloads(tmp_path, here).get(file, here.url(listing, file.name), lambda _: None).read_bytes() == DATA
+    )
+
+
 def test_a_missing_file_and_a_gated_repository_are_said_at_once(hub: LocalHub, tmp_path: Path) -> None:
     here = Hub(hub.endpoint, QUICK)
     with pytest.raises(ModelNotFound, match="no such repository"):

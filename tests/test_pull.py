@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +98,16 @@ def test_a_second_pull_asks_for_nothing_but_the_list(hub: LocalHub) -> None:
     assert pull(PAIR, name="mine").name == "mine:f16"
 
 
-def test_two_at_once_pull_one_model_once(hub: LocalHub) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        results = [pool.submit(pull, PAIR) for _ in range(2)]
-        assert sorted(result.result(timeout=60).fresh for result in results) == [False, True]
+def test_two_processes_at_once_pull_one_model_once(hub: LocalHub) -> None:
+    hub.bytes_per_s = 5e6
+    command = [sys.executable, "-m", "pocketllava", "pull", PAIR]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert [out for out, _ in ends] == ["small:f16\n"] * 2
+    assert sorted("is in the store already" in told for _, told in ends) == [False, True]
     assert len(hub.for_bytes()) == 2
 
 
@@ -184,7 +189,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_byte(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.used, 1 << 20))
     with pytest.raises(DiskFull, match=r"0\.00 GB free, .* POCKETLLAVA_HOME"):
         pull(PAIR)
     assert hub.for_bytes() == []

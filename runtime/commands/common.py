@@ -198,7 +198,8 @@ def show_log(context: click.Context, _parameter: click.Parameter, wanted: bool) 
         handler, level = Line(), ours.level
         llama.addHandler(handler)
         ours.setLevel(logging.DEBUG)  # a child process takes over this level
-        context.call_on_close(lambda: (llama.removeHandler(handler), ours.setLevel(level)))
+        context.call_on_close(functools.partial(llama.removeHandler, handler))
+        context.call_on_close(functools.partial(ours.setLevel, level))
 
 
 verbose_option = click.option(

@@ -108,16 +108,17 @@ class Hub:
         """Sends the token to the endpoint; requests drops it where a redirect leads to another host or port."""
         try:
             import requests
-            from huggingface_hub.utils import build_hf_headers
+            from huggingface_hub import get_token
         except ImportError as error:
             raise UnsupportedOption(
                 f'pull: needs {error.name}; install it with pip install "pocketllava[convert]"'
             ) from error
         session = requests.Session()
-        headers = build_hf_headers(library_name="pocketllava", library_version=__version__)
-        if not all(str(value).isascii() and str(value).isprintable() for value in headers.values()):
-            raise InputError("HF_TOKEN: found characters that no token has; set it again")
-        session.headers.update(headers)
+        session.headers["User-Agent"] = f"pocketllava/{__version__}"
+        if token := get_token():
+            if not token.isascii() or not token.isprintable():
+                raise InputError("HF_TOKEN: found characters that no token has; set it again")
+            session.headers["Authorization"] = f"Bearer {token}"
         session.headers["Accept-Encoding"] = "identity"  # ranges and hashes are of the files' own bytes
         return session
 
