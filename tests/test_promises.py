@@ -81,6 +81,7 @@ EXTRAS = {
     "prompt_toolkit": "cli",
     "tqdm": "cli",
     "huggingface_hub": "convert",
+    "requests": "convert",
     "llguidance": "structured",
     "pillow-heif": "heic",
     **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
