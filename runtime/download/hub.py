@@ -122,6 +122,11 @@ class Hub:
         session.headers["Accept-Encoding"] = "identity"  # ranges and hashes are of the files' own bytes
         return session
 
+    def close(self) -> None:
+        """Close connections that are kept for a next request."""
+        if "session" in vars(self):
+            self.session.close()
+
     def url(self, listing: Listing, name: str) -> str:
         """Where a file's bytes are."""
         return f"{self.endpoint}/{listing.repo}/resolve/{listing.commit}/{quote(name)}"

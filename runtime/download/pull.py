@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,10 @@ def pull(
         raise InputError(f"{source}: found two types, {wanted.quant} and {quant}; give one of them")
     quant = wanted.quant or (choice.known_type(quant) if quant else None)
     hub, store = hub or Hub.default(), store or Store.default()
-    listing = hub.listing(wanted.repo, wanted.revision)
-    job = _Job(listing, quant, choice.known_type(mmproj) if mmproj else None, keep, store, hub, progress)
-    return job.run(name)
+    with closing(hub):
+        listing = hub.listing(wanted.repo, wanted.revision)
+        job = _Job(listing, quant, choice.known_type(mmproj) if mmproj else None, keep, store, hub, progress)
+        return job.run(name)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,9 @@ class _Job:
             if (there := self._there(full, kind, files)) is None:
                 raise
             return there
+        except OSError as error:
+            place = error.filename or self.store.root
+            raise DownloadError(f"{place}: cannot be written ({error.strerror or error})") from error
         self.downloads.discard(files)
         return Pulled(full, Bundle.open(self.store.folder(full)), True, files)
 
