@@ -226,7 +226,7 @@ def test_two_threads_of_one_file_download_it_once(hub: LocalHub, tmp_path: Path)
 SOURCES = {
     "llava-hf/llava-1.5-7b-hf": ("llava-hf/llava-1.5-7b-hf", None, None, "llava-1.5-7b"),
     "hf://llava-hf/llava-1.5-7b-hf@v1": ("llava-hf/llava-1.5-7b-hf", "v1", None, "llava-1.5-7b"),
-    "hf://a/b@refs/pr/3": ("a/b", "refs/pr/3", None, "b"),
+    "hf://a/b@refs/pr/3": ("a/b", "refs/pr/3", None, "model"),
     "second-state/Llava-v1.5-7B-GGUF:q5_k_m": (
         "second-state/Llava-v1.5-7B-GGUF",
         None,

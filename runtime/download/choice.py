@@ -70,8 +70,8 @@ def known_type(text: str) -> str:
 
 def default_name(repo: str) -> str:
     """The store's name for a repository, without a tag: "llava-1.5-7b" for llava-hf/llava-1.5-7b-hf."""
-    name = _AFTER.sub("", _BEFORE.sub("", repo.partition("/")[2].lower()))
-    return name.strip("._-") or "model"
+    name = _AFTER.sub("", _BEFORE.sub("", repo.partition("/")[2].lower())).strip("._-")
+    return name if len(name) > 1 else "model"
 
 
 def pair(listing: Listing, quant: str | None, mmproj: str | None) -> Pair | None:
