@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import MakeCheckpoint
+from conftest import MakeBundle, MakeCheckpoint
+from gguf import GGUFValueType
 from hub import COMMIT, Fault, LocalHub, serving
 from test_repair import DEPTH, PROJECTOR, rewritten
 
@@ -183,6 +184,29 @@ def test_an_old_mmproj_is_mended_on_the_way(hub: LocalHub, bundle: Bundle, tmp_p
     assert mended.mmproj_info == bundle.mmproj_info
     with Llava.load(mended.folder) as llava:
         assert llava.ask(None, "Hello", max_tokens=2).token_ids
+
+
+def test_another_models_projector_is_refused_before_the_text_model(
+    hub: LocalHub, bundle: Bundle, tmp_path: Path
+) -> None:
+    put = {PROJECTOR: ("qwen2vl_merger", GGUFValueType.STRING)}
+    other = rewritten(bundle.mmproj, tmp_path / "other.gguf", put=put)
+    hub.repos[PAIR]["mmproj-model-f16.gguf"] = other.read_bytes()
+    with pytest.raises(ConvertError, match="qwen2vl_merger"):
+        pull(PAIR)
+    assert [request.path.split("?")[0] for request in hub.for_bytes()] == [
+        f"/{PAIR}/files/mmproj-model-f16.gguf"
+    ]
+    assert Store.default().names() == []
+
+
+def test_a_projector_of_another_width_is_refused(
+    hub: LocalHub, bundle: Bundle, make_bundle: MakeBundle
+) -> None:
+    hub.repos[PAIR]["small-F16.gguf"] = make_bundle(hidden=128).model.read_bytes()
+    with pytest.raises(ConvertError, match="projects to width"):
+        pull(PAIR)
+    assert Store.default().names() == []
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_first_byte(
