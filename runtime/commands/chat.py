@@ -24,6 +24,7 @@ from pocketllava.commands.common import (
     quiet_option,
     sampling_options,
 )
+from pocketllava.commands.completion import Model
 from pocketllava.commands.show import timing_line
 from pocketllava.commands.waiting import Waiting, shown
 from pocketllava.errors import ContextOverflow, PocketLlavaError
@@ -42,7 +43,7 @@ LEAVING = "Ctrl-D or /quit leaves"
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=Place())
 @click.option(
     "-sys", "--system", metavar="TEXT", type=Text(), help="A system message before the conversation."

@@ -137,7 +137,7 @@ def load_options(command: Command) -> Command:
         if load["cache_dir"] is None:
             refuse("without --cache-dir DIR", "cache_bytes", "keep_prefixes")
 
-    return _with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command)
+    return verbose_option(_with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command))
 
 
 def sampling_options(*without: str) -> Callable[[Command], Command]:
@@ -184,6 +184,32 @@ def setting_option(options: type, name: str) -> Callable[[Command], Command]:
 def quiet_option(text: str) -> Callable[[Command], Command]:
     """-q, --quiet."""
     return click.option("-q", "--quiet", is_flag=True, help=text)
+
+
+def show_log(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print llama.cpp's log on stderr until the command ends."""
+
+    class Line(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(f"llama.cpp: {record.getMessage().translate(INERT)}", err=True)
+
+    if wanted:
+        ours, llama = logging.getLogger("pocketllava"), logging.getLogger("pocketllava.llama")
+        handler, level = Line(), ours.level
+        llama.addHandler(handler)
+        ours.setLevel(logging.DEBUG)  # a child process takes over this level
+        context.call_on_close(functools.partial(llama.removeHandler, handler))
+        context.call_on_close(functools.partial(ours.setLevel, level))
+
+
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=show_log,
+    help="Show llama.cpp's log on stderr.",
+)
 
 
 def refuse(without: str, *names: str) -> None:
