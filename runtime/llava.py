@@ -7,17 +7,18 @@ and knows whose call comes first; answers are the work of an Engine, in this pro
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pocketllava.engine.local import Call, Engine, LocalEngine
 from pocketllava.engine.lock import ModelLock
+from pocketllava.engine.many import MAX_AT_ONCE, Question, answers_at_once, in_order, one_by_one, read_ahead
 from pocketllava.engine.preparation import Preparation
-from pocketllava.errors import InputError, UnsupportedOption
+from pocketllava.errors import InputError, PocketLlavaError, UnsupportedOption
 from pocketllava.models import Bundle
 from pocketllava.prompt.openai import as_messages
 from pocketllava.settings import Setting, checked, settings
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pocketllava.vision.feature_cache import Features
 
 IMAGE_TOKENS = settings(Options)["image_tokens"]
+BATCH = Setting("whole", "Answers that are decoded at once.", (), low=1, high=MAX_AT_ONCE)
 QUEUE_TIMEOUT = Setting("number", "How long a call waits for those before it.", (), low=0, optional=True)
 
 
@@ -200,9 +202,9 @@ class Llava:
             images: One image each, as ask() takes them; may be an iterator without end.
             question: The question.
             system: A system message before it.
-            batch: How many answers to decode at once. 1 gives ask()'s answers bit for bit; with more, sums are
-                rounded otherwise, which may decide a near tie. "auto" takes what the device and the free memory are
-                good for. With a schema, choices or isolated=True it is always 1.
+            batch: How many answers to decode at once, at most. 1 gives ask()'s answers bit for bit; with more, sums
+                are rounded otherwise, which may decide a near tie. "auto" takes what the device and the free memory
+                are good for. With a schema, choices or isolated=True it is always 1.
             options: How answers are sampled; a seed is each answer's own.
             **changes: Fields of Options, which replace those of `options`.
 
@@ -218,18 +220,16 @@ class Llava:
             >>> [str(answer) for answer in llava.ask_many(["scene.png", "scene.png"], "How many objects are there?")]
             ['4', '4']
         """
-        from pocketllava.engine.many import read_ahead
-
         self._lock.check()
-        most = None if batch == "auto" else checked("batch", BATCH, batch)
-        chosen, plain = sampling(options, **changes), conversation(None, question, system)
-        engine = self._engine
-        one = most == 1 or chosen.schema is not None or chosen.choices is not None
-        if one or not isinstance(engine, LocalEngine):
-            return self._ask_each(images, question, system, chosen)
-        n_ctx = self._positions(plain, chosen)
-        n = most or answers_at_once()
-        return self._ask_together(images, question, system, chosen)
+        at_once = None if batch == "auto" else int(checked("batch", BATCH, batch))
+        chosen, asked = sampling(options, **changes), Question(question, system)
+        if (
+            chosen.schema is not None
+            or chosen.choices is not None
+            or not isinstance(self._engine, LocalEngine)
+        ):
+            at_once = 1
+        return self._ask_many(images, asked, at_once, chosen)
 
     def stream(
         self,
@@ -524,6 +524,40 @@ class Llava:
         images = [image for message in messages for image in message.images]
         return [self._engine.digest(image) for image in images]
 
+    def _ask_many(
+        self, images: Iterable[ImageSource], asked: Question, at_once: int | None, options: Options
+    ) -> Iterator[Answer | PocketLlavaError]:
+        """at_once: None for what suits the device."""
+        engine = self._engine
+        read = engine.read_ahead if isinstance(engine, LocalEngine) else _nothing
+        with closing(read_ahead(images, read)) as ahead:
+            n_ctx = self.count_tokens(asked.about(None)) + self.bundle.image_tokens + options.max_tokens
+            if not isinstance(engine, LocalEngine):
+                at_once = 1
+            elif at_once is None:
+                at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx), engine.session.text.on_gpu)
+            if at_once == 1 or not isinstance(engine, LocalEngine):
+                yield from one_by_one(lambda image: self.chat(asked.about(image), options=options), ahead)
+                return
+            numbered = engine.answer_many(asked.jobs(ahead), options, at_once, n_ctx)
+            yield from self._answered(numbered)
+
+    def _answered(
+        self, numbered: Generator[tuple[int, Answer | PocketLlavaError], None, None]
+    ) -> Iterator[Answer | PocketLlavaError]:
+        """The results in their order, while this call has the model."""
+        self._make_way(None)
+        lease = self._lock.acquire()
+        try:
+            with closing(numbered):
+                for result in in_order(numbered):
+                    if isinstance(result, Answer):
+                        result = replace(result, timings=self._timings(result.timings, 0.0))
+                    with self._lock.suspended(lease):
+                        yield result
+        finally:
+            self._lock.release(lease)
+
     def _stream(
         self, messages: list[Message], call: Call, timeout_s: float | None, start: float
     ) -> Iterator[Chunk]:
@@ -567,6 +601,10 @@ def _engine(
 
     loaded = load_bundle(bundle, options)
     return LocalEngine(loaded.session, loaded.device)
+
+
+def _nothing(_image: ImageSource) -> None:
+    """An isolated model reads images itself."""
 
 
 def _checked_tokens(image_tokens: object) -> int | None:

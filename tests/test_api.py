@@ -115,6 +115,7 @@ def members() -> list[str]:
 
 
 LATE: dict[str, Callable[[Llava], Any]] = {
+    "ask_many": lambda llava: llava.ask_many([b""], "Why?"),
     "aask": lambda m: asyncio.run(m.aask(A, "a")),
     "achat": lambda m: asyncio.run(m.achat(QUESTION)),
     "ask": lambda m: m.ask(A, "a"),

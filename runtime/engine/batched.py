@@ -82,30 +82,29 @@ class Batched:
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[int, Answer | PocketLlavaError]]:
         """Each conversation's number and answer, or what is wrong with it, as they are done. Raises BackendError."""
-        while True:
-            yield from self._begin(jobs)
-            if not self._running:
-                return
-            with translated("decoding"):
-                self._step()
+        job = next(jobs, None)
+        while job is not None or self._running:
+            while job is not None and len(self._running) < self._sequences.n:
+                if (error := self._begin(*job)) is not None:
+                    yield job[0], error
+                job = next(jobs, None)
             yield from self._finished()
+            if self._running:
+                with translated("decoding"):
+                    self._step()
+                yield from self._finished()
 
-    def _begin(self, jobs: Iterator[Job]) -> Iterator[tuple[int, PocketLlavaError | Answer]]:
-        """Give idle sequences, the first ones first, a conversation each."""
-        for sequence in sorted(self._held.keys() - self._running.keys()):
-            for number, messages in jobs:
-                if isinstance(messages, PocketLlavaError):
-                    yield number, messages
-                    continue
-                try:
-                    with translated("evaluating the prompt"):
-                        self._running[sequence] = self._prefilled(sequence, number, messages)
-                except PocketLlavaError as error:
-                    self._held[sequence] = []
-                    yield number, error
-                    continue
-                break
-        yield from self._finished()
+    def _begin(self, number: int, messages: Sequence[Message] | PocketLlavaError) -> PocketLlavaError | None:
+        """Give the first idle sequence a conversation: neighbors are evaluated together. Returns what is wrong."""
+        if isinstance(messages, PocketLlavaError):
+            return messages
+        sequence = min(self._held.keys() - self._running.keys())
+        try:
+            with translated("evaluating the prompt"):
+                self._running[sequence] = self._prefilled(sequence, number, messages)
+        except PocketLlavaError as error:
+            return error.with_traceback(None)
+        return None
 
     def _finished(self) -> Iterator[tuple[int, Answer]]:
         for sequence, answering in list(self._running.items()):

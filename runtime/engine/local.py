@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from pocketllava.engine.answer_text import AnswerText
 from pocketllava.errors import PocketLlavaError
-from pocketllava.types import Answer, Chunk, FinishReason, ImageSource, Message, OnProgress, Options, Timings, Trace
+from pocketllava.types import (
+    Answer,
+    Chunk,
+    FinishReason,
+    ImageSource,
+    Message,
+    OnProgress,
+    Options,
+    Timings,
+    Trace,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -172,27 +182,27 @@ class LocalEngine:
         yield Chunk(text.finish(), (), finish, self._timings(prefilled, first_s, last_s, n))
 
     def answer_many(
-        self, jobs: Iterator[Job], options: Options, n: int, n_ctx: int, *, fewer: bool = False
+        self, jobs: Iterator[Job], options: Options, n: int, n_ctx: int
     ) -> Generator[tuple[int, Answer | PocketLlavaError], None, None]:
         """Conversations, answered n at once with n_ctx positions each, as they are done; to be closed.
 
-        fewer: rather fewer at once than none, where there is no memory for n. Raises BackendError.
+        Rather fewer than none where there is no memory for n. Raises BackendError.
         """
         from pocketllava.engine.batched import Batched
 
-        with self._sequences(n, min(n_ctx, self.n_ctx), fewer) as sequences:
+        with self._sequences(n, min(n_ctx, self.n_ctx)) as sequences:
             yield from Batched(self.session, sequences, options, self.devices).answers(jobs)
 
-    def _sequences(self, n: int, n_ctx: int, fewer: bool) -> Sequences:
+    def _sequences(self, n: int, n_ctx: int) -> Sequences:
         from pocketllava.errors import BackendError
         from pocketllava.llamacpp.sequences import Sequences
 
         try:
             return Sequences(self.session.text, n, n_ctx)
         except BackendError:
-            if n == 1 or not fewer:
+            if n == 1:
                 raise
-        return self._sequences(n // 2, n_ctx, fewer)
+        return self._sequences(n // 2, n_ctx)
 
     def read_ahead(self, image: ImageSource) -> None:
         """Preprocess an image while another call runs; whoever asks about it is told what is wrong with it."""

@@ -6,29 +6,64 @@ Knows threads and the memory that an answer takes; the engine's work is done by 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
+from pocketllava.errors import ImageError, PocketLlavaError, StateError
 from pocketllava.models import Bundle
 from pocketllava.models.memory import available_bytes, memory
+from pocketllava.types import Answer, ImageSource, Message, conversation
+
+if TYPE_CHECKING:
+    from pocketllava.engine.batched import Job
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 READERS = 2  # threads, which decode while the model evaluates
 AHEAD = 4  # images that wait, preprocessed
-MOST_AT_ONCE = {False: 8, True: 16}  # on CPUs, on GPUs: more gained nothing, or not much (benchmarks/README.md)
+MAX_AT_ONCE = 256  # LLAMA_MAX_SEQ
+MOST_AT_ONCE = {
+    False: 8,
+    True: 16,
+}  # on CPUs, on GPUs: more gained nothing, or not much (benchmarks/README.md)
 SHARE = 2  # the part of the free memory that KV caches of further answers may take is one in SHARE
 
 
-def answers_at_once(bundle: Bundle, n_ctx: int, kv_type: str, *, on_gpu: bool) -> int:
+@dataclass(frozen=True)
+class Question:
+    """What is asked about every image."""
+
+    text: str
+    system: str | None
+
+    def __post_init__(self) -> None:
+        conversation(None, self.text, self.system)  # raises InputError
+
+    def about(self, image: ImageSource | None) -> list[Message]:
+        """The conversation. Raises ImageError for several images."""
+        if isinstance(image, list | tuple):
+            raise ImageError(f"image: found {len(image)} together, expected one; ask() takes several")
+        return conversation(image, self.text, self.system)
+
+    def jobs(self, images: Iterable[ImageSource]) -> Iterator[Job]:
+        """A numbered conversation about each image, or what is wrong with it."""
+        for number, image in enumerate(images):
+            try:
+                yield number, self.about(image)
+            except PocketLlavaError as error:
+                yield number, error.with_traceback(None)
+
+
+def answers_at_once(bundle: Bundle, n_ctx: int, on_gpu: bool) -> int:
     """How many answers, with n_ctx positions each, are decoded together: what speeds up, and has room."""
-    each = memory(bundle, n_ctx, kv_type).kv_cache
+    each = memory(bundle, n_ctx, "f16").kv_cache
     return max(1, min(MOST_AT_ONCE[on_gpu], available_bytes() // SHARE // each))
 
 
-def read_ahead(items: Iterable[T], read: Callable[[T], None]) -> Iterator[T]:
+def read_ahead(items: Iterable[T], read: Callable[[T], None]) -> Generator[T, None, None]:
     """The items, after read(item) is done for each in a thread; AHEAD of them are under way. To be closed."""
     waiting: deque[tuple[T, Future[None]]] = deque()
     with ThreadPoolExecutor(READERS, "pocketllava read ahead") as pool:
@@ -42,6 +77,20 @@ def read_ahead(items: Iterable[T], read: Callable[[T], None]) -> Iterator[T]:
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def one_by_one(
+    ask: Callable[[ImageSource], Answer], images: Iterable[ImageSource]
+) -> Iterator[Answer | PocketLlavaError]:
+    """ask(image) of each, or what is wrong with it. Raises StateError."""
+    for image in images:
+        try:
+            result: Answer | PocketLlavaError = ask(image)
+        except StateError:
+            raise
+        except PocketLlavaError as error:
+            result = error.with_traceback(None)  # which would keep the image
+        yield result
 
 
 def _first(waiting: deque[tuple[T, Future[None]]]) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,10 +177,12 @@ class Session:
         image_tokens: int | None,
     ) -> None:
         """prefill(), noting what is done as it goes."""
+        n_messages = len(messages)
         with work.timed("preprocess"):
-            composed = self.compose(messages, truncate_for, image_tokens, should_stop)
-            work.prompt, images = composed.prompt, composed.images
-            work.left_out, work.all_image_tokens = composed.left_out, composed.all_image_tokens
+            messages, work.prompt = self._fitting(messages, truncate_for, image_tokens)
+            work.left_out = n_messages - len(messages)
+            work.prompt, images = self._prompt(messages, work.prompt, image_tokens, should_stop)
+            work.all_image_tokens = _all_tokens(work.prompt, images)
             if not to_sample:
                 work.prompt = work.prompt[: next(iter(image_ends(work.prompt)), 0)]
         with work.timed("prompt"), translated("restoring the prompt"):
@@ -193,17 +195,12 @@ class Session:
             self.cache.decode(work.prompt, work.n_reused, features, should_stop, work.on_progress)
 
     def compose(
-        self,
-        messages: Sequence[Message],
-        truncate_for: int | None = None,
-        image_tokens: int | None = None,
-        should_stop: ShouldStop | None = None,
+        self, messages: Sequence[Message], truncate_for: int | None, image_tokens: int | None
     ) -> Composed:
         """A conversation's prompt, its images preprocessed and nothing evaluated. Raises as prefill() does."""
         kept, counted = self._fitting(messages, truncate_for, image_tokens)
-        prompt, images = self._prompt(kept, counted, image_tokens, should_stop)
-        all_tokens = sum(images[item.key].all_tokens for item in prompt if isinstance(item, ImageSpan))
-        return Composed(prompt, images, len(messages) - len(kept), all_tokens)
+        prompt, images = self._prompt(kept, counted, image_tokens, None)
+        return Composed(prompt, images, len(messages) - len(kept), _all_tokens(prompt, images))
 
     def constraint(self, options: Options) -> Constraint | None:
         """The beginning of an answer that fits options.schema, if there is one. Raises InputError."""
@@ -416,6 +413,11 @@ def _template(text: TextModel, bundle: Bundle | None) -> Template:
     )
     template.check()
     return template
+
+
+def _all_tokens(prompt: Sequence[PromptItem], images: Mapping[str, PreparedImage]) -> int:
+    """Positions of a prompt's images when none are left out."""
+    return sum(images[item.key].all_tokens for item in prompt if isinstance(item, ImageSpan))
 
 
 def _check(should_stop: Callable[[], bool] | None) -> None:

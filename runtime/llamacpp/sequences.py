@@ -68,7 +68,8 @@ class Sequences:
                 decode: Any = decode_tokens if isinstance(part, list) else decode_features
                 decode(self._context, part, first, self._text.n_batch, logits="last", sequence=sequence)
                 first += len(part)
-        return self._logits(1)[-1]
+        logits: npt.NDArray[np.float32] = self._logits(1)[-1]
+        return logits
 
     def step(self, tokens: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.float32]:
         """Evaluate one token of each (sequence, position, id) in one batch; logits, (n, n_vocab) float32.
@@ -81,5 +82,7 @@ class Sequences:
 
     def _logits(self, n: int) -> npt.NDArray[np.float32]:
         """Of the last n positions that asked for them."""
-        rows = [self._lib.llama_get_logits_ith(self._context, i - n) for i in range(n)]
-        return np.stack([np.ctypeslib.as_array(row, (self._text.n_vocab,)) for row in rows])
+        logits = np.empty((n, self._text.n_vocab), np.float32)
+        for i, row in enumerate(logits):
+            row[:] = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, i - n), row.shape)
+        return logits

@@ -139,6 +139,11 @@ class TextModel:
         return int(self._llama.n_threads_batch or cores())
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether layers are on a GPU."""
+        return bool(self._llama.model_params.n_gpu_layers)
+
+    @property
     def settings(self) -> tuple[int, ...]:
         """What an evaluated state depends on, beside the file and the library."""
         p = self._llama.context_params
