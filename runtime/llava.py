@@ -7,7 +7,7 @@ and knows whose call comes first; answers are the work of an Engine, in this pro
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pocketllava.engine.local import Call, Engine, LocalEngine
-from pocketllava.engine.lock import ModelLock
+from pocketllava.engine.lock import Lease, ModelLock
 from pocketllava.engine.many import MAX_AT_ONCE, Question, answers_at_once, in_order, one_by_one, read_ahead
 from pocketllava.engine.preparation import Preparation
 from pocketllava.errors import InputError, PocketLlavaError, UnsupportedOption
@@ -214,7 +214,8 @@ class Llava:
         Raises:
             InputError: An argument that cannot be used.
             StateError: The model is closed.
-            BackendError: llama.cpp failed.
+            BackendError: llama.cpp failed; of an isolated model that is an error in the image's place (EngineDied).
+            Whatever the iterator of the images raises, after the answers to those before.
 
         Example:
             >>> [str(answer) for answer in llava.ask_many(["scene.png", "scene.png"], "How many objects are there?")]
@@ -529,27 +530,33 @@ class Llava:
     ) -> Iterator[Answer | PocketLlavaError]:
         """at_once: None for what suits the device."""
         engine = self._engine
+        n_ctx = self.count_tokens(asked.about(None)) + self.bundle.image_tokens + options.max_tokens
+        if at_once is None and isinstance(engine, LocalEngine):
+            at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx), engine.session.text.on_gpu)
+        if isinstance(engine, LocalEngine) and at_once != 1:
+            yield from self._ask_together(engine, images, asked, at_once or 1, n_ctx, options)
+            return
         read = engine.read_ahead if isinstance(engine, LocalEngine) else _nothing
         with closing(read_ahead(images, read)) as ahead:
-            n_ctx = self.count_tokens(asked.about(None)) + self.bundle.image_tokens + options.max_tokens
-            if not isinstance(engine, LocalEngine):
-                at_once = 1
-            elif at_once is None:
-                at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx), engine.session.text.on_gpu)
-            if at_once == 1 or not isinstance(engine, LocalEngine):
-                yield from one_by_one(lambda image: self.chat(asked.about(image), options=options), ahead)
-                return
-            numbered = engine.answer_many(asked.jobs(ahead), options, at_once, n_ctx)
-            yield from self._answered(numbered)
+            yield from one_by_one(lambda image: self.chat(asked.about(image), options=options), ahead)
 
-    def _answered(
-        self, numbered: Generator[tuple[int, Answer | PocketLlavaError], None, None]
+    def _ask_together(
+        self,
+        engine: LocalEngine,
+        images: Iterable[ImageSource],
+        asked: Question,
+        n: int,
+        n_ctx: int,
+        options: Options,
     ) -> Iterator[Answer | PocketLlavaError]:
         """The results in their order, while this call has the model."""
         self._make_way(None)
         lease = self._lock.acquire()
         try:
-            with closing(numbered):
+            with (
+                closing(read_ahead(self._suspending(images, lease), engine.read_ahead)) as ahead,
+                closing(engine.answer_many(asked.jobs(ahead), options, n, n_ctx)) as numbered,
+            ):
                 for result in in_order(numbered):
                     if isinstance(result, Answer):
                         result = replace(result, timings=self._timings(result.timings, 0.0))
@@ -557,6 +564,17 @@ class Llava:
                         yield result
         finally:
             self._lock.release(lease)
+
+    def _suspending(self, images: Iterable[ImageSource], lease: Lease) -> Iterator[ImageSource]:
+        """The images; their iterator is the caller's code, which may use the model, as a stream's consumer may."""
+        following = iter(images)
+        while True:
+            with self._lock.suspended(lease):
+                try:
+                    image = next(following)
+                except StopIteration:
+                    return
+            yield image
 
     def _stream(
         self, messages: list[Message], call: Call, timeout_s: float | None, start: float

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketllava import Answer, Bundle, ContextOverflow, ImageError, InputError, Llava, Options, StateError
+from pocketllava import (
+    Answer,
+    Bundle,
+    ContextOverflow,
+    ImageError,
+    InputError,
+    Llava,
+    Message,
+    Options,
+    StateError,
+)
 from pocketllava.engine.many import AHEAD, answers_at_once, in_order, read_ahead
 from pocketllava.models.demo import scenes
 
@@ -102,6 +112,31 @@ def test_a_newer_call_ends_it(demo: Llava) -> None:
     demo.ask(SCENES[0], QUESTION)
     with pytest.raises(StateError, match="a newer call"):
         list(results)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_the_iterator_raises_comes_after_the_answers(
+    demo: Llava, asked: list[Answer], batch: int
+) -> None:
+    def broken() -> Iterator[object]:
+        yield from SCENES[:6]
+        raise OSError("the folder vanished")
+
+    results = demo.ask_many(broken(), QUESTION, batch=batch)  # type: ignore[arg-type]
+    assert [str(next(results)) for _ in range(6)] == [a.text for a in asked[:6]]
+    with pytest.raises(OSError, match="the folder vanished"):
+        next(results)
+
+
+def test_an_iterator_that_uses_the_model_ends_it_as_any_newer_call_does(demo: Llava) -> None:
+    def using() -> Iterator[object]:
+        for scene in SCENES:
+            demo.count_tokens([Message("user", "a")])
+            yield scene
+
+    with pytest.raises(StateError, match="a newer call"):
+        list(demo.ask_many(using(), QUESTION, batch=3))  # type: ignore[arg-type]
+    assert len(list(demo.ask_many(using(), QUESTION, batch=1))) == len(SCENES)  # type: ignore[arg-type]
 
 
 def test_wrong_arguments_are_told_at_once(demo: Llava) -> None:

@@ -20,7 +20,7 @@ from pocketllava.engine.generation import settings
 from pocketllava.engine.local import ROOM
 from pocketllava.engine.logprobs import token_logprob
 from pocketllava.engine.session import Composed, Session
-from pocketllava.errors import PocketLlavaError
+from pocketllava.errors import InputError, PocketLlavaError
 from pocketllava.llamacpp.guard import translated
 from pocketllava.llamacpp.sampling import Sampler
 from pocketllava.llamacpp.sequences import Sequences
@@ -78,21 +78,32 @@ class Batched:
         self._devices = devices
         self._held: dict[int, list[PromptItem]] = {n: [] for n in range(sequences.n)}
         self._running: dict[int, _Answering] = {}
+        self._error: Exception | None = None
         self._everything = np.arange(session.text.n_vocab, dtype=np.int32)
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[int, Answer | PocketLlavaError]]:
         """Each conversation's number and answer, or what is wrong with it, as they are done. Raises BackendError."""
-        job = next(jobs, None)
+        job = self._next(jobs)
         while job is not None or self._running:
             while job is not None and len(self._running) < self._sequences.n:
                 if (error := self._begin(*job)) is not None:
                     yield job[0], error
-                job = next(jobs, None)
+                job = self._next(jobs)
             yield from self._finished()
             if self._running:
                 with translated("decoding"):
                     self._step()
                 yield from self._finished()
+        if self._error is not None:
+            raise self._error
+
+    def _next(self, jobs: Iterator[Job]) -> Job | None:
+        """The next conversation; what their iterator raises waits until the answers that are running are whole."""
+        try:
+            return next(jobs, None)
+        except Exception as error:
+            self._error = error
+            return None
 
     def _begin(self, number: int, messages: Sequence[Message] | PocketLlavaError) -> PocketLlavaError | None:
         """Give the first idle sequence a conversation: neighbors are evaluated together. Returns what is wrong."""
@@ -102,7 +113,7 @@ class Batched:
         try:
             with translated("evaluating the prompt"):
                 self._running[sequence] = self._prefilled(sequence, number, messages)
-        except PocketLlavaError as error:
+        except InputError as error:
             return error.with_traceback(None)
         return None
 

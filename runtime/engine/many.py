@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from pocketllava.errors import ImageError, PocketLlavaError, StateError
+from pocketllava.errors import EngineDied, ImageError, InputError, PocketLlavaError
 from pocketllava.models import Bundle
 from pocketllava.models.memory import available_bytes, memory
 from pocketllava.types import Answer, ImageSource, Message, conversation
@@ -28,7 +28,7 @@ MAX_AT_ONCE = 256  # LLAMA_MAX_SEQ
 MOST_AT_ONCE = {
     False: 8,
     True: 16,
-}  # on CPUs, on GPUs: more gained nothing, or not much (benchmarks/README.md)
+}  # on CPUs, on GPUs: beyond it published figures gain little (docs/embedding.md)
 SHARE = 2  # the part of the free memory that KV caches of further answers may take is one in SHARE
 
 
@@ -66,29 +66,35 @@ def answers_at_once(bundle: Bundle, n_ctx: int, on_gpu: bool) -> int:
 def read_ahead(items: Iterable[T], read: Callable[[T], None]) -> Generator[T, None, None]:
     """The items, after read(item) is done for each in a thread; AHEAD of them are under way. To be closed."""
     waiting: deque[tuple[T, Future[None]]] = deque()
+    following, error = iter(items), None
     with ThreadPoolExecutor(READERS, "pocketllava read ahead") as pool:
         try:
-            for item in items:
-                waiting.append((item, pool.submit(read, item)))
-                if len(waiting) > AHEAD:
-                    yield _first(waiting)
+            while error is None:
+                try:
+                    item = next(following)
+                except Exception as stopped:  # the end, or the caller's own: what was taken comes first
+                    error = stopped
+                else:
+                    waiting.append((item, pool.submit(read, item)))
+                    if len(waiting) > AHEAD:
+                        yield _first(waiting)
             while waiting:
                 yield _first(waiting)
         finally:
             for _, future in waiting:
                 future.cancel()
+    if not isinstance(error, StopIteration):
+        raise error
 
 
 def one_by_one(
     ask: Callable[[ImageSource], Answer], images: Iterable[ImageSource]
 ) -> Iterator[Answer | PocketLlavaError]:
-    """ask(image) of each, or what is wrong with it. Raises StateError."""
+    """ask(image) of each, or what is wrong with it. Raises StateError, BackendError."""
     for image in images:
         try:
             result: Answer | PocketLlavaError = ask(image)
-        except StateError:
-            raise
-        except PocketLlavaError as error:
+        except (InputError, EngineDied) as error:
             result = error.with_traceback(None)  # which would keep the image
         yield result
 
