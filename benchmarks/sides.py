@@ -210,9 +210,7 @@ def server_times(port: int, picture: bytes, texts: Texts, n: int) -> Times:
 
 
 @contextmanager
-def llama_server(
-    bundle: Bundle, n_ctx: int, slots: int = 1
-) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def llama_server(bundle: Bundle, n_ctx: int, slots: int = 1) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A running server's port and process; killed in any case. n_ctx: of each slot."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

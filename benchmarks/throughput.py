@@ -5,8 +5,8 @@
     python benchmarks/throughput.py demo --agreement 300
 
 Every side loads the model anew and is shown one picture first, which does not count; then the clock runs from the
-first of the pictures to the end of the last answer. The sides take turns, no side sees a picture twice, and medians are
-printed. The end of an answer is ignored, so that every caption has as many tokens, with random weights too.
+first of the pictures to the end of the last answer. The sides take turns, no side sees a picture twice, and medians
+are printed. The end of an answer is ignored, so that every caption has as many tokens, with random weights too.
 llama-server has no way to show fewer image tokens. --agreement compares ask_many's greedy answers about scenes of the
 demo's world with ask's, token by token, and times nothing. Run it alone.
 """
@@ -36,7 +36,8 @@ from pocketllava.names import open_bundle
 SLOTS = 4
 BATCHES = (2, 4, 8)  # of --agreement
 SERVERS = {"llama-server": 1, f"llama-server, {SLOTS} slots": SLOTS}
-OURS: dict[str, int | Literal["auto"] | None] = {"ask": None, "batch 1": 1, "batch auto": "auto"}  # None: ask()
+# None: ask() in a loop
+OURS: dict[str, int | Literal["auto"] | None] = {"ask": None, "batch 1": 1, "batch auto": "auto"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def table(found: dict[str, list[float]]) -> None:
     """Medians, and how they compare."""
     medians = {side: statistics.median(values) for side, values in found.items()}
     best = max((medians[side] for side in SERVERS if side in medians), default=0.0)
-    print("| side | images an hour | least | most | to ask | to llama-server's best |\n|---|---|---|---|---|---|")
+    print(
+        "| side | images an hour | least | most | to ask | to llama-server's best |\n|---|---|---|---|---|---|"
+    )
     for side, median in medians.items():
         to_ask = f"{median / medians['ask']:.2f}" if "ask" in medians else ""
         to_best = f"{median / best:.2f}" if best else ""
