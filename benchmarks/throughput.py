@@ -86,7 +86,7 @@ def server_seconds(asked: Asked, pictures: list[bytes], slots: int) -> float:
 def endless(llava: Llava) -> None:
     """No token ends an answer any more."""
     with llava.session() as session:
-        session.text.vocabulary.is_end = lambda _token: False  # type: ignore[method-assign]
+        session.text.vocabulary.is_end = lambda _token: False  # type: ignore[method-assign, assignment]
 
 
 def checked(result: Answer | PocketLlavaError) -> Answer:
