@@ -210,14 +210,14 @@ def server_times(port: int, picture: bytes, texts: Texts, n: int) -> Times:
 
 
 @contextmanager
-def llama_server(bundle: Bundle, n_ctx: int) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """A running server's port and process; killed in any case."""
+def llama_server(bundle: Bundle, n_ctx: int, slots: int = 1) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A running server's port and process; killed in any case. n_ctx: of each slot."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     command = [
-        os.environ[SERVER], "-m", bundle.model, "--mmproj", bundle.mmproj, "-c", n_ctx, "-t", cores(),
-        "-tb", cores(), "--parallel", 1, "--host", "127.0.0.1", "--port", port, "--offline",
+        os.environ[SERVER], "-m", bundle.model, "--mmproj", bundle.mmproj, "-c", n_ctx * slots, "-t", cores(),
+        "-tb", cores(), "--parallel", slots, "--host", "127.0.0.1", "--port", port, "--offline",
     ]  # fmt: skip
     settings = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
     with tempfile.TemporaryFile() as log:
