@@ -139,7 +139,7 @@ def test_a_reader_that_leaves_frees_the_model(answers: tuple[str, str]) -> None:
         (["-o", "temperature", "-3", "Hello."], "greater than or equal to 0"),
         (["-o", "color", "red", "Hello."], "Extra inputs are not permitted"),
         (["-o", "stop", "", "Hello."], "stop: found ''"),
-        (["-a", __file__, "Hello."], "not an image"),
+        (["--at", __file__, "image/png", "Hello."], "not an image"),
         (["--schema", '{"not": {}}', "Hello."], "'not' is not supported"),
         (["Hello. " * 3000], "context"),
     ],

@@ -17,8 +17,10 @@ from pocketllava.errors import (
 INVALID = "invalid_request_error"
 UNAVAILABLE = "unavailable_error"
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would send a request again that ended the engine
-OVERFLOW_CODE = "context_length_exceeded"  # what LangChain looks for
-OVERFLOW_WORDS = "the request exceeds the available context size"  # llama-server's; LiteLLM looks for the last five
+OVERFLOW_CODE = "context_length_exceeded"
+OVERFLOW_WORDS = (
+    "prompt is too long"  # LangChain and LiteLLM look for them: openai's errors do not show the code
+)
 OVERFLOW_TYPE = "exceed_context_size_error"  # llama-server's
 
 
@@ -82,7 +84,7 @@ def fault_of(error: BaseException) -> Fault:
         return error
     if isinstance(error, ContextOverflow):
         numbers = {"n_prompt_tokens": error.needed, "n_ctx": error.available}
-        message = f"{OVERFLOW_WORDS}: {error}"
+        message = f"{OVERFLOW_WORDS}: {str(error).removeprefix('prompt: ')}"
         return Fault(400, message, type=OVERFLOW_TYPE, code=OVERFLOW_CODE, param="messages", extra=numbers)
     if isinstance(error, UnsupportedSchema):
         return invalid(str(error), "response_format", "unsupported_schema")
