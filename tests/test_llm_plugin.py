@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from pocketllava import Llava, Message
+from pocketllava.models.store import Store
+from pocketllava.names import open_bundle
 
 llm = pytest.importorskip("llm", reason="the plugin needs llm: make clients")
 
@@ -123,6 +126,20 @@ def test_from_python(answers: tuple[str, str]) -> None:
     pieces = asyncio.run(ask())
     assert len(pieces) > 1
     assert "".join(pieces) == answers[0]
+
+
+def test_models_of_the_store(
+    run: Run, answers: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is `llava` as well; a store that cannot be read ends no command of llm."""
+    monkeypatch.setenv("POCKETLLAVA_HOME", str(tmp_path / "store"))
+    with Store.default().create("llava-1.5-7b:q4_k_m") as folder:
+        shutil.copytree(open_bundle("demo").folder, folder, dirs_exist_ok=True)
+    assert "PocketLlava: llava-1.5-7b:q4_k_m (aliases: llava)" in run("models")
+    assert run("-m", "llava", "-a", SCENE, QUESTION).strip() == answers[0]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POCKETLLAVA_HOME", str(tmp_path / "file"))
+    assert "PocketLlava: demo" in run("models")
 
 
 def test_a_reader_that_leaves_frees_the_model(answers: tuple[str, str]) -> None:

@@ -98,11 +98,13 @@ def register_models(register: Any) -> None:
 
 
 def _stored() -> list[str]:
+    """Names in the store; none where it cannot be read, which must not end every command of llm."""
+    from pocketllava.models.store import Store
+
     try:
-        from pocketllava.models.store import Store
-    except ImportError:
+        return Store.default().names()
+    except PocketLlavaError:
         return []
-    return list(Store.default().names())
 
 
 _models: dict[str, Llava] = {}
@@ -112,10 +114,11 @@ _loading = threading.Lock()
 def _loaded(name: str) -> Llava:
     """The model, loaded once: `llm chat` asks the same one again and again."""
     from pocketllava.llava import Llava
+    from pocketllava.models.store import Store
 
     with _loading:
         if name not in _models:
-            _models[name] = Llava.load(name)
+            _models[name] = Llava.load(name if name == DEMO else Store.default().folder(name))
         return _models[name]
 
 
