@@ -6,9 +6,11 @@ from typing import Any
 
 from pocketllava.errors import (
     BackendError,
+    BundleError,
     ContextOverflow,
     EngineDied,
     InputError,
+    ModelNotFound,
     PocketLlavaError,
     StateError,
     UnsupportedSchema,
@@ -90,8 +92,9 @@ def fault_of(error: BaseException) -> Fault:
         return invalid(str(error), "response_format", "unsupported_schema")
     if isinstance(error, InputError):
         return invalid(str(error), _param(str(error)))
-    if isinstance(error, BackendError | StateError):
-        headers = NO_RETRY if isinstance(error, BackendError) else {}
+    # The last two: the model's files went while it was served.
+    if isinstance(error, BackendError | StateError | BundleError | ModelNotFound):
+        headers = {} if isinstance(error, StateError) else NO_RETRY
         code = "engine_died" if isinstance(error, EngineDied) else None
         return Fault(503, str(error), type=UNAVAILABLE, code=code, headers=headers)
     message = str(error) if isinstance(error, PocketLlavaError) else f"server error ({type(error).__name__})"
