@@ -162,6 +162,7 @@ def _found(served: Any, ref: str) -> bool:
 def test_what_is_asked_rightly(
     server: Server, path: str, method: str, operation: Any, status: int, stream: bool
 ) -> None:
+    server.until(lambda: not server.supervisor.busy and not server.supervisor.waiting)
     if path == "/v1/prepare/{id}":
         path = f"/v1/prepare/{server.post('/v1/prepare', VALID['PrepareRequest']).json['id']}"
     name = body_of(operation)
