@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,13 @@ def test_listing_models_imports_no_engine() -> None:
         "assert not {'llama_cpp', 'pocketllava.llava', 'PIL'} & set(sys.modules)",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+def test_its_command_ends_without_a_word_more(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llm", "-m", "demo", "-a", SCENE, QUESTION]
+    env = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    said = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("a blue square\n", "")
 
 
 def test_without_llm_nothing_of_it_is_imported() -> None:

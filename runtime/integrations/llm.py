@@ -7,6 +7,7 @@ asked.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import math
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -118,7 +119,8 @@ def _loaded(name: str) -> Llava:
 
     with _loading:
         if name not in _models:
-            _models[name] = Llava.load(name if name == DEMO else Store.default().folder(name))
+            model = _models[name] = Llava.load(name if name == DEMO else Store.default().folder(name))
+            atexit.register(model.close)  # before the interpreter takes llama_cpp's modules away
         return _models[name]
 
 
