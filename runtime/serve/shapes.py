@@ -23,7 +23,7 @@ def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _object(required: str = "", **properties: Schema) -> Schema:
+def _object(required: str = "", /, **properties: Schema) -> Schema:
     return {"type": "object", "required": required.split(), "properties": properties}
 
 

@@ -81,7 +81,7 @@ class Bodies:
     def case(self, rng: random.Random) -> tuple[str, bytes]:
         """(path, body)."""
         path, schema = rng.choice(self.routes)
-        body = self._limited(self.value(schema, rng), rng)
+        body = self._limited(path, self.value(schema, rng), rng)
         for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 5))):
             body = damaged(body, rng)
         data = json.dumps(body).encode()
@@ -136,18 +136,23 @@ class Bodies:
             "string": rng.choice(TEXTS[:4] if rng.random() < 0.8 else TEXTS),
         }.get(kind)
 
-    def _limited(self, body: Any, rng: random.Random) -> Any:
-        """The same with a name that is served and few tokens, nearly always; conversations that end with the user."""
-        if not isinstance(body, dict) or rng.random() > OFTEN:
+    def _limited(self, path: str, body: Any, rng: random.Random) -> Any:
+        """Nearly always the same with what a schema cannot say: a name that is served, few tokens, whose images."""
+        if rng.random() > OFTEN:
             return body
-        if "model" in body:
+        if "model" in body or path.startswith("/api/"):
             body["model"] = rng.choice(MODELS)
-        if "options" in body or "keep_alive" in body or "prompt" in body:
+        if path.startswith("/api/"):
             body["options"] = {**(body.get("options") or {}), "num_predict": rng.randint(1, MAX_TOKENS)}
         else:
             body["max_tokens"] = rng.randint(1, MAX_TOKENS)
-        if body.get("messages"):
-            body["messages"][-1]["role"] = "user"
+        if turns := body.get("messages"):
+            turns[-1]["role"] = "user"
+            for turn in turns:
+                if turn["role"] != "user":
+                    turn |= {"content": rng.choice(TEXTS[2:4]), "images": None}
+            if path == "/v1/prepare":
+                turns[-1]["content"] = [{"type": "input_image", "image_url": rng.choice(URIS[:2])}]
         return body
 
 
