@@ -35,10 +35,10 @@ Run = Callable[..., str]
 @pytest.fixture(scope="module", autouse=True)
 def models() -> Iterator[dict[str, Llava]]:
     """What the plugin keeps loaded."""
-    yield plugin._models
-    for model in plugin._models.values():
+    yield plugin.loaded
+    for model in plugin.loaded.values():
         model.close()
-    plugin._models.clear()
+    plugin.loaded.clear()
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,8 @@ EXTRAS = {
     "huggingface_hub": "convert",
     "llguidance": "structured",
     "pillow-heif": "heic",
+    "llm": "clients",
+    "pydantic": "clients",
     **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
 }
 COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")

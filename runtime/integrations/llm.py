@@ -63,7 +63,7 @@ class PocketLlava(_Shared, llm.Model):  # type: ignore[misc]
         """Texts of the answer. Raises llm.ModelError."""
         with _translated():
             messages, options = _messages(prompt), _options(prompt)
-            with closing(_loaded(self.model_id).stream(messages, options=options)) as chunks:  # type: ignore[type-var]
+            with closing(_model(self.model_id).stream(messages, options=options)) as chunks:  # type: ignore[type-var]
                 for chunk in chunks:
                     yield chunk.text
                     _note(chunk, response)
@@ -82,7 +82,7 @@ class AsyncPocketLlava(_Shared, llm.AsyncModel):  # type: ignore[misc]
         """Texts of the answer. Raises llm.ModelError."""
         with _translated():
             messages, options = _messages(prompt), _options(prompt)
-            model = await asyncio.to_thread(_loaded, self.model_id)
+            model = await asyncio.to_thread(_model, self.model_id)
             async with aclosing(model.astream(messages, options=options)) as chunks:
                 async for chunk in chunks:
                     yield chunk.text
@@ -90,7 +90,7 @@ class AsyncPocketLlava(_Shared, llm.AsyncModel):  # type: ignore[misc]
 
 
 @llm.hookimpl  # type: ignore[untyped-decorator]
-def register_models(register: Any) -> None:
+def registerloaded(register: Any) -> None:
     """Every name of the store, then the model in the package. No file of them is opened."""
     names = _stored()
     for name in dict.fromkeys((*names, DEMO)):
@@ -108,20 +108,20 @@ def _stored() -> list[str]:
         return []
 
 
-_models: dict[str, Llava] = {}
+loaded: dict[str, Llava] = {}  # by name, for as long as the process lives
 _loading = threading.Lock()
 
 
-def _loaded(name: str) -> Llava:
+def _model(name: str) -> Llava:
     """The model, loaded once: `llm chat` asks the same one again and again."""
     from pocketllava.llava import Llava
     from pocketllava.models.store import Store
 
     with _loading:
-        if name not in _models:
-            model = _models[name] = Llava.load(name if name == DEMO else Store.default().folder(name))
+        if name not in loaded:
+            model = loaded[name] = Llava.load(name if name == DEMO else Store.default().folder(name))
             atexit.register(model.close)  # before the interpreter takes llama_cpp's modules away
-        return _models[name]
+        return loaded[name]
 
 
 def _messages(prompt: Any) -> list[Message]:
