@@ -90,7 +90,7 @@ class AsyncPocketLlava(_Shared, llm.AsyncModel):  # type: ignore[misc]
 
 
 @llm.hookimpl  # type: ignore[untyped-decorator]
-def registerloaded(register: Any) -> None:
+def register_models(register: Any) -> None:
     """Every name of the store, then the model in the package. No file of them is opened."""
     names = _stored()
     for name in dict.fromkeys((*names, DEMO)):
