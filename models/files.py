@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from pocketllava.errors import InputError
@@ -47,6 +46,8 @@ def locked_write(path: Path) -> Iterator[Path]:
     The hidden path is always the same, and a lock says whether its writer is alive. Raises OSError, BlockingIOError
     where another process is writing `path`.
     """
+    from filelock import FileLock, Timeout  # takes as long to import as the rest of the room
+
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)

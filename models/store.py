@@ -8,6 +8,7 @@ that changes the store. A lease is a locked file per process that has a model lo
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -29,20 +30,22 @@ from pocketllava.settings import nearest
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+logger = logging.getLogger("pocketllava")
 VARIABLE = "POCKETLLAVA_HOME"
-STAGING, LEASES, GATE = ".staging", ".leases", ".lock"
+STAGING, LEASES, DOWNLOADS, GATE = ".staging", ".leases", ".downloads", ".lock"
 GATE_S = 30.0  # nobody holds the gate for longer than a rename takes
 POLL_S = 0.2
 SEPARATOR = "@"  # of base and tag on disk, where Windows has no colons
+USUAL_TAG = "q4_k_m"  # before f16, which few laptops hold
 OWN = "="  # in file names of the store's own, which no model's name has
 LOCK = f"{OWN}lock"
 MAX_BASE, MAX_TAG = 100, 60  # characters
 GRAMMAR = (
-    "letters, digits and . _ - (at its ends letters or digits), and after a colon a tag of the same kind, such as"
-    " llava-1.5-7b:q4_k_m"
+    "two or more letters, digits and . _ - (at its ends letters or digits), and after a colon a tag of the same"
+    " kind, such as llava-1.5-7b:q4_k_m"
 )
 _PART = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
-_NAME = re.compile(rf"({_PART})(?::({_PART}))?")
+_NAME = re.compile(rf"(?=..)(?!.:)({_PART})(?::({_PART}))?")  # c:q8_0 is a drive's file on Windows
 # Windows opens these devices whatever follows a dot; demo is the model in the package.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 DEMO = "demo"
@@ -97,7 +100,7 @@ class Store:
     def folder(self, name: str) -> Path:
         """A model's folder, or where it would be. Raises InputError for what cannot be a name.
 
-        A name without a tag stands for the model of just that name, else for the first one with a tag.
+        A name without a tag stands for the model of just that name, else for q4_k_m, else for the first of its tags.
         """
         return self._place(self._full(parsed(name)))
 
@@ -135,16 +138,18 @@ class Store:
         """A staging folder, which becomes the model when the block ends without an exception.
 
         wait: for another process that makes the same one; it may then be there. Raises InputError for a name that is
-        taken, StateError for one that another process is making, OSError.
+        taken and for a store that cannot be written, StateError for one that another process is making.
         """
         name = parsed(name)
         staging = self.root / STAGING / self._place(name).name
-        lock = self._staging_lock(name, staging, wait)
+        with self._changing():
+            lock = self._staging_lock(name, staging, wait)
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
+            with self._changing():
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir()
             yield staging
-            with self._gate():
+            with self._changing(), self._gate():
                 self._check_free(name)
                 staging.rename(self._place(name))
         finally:
@@ -153,8 +158,8 @@ class Store:
                 _give_back(lock)
 
     def remove(self, name: str) -> None:
-        """Remove a model. Raises ModelNotFound, StateError for one that is loaded somewhere, OSError."""
-        with self._gate():
+        """Remove a model. Raises ModelNotFound, StateError for one that is loaded somewhere, InputError."""
+        with self._changing(), self._gate():
             full = self.find(name)
             place = self._place(full)
             if self._leased(place.name):
@@ -191,7 +196,9 @@ class Store:
         """A parsed name with the tag that it stands for."""
         if ":" in name or (self._place(name) / MANIFEST).is_file():
             return name
-        return next((n for n in self.names() if n.startswith(f"{name}:")), name)
+        tagged = [n for n in self.names() if n.startswith(f"{name}:")]
+        usual = f"{name}:{USUAL_TAG}"
+        return usual if usual in tagged else next(iter(tagged), name)
 
     def _check_free(self, name: str) -> None:
         place = self._place(name)
@@ -201,6 +208,7 @@ class Store:
             )
 
     def _staging_lock(self, name: str, staging: Path, wait: bool) -> BaseFileLock:
+        waiting = False
         while True:
             with self._gate():
                 self._check_free(name)
@@ -210,6 +218,9 @@ class Store:
                 return lock
             if not wait:
                 raise StateError(f"{name}: another process is making it; wait for it, or choose another name")
+            if not waiting:
+                logger.warning("%s: another process is making it; waiting for it", name)
+            waiting = True
             time.sleep(POLL_S)
 
     def _sweep(self) -> None:
@@ -240,6 +251,16 @@ class Store:
         if lock is None:
             raise OSError(errno.EAGAIN, "a new file is locked", str(folder / entry))
         return lock
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.root}: the store cannot be changed ({error.strerror or error}); close what has its files"
+                f" open, or set {VARIABLE} to a folder that can be written"
+            ) from error
 
     @contextmanager
     def _gate(self) -> Iterator[None]:

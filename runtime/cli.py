@@ -15,21 +15,29 @@ from pocketllava.commands.ask import ask
 from pocketllava.commands.bench import bench
 from pocketllava.commands.chat import chat
 from pocketllava.commands.common import complain, show_warnings
+from pocketllava.commands.completion import completion
 from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
+from pocketllava.commands.list import list_models
+from pocketllava.commands.pull import pull
 from pocketllava.commands.quantize import quantize
+from pocketllava.commands.rm import rm
 from pocketllava.commands.serve import serve
+from pocketllava.commands.show_model import show
 from pocketllava.commands.streams import OutputError, flush_results, open_streams
+from pocketllava.commands.verify import verify
 from pocketllava.errors import PocketLlavaError
 from pocketllava.settings import nearest
 
 SECTIONS = {
     "Ask about images": (demo, ask, chat, serve),
+    "Keep models": (pull, list_models, show, verify, rm),
     "Convert a checkpoint": (convert, quantize, imatrix),
     "Look and measure": (inspect, evaluate, bench),
+    "Shell": (completion,),
 }
 MAX_HELP = 200  # characters of a command's line in --help
 FAILED = 1

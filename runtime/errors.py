@@ -9,6 +9,7 @@ PocketLlavaError
 ├── StateError               a model used after close() or fork(), a stream that a newer call ended
 ├── ModelNotFound            no bundle of that name; names the nearest, and the command that makes one
 ├── BundleError              a bundle's file is missing, damaged or foreign
+├── DownloadError            the hub, or the way to it, did not give a file
 ├── ConvertError             a checkpoint cannot be converted
 │   ├── UnsupportedCheckpoint   another architecture, named
 │   ├── TensorMismatch          .missing, .unexpected, .shape
@@ -90,6 +91,10 @@ class ModelNotFound(PocketLlavaError):
 
 class BundleError(PocketLlavaError):
     """A file of a bundle is missing, damaged or belongs to another model."""
+
+
+class DownloadError(PocketLlavaError):
+    """A file could not be downloaded, or is not what the hub said it is."""
 
 
 class ConvertError(PocketLlavaError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pocketllava.engine.session import Session
+    from pocketllava.types import LoadOptions
     from pocketllava.vision.feature_cache import Features
 
 IMAGE_TOKENS = settings(Options)["image_tokens"]
@@ -65,6 +66,7 @@ class Llava:
         self._engine = engine
         self._lock = ModelLock()
         self._preparation: Preparation | None = None
+        self._use = ExitStack()  # of the store's model
 
     @classmethod
     def load(
@@ -78,7 +80,7 @@ class Llava:
         """Load a bundle.
 
         Args:
-            path: A folder made by `pocketllava convert`, or "demo", the model in the package.
+            path: A folder made by `pocketllava convert`, a name of the store, or "demo", the model in the package.
             isolated: Load it in a child process. Should llama.cpp end that process, the call that was running raises
                 EngineDied, and the next one loads the model again. This process never loads llama.cpp.
             worker_command: With isolated, what starts a worker in a frozen application, such as [python, "-I",
@@ -99,20 +101,17 @@ class Llava:
             >>> Llava.load("demo", n_ctx=512).n_ctx
             512
         """
-        from pocketllava.names import open_bundle
+        from pocketllava.names import lease, open_bundle
 
         start = time.perf_counter()
         options = load_options(**load)
-        bundle = open_bundle(path)
-        if isolated:
-            from pocketllava.engine.process import ProcessEngine
-
-            return cls(bundle, ProcessEngine(bundle, options, worker_command), time.perf_counter() - start)
-        from pocketllava.engine.loading import load_bundle
-
-        loaded = load_bundle(bundle, options)
-        engine = LocalEngine(loaded.session, loaded.device)
-        return cls(bundle, engine, time.perf_counter() - start)
+        with ExitStack() as use:
+            bundle = open_bundle(path)
+            use.enter_context(lease(bundle))
+            engine = _engine(bundle, options, isolated, worker_command)
+            llava = cls(bundle, engine, time.perf_counter() - start)
+            llava._use = use.pop_all()
+        return llava
 
     def ask(
         self,
@@ -451,7 +450,8 @@ class Llava:
         """Free the model, after the answer that is running. A second call, or a child of fork(), does nothing."""
         self._make_way(None)
         if self._lock.close():
-            self._engine.close()
+            with self._use:
+                self._engine.close()
 
     def __enter__(self) -> Llava:
         return self
@@ -503,6 +503,20 @@ class Llava:
         """The engine's, which knows of no queue."""
         first_s = timings.first_token_s + queue_s if timings.first_token_s else 0.0
         return replace(timings, load_s=self.load_s, queue_s=queue_s, first_token_s=first_s)
+
+
+def _engine(
+    bundle: Bundle, options: LoadOptions, isolated: bool, worker_command: Sequence[str] | None
+) -> Engine:
+    """The loaded model, in this process or in a child."""
+    if isolated:
+        from pocketllava.engine.process import ProcessEngine
+
+        return ProcessEngine(bundle, options, worker_command)
+    from pocketllava.engine.loading import load_bundle
+
+    loaded = load_bundle(bundle, options)
+    return LocalEngine(loaded.session, loaded.device)
 
 
 def _checked_tokens(image_tokens: object) -> int | None:

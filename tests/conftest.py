@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,11 @@ settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each worker of pytest-xdist a core of its own: ggml's threads wait by spinning, and share badly."""
+    """Give each worker of pytest-xdist a core of its own: ggml's threads wait by spinning, and share badly.
+
+    What this user has in the store is nothing to the tests.
+    """
+    os.environ["POCKETLLAVA_HOME"] = str(Path(tempfile.gettempdir()) / "no-store-of-pocketllava")
     worker = getattr(config, "workerinput", {}).get("workerid", "")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -8,6 +8,7 @@ from pocketllava import (
     ContextOverflow,
     ConvertError,
     DiskFull,
+    DownloadError,
     EngineDied,
     ImageError,
     InputError,
@@ -30,6 +31,7 @@ ONE_OF_EACH = [
     ),
     ContextOverflow(5000, 2048),
     TensorMismatch("tensors: two are missing", missing=("a", "b"), unexpected=("c",), shape=(3, 4)),
+    DownloadError("model.gguf: not whole"),
     DiskFull("disk: too small", 10**12, 10**9),
 ]  # fmt: skip
 

@@ -57,6 +57,13 @@ def test_every_way_to_give_an_image(tmp_path: Path) -> None:
         assert np.array_equal(preprocess(source, CLIP), expected)  # type: ignore[arg-type]
 
 
+def test_half_precision_arrays_are_computed_as_numpy_does() -> None:
+    halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16)  # all from 0 to 1
+    array = np.resize(np.concatenate([halves, [np.float16(-0.0)]]).astype(np.float16), (124, 124, 3))
+    expected = np.rint(array * np.float16(255)).astype(np.uint8)
+    assert np.array_equal(np.asarray(load(array)), expected)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_agree(kind: str) -> None:
     picture = pictures.scene(90, 70)

@@ -81,6 +81,7 @@ EXTRAS = {
     "prompt_toolkit": "cli",
     "tqdm": "cli",
     "huggingface_hub": "convert",
+    "requests": "convert",
     "llguidance": "structured",
     "pillow-heif": "heic",
     "llm": "clients",
@@ -118,7 +119,7 @@ def test_dependencies_are_what_their_room_needs() -> None:
         extras |= used - core
         assert not used & {"click", "prompt_toolkit", "tqdm"} or path.startswith(COMMAND_LINE), path
         assert "huggingface_hub" not in used or path.startswith(
-            ("convert/", "runtime/commands/convert.py")
+            ("convert/", "runtime/download/", "runtime/commands/convert.py")
         ), path
     assert extras == set(EXTRAS)
     for name, extra in EXTRAS.items():

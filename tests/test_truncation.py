@@ -81,3 +81,16 @@ def test_a_long_conversation_goes_on_without_its_oldest_turns(bundle: Bundle) ->
             llava.chat(talk, options=Options(max_tokens=8))
         with pytest.raises(ContextOverflow):
             llava.chat([Message("user", "word " * 900)], options=shifted)
+
+
+def test_a_text_that_no_context_holds_is_refused_before_it_is_tokenized(bundle: Bundle) -> None:
+    endless = Message("user", "é€" * 4_000_000)  # libllama copies what it has for every byte of it: hours
+    with Llava.load(bundle.folder, n_ctx=768) as llava:
+        for options in (Options(), Options(truncate="oldest")):
+            with pytest.raises(ContextOverflow) as caught:
+                llava.chat([endless], options=options)
+            assert caught.value.needed > 100_000
+        later = [endless, Message("assistant", "I see."), Message("user", "What is it?")]
+        answer = llava.chat(later, options=Options(max_tokens=4, truncate="oldest"))
+        assert answer.timings.left_out == 2  # messages
+        assert llava.count_tokens([Message("user", "word " * 4_000)]) > 4_000

@@ -11,7 +11,6 @@ import click
 
 from pocketllava.commands.common import (
     STDIN,
-    Place,
     Text,
     image_argument,
     load_options,
@@ -23,6 +22,7 @@ from pocketllava.commands.common import (
     text_argument,
     warn_of_incomplete,
 )
+from pocketllava.commands.completion import Model
 from pocketllava.errors import InputError
 from pocketllava.models.files import expanded, text_of
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.argument("words", metavar="[IMAGE]... QUESTION", nargs=-1)
 @click.option("-p", "--question", metavar="TEXT", help="The question; all other arguments are images.")
 @click.option("--image", "more_images", multiple=True, metavar="IMAGE", help="A further image; repeatable.")

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from pocketllava.commands.common import Place, image_argument, load_options, quiet_option
+from pocketllava.commands.completion import Model
 from pocketllava.commands.show import figure_lines
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.option("--image", metavar="IMAGE", type=Place(), help="Ask about this picture instead of a drawn one.")
 @click.option(
     "-n", "--runs", type=click.IntRange(1), default=3, show_default=True, help="Medians of this many."

@@ -24,7 +24,9 @@ from pocketllava.commands.common import (
     quiet_option,
     sampling_options,
 )
+from pocketllava.commands.completion import Model
 from pocketllava.commands.show import timing_line
+from pocketllava.commands.waiting import Waiting, shown
 from pocketllava.errors import ContextOverflow, PocketLlavaError
 from pocketllava.models.files import expanded
 from pocketllava.types import MAX_FILE_BYTES, MAX_SEED, ImageSource
@@ -41,7 +43,7 @@ LEAVING = "Ctrl-D or /quit leaves"
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=Place())
 @click.option(
     "-sys", "--system", metavar="TEXT", type=Text(), help="A system message before the conversation."
@@ -185,7 +187,11 @@ class Chat:
         options = replace(
             self._options, seed=None if seed is None else (seed + self._retries) % (MAX_SEED + 1)
         )
-        return in_background(self._llava.stream, self._dialogue.messages(question), options=options)
+        waiting = Waiting()
+        messages = self._dialogue.messages(question)
+        return shown(
+            in_background(self._llava.stream, messages, options=options, on_progress=waiting), waiting
+        )
 
     def _add(self, question: Question, text: str, last: Chunk | None) -> None:
         """Add an answer to the conversation, with a note if it is unusual. last: None if it was stopped."""

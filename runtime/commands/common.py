@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from pocketllava.commands.show import choices_line, timing_line
+from pocketllava.commands.waiting import Waiting, shown
 from pocketllava.errors import InputError
 from pocketllava.models.files import expanded, read_text, utf8
 from pocketllava.settings import Setting, nearest, settings
@@ -136,7 +137,7 @@ def load_options(command: Command) -> Command:
         if load["cache_dir"] is None:
             refuse("without --cache-dir DIR", "cache_bytes", "keep_prefixes")
 
-    return _with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command)
+    return verbose_option(_with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command))
 
 
 def sampling_options(*without: str) -> Callable[[Command], Command]:
@@ -185,6 +186,32 @@ def quiet_option(text: str) -> Callable[[Command], Command]:
     return click.option("-q", "--quiet", is_flag=True, help=text)
 
 
+def show_log(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print llama.cpp's log on stderr until the command ends."""
+
+    class Line(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(f"llama.cpp: {record.getMessage().translate(INERT)}", err=True)
+
+    if wanted:
+        ours, llama = logging.getLogger("pocketllava"), logging.getLogger("pocketllava.llama")
+        handler, level = Line(), ours.level
+        llama.addHandler(handler)
+        ours.setLevel(logging.DEBUG)  # a child process takes over this level
+        context.call_on_close(functools.partial(llama.removeHandler, handler))
+        context.call_on_close(functools.partial(ours.setLevel, level))
+
+
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=show_log,
+    help="Show llama.cpp's log on stderr.",
+)
+
+
 def refuse(without: str, *names: str) -> None:
     """Refuse options that were given on the command line and do nothing `without` another."""
     context = click.get_current_context()
@@ -208,8 +235,8 @@ def stream(
     from pocketllava.engine.background import in_background
 
     text, last = "", None
-    on_terminal = sys.stdout.isatty()
-    for chunk in in_background(llava.stream, messages, options=options):
+    on_terminal, waiting = sys.stdout.isatty(), Waiting(quiet=quiet)
+    for chunk in shown(in_background(llava.stream, messages, options=options, on_progress=waiting), waiting):
         click.echo(chunk.text.translate(INERT) if on_terminal else chunk.text, nl=False)
         sys.stdout.flush()
         text += chunk.text

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketllava.commands.common import Place, load_options, quiet_option
+from pocketllava.commands.completion import Model
 from pocketllava.commands.show import summary_lines
 from pocketllava.models.files import expanded
 
@@ -20,7 +21,7 @@ STDOUT = "-"
 
 
 @click.command("eval")
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.option(
     "--set",
     "questions",

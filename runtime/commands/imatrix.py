@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from pocketllava.commands.common import Place, load_options, quiet_option, refuse
+from pocketllava.commands.completion import Model
 from pocketllava.models.files import expanded
 
 CACHING = ("cache_dir", "cache_bytes", "keep_prefixes")
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.option(
     "--images", metavar="FOLDER", type=Place(), help="Pictures; each is asked one of the questions."
 )

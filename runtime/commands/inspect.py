@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pocketllava.commands.common import Place, Text, image_argument, refuse, setting_option
+from pocketllava.commands.completion import Model
 from pocketllava.commands.show import memory_line, trace_lines, tree
 from pocketllava.errors import InputError
 from pocketllava.models.files import atomic_write
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.option("--image", metavar="IMAGE", type=Place(), help="Follow this picture through the model.")
 @click.option(
     "--question",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pocketllava.commands.common import OneOf, Place, quiet_option
+from pocketllava.commands.completion import Model
 from pocketllava.commands.progress import (
     imatrix_option,
     mmproj_types,
@@ -17,7 +18,7 @@ from pocketllava.commands.progress import (
 
 
 @click.command()
-@click.argument("bundle", type=Place())
+@click.argument("bundle", type=Model())
 @click.option(
     "-o",
     "--out",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import Place, load_options
+from pocketllava.commands.common import load_options
+from pocketllava.commands.completion import Model
 from pocketllava.errors import InputError, UnsupportedOption
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ MIN_KEY = 8  # characters
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address; all but loopback need a key.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one."

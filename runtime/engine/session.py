@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from pocketllava.models.gguf_header import Header
 from pocketllava.models.memory import CONTEXT_STEP
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
-from pocketllava.prompt.template import Template
+from pocketllava.prompt.template import Template, Tokenize
 from pocketllava.prompt.truncation import without_oldest
 from pocketllava.types import ImageSource, LoadOptions, Message, OnProgress, Options, Progress
 from pocketllava.vision.decoding import MAX_PIXELS
@@ -182,7 +181,7 @@ class Session:
             work.n_reused = self.cache.reuse(work.prompt, to_sample=to_sample)
         with work.timed("encode"):
             missing = {item.key for item in work.prompt[work.n_reused :] if isinstance(item, ImageSpan)}
-            work.total_tiles = sum(len(images[key].tiles) for key in missing)
+            work.start_tiles(sum(len(images[key].tiles) for key in missing))
             features = {key: self._encoded(images[key], should_stop, work.count_tile) for key in missing}
         with work.timed("prompt"), translated("evaluating the prompt"):
             self.cache.decode(work.prompt, work.n_reused, features, should_stop, work.on_progress)
@@ -229,13 +228,27 @@ class Session:
 
         Raises InputError.
         """
-        return n_positions(self.count(messages, image_tokens=image_tokens))
+        return n_positions(self._count(messages, image_tokens, self.text.tokenize))
 
     def count(self, messages: Sequence[Message], *, image_tokens: int | None = None) -> list[PromptItem]:
-        """A conversation's prompt, with placeholders for its images. Raises InputError."""
+        """A conversation's prompt, with placeholders for its images. Raises InputError, ContextOverflow."""
+        return self._count(messages, image_tokens, self._tokenize_short)
+
+    def _count(
+        self, messages: Sequence[Message], image_tokens: int | None, tokenize: Tokenize
+    ) -> list[PromptItem]:
         most = image_tokens or self.image_tokens
         counts = (self.images.n_tokens(image, most) for message in messages for image in message.images)
-        return self.template.prompt(messages, placeholders(counts), self.text.tokenize)
+        return self.template.prompt(messages, placeholders(counts), tokenize)
+
+    def _tokenize_short(self, text: str) -> list[int]:
+        """A run's ids. Raises ContextOverflow before tokenizing what cannot fit, which can take libllama hours."""
+        n_bytes = len(text.strip().encode())
+        if n_bytes > self.text.n_ctx:
+            least = -(-n_bytes // self.text.vocabulary.longest_bytes)
+            if least > self.text.n_ctx:
+                raise ContextOverflow(least, self.text.n_ctx, (), self._fitting_context(least))
+        return self.text.tokenize(text)
 
     def clear(self) -> None:
         """Evaluate the next prompt from its beginning; features and what is on disk stay."""
@@ -252,10 +265,19 @@ class Session:
         self, messages: Sequence[Message], truncate_for: int | None, image_tokens: int | None
     ) -> tuple[Sequence[Message], list[PromptItem]]:
         """A conversation that fits the context, and its prompt as it was counted. Raises InputError."""
-        counted = self.count(messages, image_tokens=image_tokens)
-        if truncate_for is not None and n_positions(counted) > self.text.n_ctx - truncate_for:
-            count = partial(self.count_tokens, image_tokens=image_tokens)
-            messages = without_oldest(messages, count, self.text.n_ctx - truncate_for)
+        try:
+            counted = self.count(messages, image_tokens=image_tokens)
+            fits = n_positions(counted) <= self.text.n_ctx - (truncate_for or 0)
+        except ContextOverflow:  # of a text that is too long to be tokenized
+            if truncate_for is None:
+                raise
+            fits = False
+        if truncate_for is not None and not fits:
+            messages = without_oldest(
+                messages,
+                lambda kept: n_positions(self.count(kept, image_tokens=image_tokens)),
+                self.text.n_ctx - truncate_for,
+            )
             counted = self.count(messages, image_tokens=image_tokens)
         if not counted or isinstance(counted[-1], ImageSpan):  # an image gives no logits to sample from
             end = "an image" if counted else "nothing"
@@ -388,15 +410,23 @@ class _Work:
     def __init__(self, on_progress: OnProgress | None) -> None:
         self.prompt: list[PromptItem] = []
         self.on_progress = on_progress
-        self.total_tiles = self._tiles = 0
+        self._total_tiles = self._tiles = 0
         self.n_reused = self.left_out = self.all_image_tokens = 0
         self._seconds = {"preprocess": 0.0, "encode": 0.0, "prompt": 0.0}
 
+    def start_tiles(self, total: int) -> None:
+        """So many tiles are to be encoded, or remembered."""
+        self._total_tiles = total
+        self._report_tiles()
+
     def count_tile(self) -> None:
-        """One more tile is encoded, or was remembered."""
+        """One more of them is done."""
         self._tiles += 1
-        if self.on_progress is not None:
-            self.on_progress(Progress("image", self._tiles, self.total_tiles))
+        self._report_tiles()
+
+    def _report_tiles(self) -> None:
+        if self.on_progress is not None and self._total_tiles:
+            self.on_progress(Progress("image", self._tiles, self._total_tiles))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 PIECE_BYTES = 1024
@@ -57,6 +58,11 @@ class Vocabulary:
 
         n = self._n_tokens
         return [i for i in range(n) if llama_cpp.llama_vocab_get_attr(self._vocab, i) & UNKNOWN]
+
+    @cached_property
+    def longest_bytes(self) -> int:
+        """Bytes of the longest token: a text of n bytes takes at least n / longest_bytes tokens."""
+        return max((len(self.text(i).encode()) for i in range(self._n_tokens)), default=1) or 1
 
     @property
     def adds_bos(self) -> bool:

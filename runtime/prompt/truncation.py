@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+from pocketllava.errors import ContextOverflow
 from pocketllava.types import Message
 
 
@@ -26,7 +27,10 @@ def without_oldest(
         return [m for n, turn in enumerate(turns) if n not in dropped for m in turn]
 
     def fits(count: int) -> bool:
-        return n_tokens(without(count)) <= room
+        try:
+            return n_tokens(without(count)) <= room
+        except ContextOverflow:  # of a text that is too long to be tokenized
+            return False
 
     if not droppable or fits(0):
         return list(messages)
