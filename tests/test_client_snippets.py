@@ -19,7 +19,7 @@ pytest.importorskip("openai", reason="real clients: make clients")
 from click.testing import CliRunner
 from llm.cli import cli
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / name for name in ("clients.md", "llm.md")]

@@ -26,7 +26,7 @@ openai = pytest.importorskip("openai", reason=MISSING)
 pydantic = pytest.importorskip("pydantic", reason=MISSING)
 
 # What the clients' own code warns of is theirs to mend.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 DATA = SCENE.read_bytes()
 URI = f"data:image/png;base64,{base64.b64encode(DATA).decode()}"

@@ -25,7 +25,7 @@ from llm.cli import cli  # noqa: E402
 from pocketllava.integrations import llm as plugin  # noqa: E402
 
 # llguidance calls a deprecated name of llama_cpp; click and pydantic warn of what llm calls.
-pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default::DeprecationWarning")]
 
 SCENE = str(Path(__file__).parents[1] / "examples" / "scene.png")
 QUESTION, SECOND = "What is at the center?", "How many objects are there?"
