@@ -1,4 +1,4 @@
-# make demo | test | test-fast | attack | check | docs | page | pyright | reference: each sets up what it needs in .venv
+# make demo | test | test-fast | attack | check | docs | page | clients | pyright | reference: each sets up what it needs in .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -8,7 +8,7 @@ WORKERS ?= $(CORES)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(CORES)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-fast attack check docs page pyright reference record clean
+.PHONY: demo test test-fast attack check docs page clients pyright reference record clean
 
 demo: .venv/core
 	$(BIN)/pocketllava demo
@@ -46,6 +46,13 @@ pyright: .venv/dev # on the examples; fetches the npm package of that name once
 page: .venv/dev # the web page in the system's Chromium
 	$(BIN)/pip install --quiet -e ".[page]"
 	$(BIN)/pytest tests/test_page.py
+
+clients: .venv/dev # real programs ask the server; node's where there is npm, LlamaIndex with the openai it needs
+	$(BIN)/pip install --quiet -e ".[clients]"
+	$(PYTHON) -m venv build/llama-index
+	build/llama-index/$(notdir $(BIN))/pip install --quiet llama-index-llms-openai-like
+	! command -v npm || npm install --silent --no-audit --no-fund --prefix build/clients openai ollama ai @ai-sdk/openai-compatible
+	$(BIN)/pytest tests/test_clients.py tests/test_llm_plugin.py tests/test_client_snippets.py
 
 reference: .venv/reference
 	$(BIN)/pytest -m reference -s

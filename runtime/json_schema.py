@@ -42,6 +42,7 @@ PLAIN = (
 ANNOTATIONS = (
     "$schema", "$id", "id", "$comment", "title", "description", "default", "examples", "example", "deprecated",
     "readOnly", "writeOnly", "contentEncoding", "contentMediaType",
+    "nullable",  # OpenAPI 3.0, Home Assistant's: it allows null as well, so what fits without it fits
 )  # fmt: skip
 KINDS = ("string", "number", "integer", "boolean", "null", "array", "object")
 COUNTS = ("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength")

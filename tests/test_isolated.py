@@ -101,6 +101,20 @@ def test_everything_else_is_the_same(here: Llava, isolated: Llava, picture: byte
     assert asyncio.run(isolated.aask(path, QUESTION, max_tokens=4)).text == answer.text
 
 
+def test_a_preparation_that_is_cancelled_ends_alone(isolated: Llava, picture: bytes) -> None:
+    """In the middle of prompt evaluation, where an interruption carries what was evaluated."""
+    child = child_of(isolated)
+    for n in range(5):
+        turns = [Message("user", f"{n} " + "word " * 60), Message("assistant", "Yes.")]
+        preparation = isolated.prefill(picture, after=turns)
+        while preparation.progress is None and not preparation.done:
+            time.sleep(0.0005)
+        preparation.cancel()
+        preparation.wait(20)
+        assert preparation.done
+    assert child_of(isolated) == child
+
+
 def test_relative_paths_are_this_process_s(
     isolated: Llava, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

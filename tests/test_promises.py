@@ -84,6 +84,8 @@ EXTRAS = {
     "requests": "convert",
     "llguidance": "structured",
     "pillow-heif": "heic",
+    "llm": "clients",
+    "pydantic": "clients",
     **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
 }
 COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")

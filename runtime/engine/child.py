@@ -67,8 +67,10 @@ class Child:
                 result, blobs = getattr(self, f"_do_{frame.fields['do']}")(frame)
             except Exception as error:
                 self._write(number, "error", wire.pack_error(error))
-            except BaseException as error:  # Interrupted
-                if type(error).__name__ != "Interrupted":
+            except BaseException as error:
+                from pocketllava.llamacpp.guard import Interrupted
+
+                if not isinstance(error, Interrupted):
                     raise
                 self._write(number, "interrupted", None)
             else:

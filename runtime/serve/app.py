@@ -19,6 +19,7 @@ from starlette.routing import Route
 from pocketllava.errors import PocketLlavaError
 from pocketllava.llava import Llava
 from pocketllava.serve import openai, page_files, status
+from pocketllava.serve.document import document
 from pocketllava.serve.faults import Fault, fault_of
 from pocketllava.serve.guard import Access, Guard, open_paths
 from pocketllava.serve.ollama import Ollama
@@ -88,6 +89,7 @@ class Routes:
             ("/readyz", self.readyz, "GET"),
             ("/props", self.props, "GET"),
             ("/metrics", self.show_metrics, "GET"),
+            ("/openapi.json", self.openapi, "GET"),
             ("/v1/prepare", self.prepare, "POST"),
             ("/v1/prepare/{id}", self.preparation, "GET"),
             ("/v1/view", self.view, "POST"),
@@ -165,6 +167,10 @@ class Routes:
         """GET /metrics."""
         text, kind = self.metrics.text()
         return Response(text, headers={"content-type": kind})
+
+    async def openapi(self, _: Request) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(document())
 
     async def prepare(self, request: Request) -> Response:
         """POST /v1/prepare: returns at once."""

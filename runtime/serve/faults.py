@@ -6,9 +6,11 @@ from typing import Any
 
 from pocketllava.errors import (
     BackendError,
+    BundleError,
     ContextOverflow,
     EngineDied,
     InputError,
+    ModelNotFound,
     PocketLlavaError,
     StateError,
     UnsupportedSchema,
@@ -17,7 +19,10 @@ from pocketllava.errors import (
 INVALID = "invalid_request_error"
 UNAVAILABLE = "unavailable_error"
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would send a request again that ended the engine
-OVERFLOW_CODE = "context_length_exceeded"  # what LangChain and LiteLLM look for
+OVERFLOW_CODE = "context_length_exceeded"
+OVERFLOW_WORDS = (
+    "prompt is too long"  # LangChain and LiteLLM look for them: openai's errors do not show the code
+)
 OVERFLOW_TYPE = "exceed_context_size_error"  # llama-server's
 
 
@@ -81,14 +86,15 @@ def fault_of(error: BaseException) -> Fault:
         return error
     if isinstance(error, ContextOverflow):
         numbers = {"n_prompt_tokens": error.needed, "n_ctx": error.available}
-        message = str(error)
+        message = f"{OVERFLOW_WORDS}: {str(error).removeprefix('prompt: ')}"
         return Fault(400, message, type=OVERFLOW_TYPE, code=OVERFLOW_CODE, param="messages", extra=numbers)
     if isinstance(error, UnsupportedSchema):
         return invalid(str(error), "response_format", "unsupported_schema")
     if isinstance(error, InputError):
         return invalid(str(error), _param(str(error)))
-    if isinstance(error, BackendError | StateError):
-        headers = NO_RETRY if isinstance(error, BackendError) else {}
+    # The last two: the model's files went while it was served.
+    if isinstance(error, BackendError | StateError | BundleError | ModelNotFound):
+        headers = {} if isinstance(error, StateError) else NO_RETRY
         code = "engine_died" if isinstance(error, EngineDied) else None
         return Fault(503, str(error), type=UNAVAILABLE, code=code, headers=headers)
     message = str(error) if isinstance(error, PocketLlavaError) else f"server error ({type(error).__name__})"

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import damage
-from attack import files, gguf_files, interrupts, schemas, streams, templates
+from attack import bodies, files, gguf_files, interrupts, schemas, streams, templates
 from attack.counts import Counts
 
 Campaign = Callable[[int, int, Path], Counts]
@@ -34,6 +34,7 @@ CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "checkpoints": (damage.campaign, 100),
     **{name: (partial(_target, name), 1500) for name in files.TARGETS},
     "JSON schemas": (schemas.run, 4000),
+    "bodies of requests": (bodies.run, 5000),
     "commands in odd places": (streams.run, 60),
     "interrupts": (interrupts.run, 60),
 }
