@@ -20,16 +20,17 @@ from pocketllava.commands.demo import demo
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
+from pocketllava.commands.plan import plan
 from pocketllava.commands.quantize import quantize
 from pocketllava.commands.serve import serve
 from pocketllava.commands.streams import OutputError, flush_results, open_streams
-from pocketllava.errors import PocketLlavaError
+from pocketllava.errors import OutOfMemory, PocketLlavaError
 from pocketllava.settings import nearest
 
 SECTIONS = {
     "Ask about images": (demo, ask, chat, serve),
     "Convert a checkpoint": (convert, quantize, imatrix),
-    "Look and measure": (inspect, evaluate, bench),
+    "Look and measure": (inspect, plan, evaluate, bench),
 }
 MAX_HELP = 200  # characters of a command's line in --help
 FAILED = 1
@@ -86,6 +87,8 @@ def exit_code() -> int:
         flush_results()
         return code if isinstance(code, int) else 0
     except (PocketLlavaError, OutputError) as error:
+        if isinstance(error, OutOfMemory) and error.plan:
+            click.echo(error.plan, err=True)
         complain("error", str(error))
     except click.ClickException as error:
         error.show()

@@ -14,6 +14,7 @@ PocketLlavaError
 │   ├── TensorMismatch          .missing, .unexpected, .shape
 │   └── DiskFull                .needed_bytes, .available_bytes
 └── BackendError             llama.cpp could not load or evaluate
+    ├── OutOfMemory          a model does not fit: .needed_bytes, .available_bytes, .plan
     └── EngineDied           the child of a model loaded with isolated=True ended; the next call starts another
 
 A message is one line: the thing, what was found, what was expected, what to do. Whatever it quotes, it has at
@@ -128,6 +129,16 @@ class DiskFull(ConvertError):
 
 class BackendError(PocketLlavaError):
     """llama.cpp could not load a file or evaluate a batch."""
+
+
+class OutOfMemory(BackendError):
+    """A model does not fit the memory that there is. plan: every part and what would make it fit, in lines."""
+
+    def __init__(self, message: str, needed_bytes: int = 0, available_bytes: int = 0, plan: str = "") -> None:
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+        self.plan = plan
+        super().__init__(message)
 
 
 class EngineDied(BackendError):
