@@ -21,6 +21,7 @@ Planned = Callable[[Bundle, LoadOptions, Machine], "Plan"]
 VISION_BYTES = 34 / 32  # a value in Q8_0
 # Types of the text model, with the bits that a value takes on average in a 7B model.
 TEXT_TYPES = {"Q8_0": 8.5, "Q6_K": 6.57, "Q5_K_M": 5.68, "Q4_K_M": 4.85, "Q3_K_M": 3.91, "Q2_K": 3.01}
+Q8_0_BLOCK = 32  # values
 LEAST_SAVING = 20  # a smaller type saves at least this part of the text model
 
 
@@ -35,9 +36,12 @@ class Change:
 
 
 def changes(bundle: Bundle, options: LoadOptions, base: Plan, planned: Planned) -> tuple[Change, ...]:
-    """Each change alone; what would not take less than `base` is left out."""
+    """Each change alone, and where none is enough, those of the options together; none that takes no less."""
     every = (*_of_options(bundle, options, base, planned), *_of_files(bundle, base), *_of_layers(base))
-    return tuple(change for change in every if change.total < base.total or change.fits)
+    alone = tuple(change for change in every if change.total < base.total or change.fits)
+    if any(change.fits for change in alone):
+        return alone
+    return (*alone, *_together(bundle, options, base, planned))
 
 
 def _of_options(bundle: Bundle, options: LoadOptions, base: Plan, planned: Planned) -> Iterator[Change]:
@@ -47,13 +51,27 @@ def _of_options(bundle: Bundle, options: LoadOptions, base: Plan, planned: Plann
 
     if base.in_memory:
         yield change("mapped weights", "--weights mapped", replace(options, weights="mapped"))
-    if base.kv_type == "f16" and options.flash_attn != "off" and bundle.text_info.head_size % 32 == 0:
+    if base.kv_type == "f16" and quantizes(bundle, options):
         yield change("a quantized KV cache", "--kv-type q8_0", replace(options, kv_type="q8_0"))
-    shown = min(options.image_tokens or bundle.image_tokens, bundle.image_tokens)
-    contexts = smaller_contexts(base.n_ctx, shown)
+    contexts = smaller_contexts(base.n_ctx, shown_tokens(bundle, options))
     smaller = [change("a smaller context", f"--ctx {n}", replace(options, n_ctx=n)) for n in contexts]
     if smaller:
         yield next((one for one in smaller if one.fits), smaller[-1])
+
+
+def _together(bundle: Bundle, options: LoadOptions, base: Plan, planned: Planned) -> Iterator[Change]:
+    """Everything at once: the least that this model can take."""
+    least = smaller_contexts(base.n_ctx, shown_tokens(bundle, options))[-1:]
+    q8_0 = base.kv_type == "f16" and quantizes(bundle, options)
+    how = [*(["--kv-type q8_0"] if q8_0 else []), *(f"--ctx {n}" for n in least)]
+    changed = replace(options, kv_type="q8_0" if q8_0 else base.kv_type, n_ctx=[base.n_ctx, *least][-1])
+    smallest = planned(bundle, changed, base.machine)
+    last = list(_of_files(bundle, smallest))
+    saved = sum(smallest.total - change.total for change in last)
+    how += [change.how for change in last]
+    if len(how) > 1:
+        margin = min(room.margin for room in smallest.rooms)
+        yield Change("all of it", ", ".join(how), smallest.total - saved, margin + saved >= 0)
 
 
 def _of_files(bundle: Bundle, base: Plan) -> Iterator[Change]:
@@ -89,3 +107,13 @@ def _of_layers(base: Plan) -> Iterator[Change]:
         fewer = max(0, base.n_gpu_layers - 1 - missing * base.n_gpu_layers // layer)
         free = min(room.margin for room in base.rooms if room.where != short[0].where)
         yield Change("fewer layers on the device", f"--gpu-layers {fewer}", base.total, free > missing)
+
+
+def shown_tokens(bundle: Bundle, options: LoadOptions) -> int:
+    """Tokens of a picture."""
+    return min(options.image_tokens or bundle.image_tokens, bundle.image_tokens)
+
+
+def quantizes(bundle: Bundle, options: LoadOptions) -> bool:
+    """Whether llama.cpp can hold the KV cache in Q8_0."""
+    return options.flash_attn != "off" and bundle.text_info.head_size % Q8_0_BLOCK == 0

@@ -34,9 +34,9 @@ class Memory:
 
     text: the text model's weights; rearranged: those of them that this CPU computes with in another order, a copy
     where the file is mapped; looked_up: those of which single rows are read. vision_buffers and buffers: intermediate
-    results of the vision tower and of one batch, reserved: what llama.cpp asks for beyond that and does not touch.
-    picture: its features and pixels; process: Python and libraries. prefix: for each evaluated picture that is kept to
-    go back to, which is not part of the total.
+    results of the vision tower and of one batch; picture: its features and pixels; process: Python and libraries.
+    Not part of the total: full, what buffers take beyond that once the context is full; reserved, what llama.cpp asks
+    for beyond `buffers`, touched or not; prefix, for each evaluated picture that is kept to go back to.
     """
 
     n_ctx: int
@@ -48,9 +48,10 @@ class Memory:
     vision_buffers: int
     kv_cache: int
     buffers: int
-    reserved: int
     picture: int
     process: int
+    full: int
+    reserved: int
     prefix: int
 
     @property
@@ -129,9 +130,14 @@ def memory(
     context = context_size(n_ctx, info.n_ctx_train, bundle.image_tokens)
     position = _kv_bytes_per_position(info, kv_type)
     flash = kv_type != "f16" if flash is None else flash
-    rows = _text_rows(info, context, flash=flash)
+    tensors, shown = (
+        bundle.model_header.tensors,
+        min(image_tokens or bundle.image_tokens, bundle.image_tokens),
+    )
+    rows = _text_rows(info, min(_rounded(shown + TEXT_ROOM), context), flash=flash)
+    full = _text_rows(info, context, flash=flash)
+    asked = max(full, info.n_vocab + (2 if kv_type == "f16" else 3) * info.n_embd)  # logits of a whole batch
     batch = F32_BYTES * min(batch_size(bundle), context)
-    tensors, shown = bundle.model_header.tensors, min(image_tokens or MAX_TOKENS, bundle.image_tokens)
     return Memory(
         n_ctx=context,
         kv_type=kv_type,
@@ -142,14 +148,12 @@ def memory(
         vision_buffers=_vision_buffer_bytes(bundle),
         kv_cache=round(position * context),
         buffers=batch * rows,
-        reserved=batch * max(0, info.n_vocab + 3 * info.n_embd - rows),
         picture=FEATURE_COPIES * F32_BYTES * max(shown, bundle.manifest.n_patches) * info.n_embd,
         process=PROCESS_BYTES + TOKEN_BYTES * info.n_vocab,
+        full=batch * (full - rows),
+        reserved=batch * (asked - rows),
         prefix=round(position * shown),
     )
-
-
-MAX_TOKENS = 1 << 31
 
 
 def shares(bundle: Bundle) -> Shares:
@@ -201,14 +205,14 @@ def _kv_bytes_per_position(info: TextInfo, kv_type: str) -> float:
     return 2 * info.n_layer * info.head_size * info.n_head_kv * KV_BYTES[kv_type]
 
 
-def _text_rows(info: TextInfo, context: int, *, flash: bool) -> int:
+def _text_rows(info: TextInfo, positions: int, *, flash: bool) -> int:
     """Values a position that one batch's intermediate results have at their most: in attention or the feed-forward.
 
-    Fitted to "compute buffer size" in llama.cpp's log, within 2 % (tests/test_plan.py). Without flash attention the
-    mask is F32 and every head has scores.
+    positions: that the KV cache holds. Fitted to "compute buffer size" in llama.cpp's log (tests/test_plan.py).
+    Without flash attention the mask is F32 and every head has scores.
     """
-    mask = context // 2 if flash else context
-    attention = mask + (5 * info.n_embd if flash else 7 * info.n_embd + info.n_head * context)
+    mask = positions // 2 if flash else positions
+    attention = mask + (5 * info.n_embd if flash else 7 * info.n_embd + info.n_head * positions)
     return max(attention, 3 * info.n_ff + 4 * info.n_embd + mask)
 
 

@@ -94,8 +94,15 @@ class Placement:
         """
         if weights != "auto":
             return weights == "memory"
-        rooms = self.rooms(self.parts(layers, False, True), True)
-        return not layers and self.needed.mostly_rearranged and all(room.margin >= 0 for room in rooms)
+        if layers or not self.needed.mostly_rearranged:
+            return False
+        spare = self._spare(layers, in_memory=True)
+        return spare >= min(0, self._spare(layers, in_memory=False))
+
+    def _spare(self, layers: int, *, in_memory: bool) -> int:
+        """Of the tightest room."""
+        rooms = self.rooms(self.parts(layers, False, in_memory), in_memory)
+        return min(room.margin for room in rooms)
 
     def parts(self, layers: int, vision_on_gpu: bool, in_memory: bool) -> tuple[Part, ...]:
         """Every part, the large ones first."""

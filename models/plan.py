@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pocketllava.models.advice import Change, changes
+from pocketllava.models.advice import Change, changes, quantizes, shown_tokens
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.machine import Machine
 from pocketllava.models.memory import context_size, memory, shares, smaller_contexts
@@ -19,7 +19,6 @@ from pocketllava.types import LoadOptions
 
 Verdict = Literal["fits", "slow", "too large"]
 KEPT_PREFIXES = 2  # engine/prefix_cache.py keeps so many
-Q8_0_BLOCK = 32  # values
 # Flash attention shortens the wait for an answer and, on CPUs, lengthens the answer itself (benchmarks/README.md);
 # on GPUs it helps both. Its F16 sums flipped 4 of 60 greedy tokens of an F16 bundle.
 # Beside a quantized type's own error they are nothing; bundles that promise the reference's tokens go without.
@@ -30,8 +29,8 @@ EXACT = ("F32", "F16", "BF16")
 class Plan:
     """How a bundle will be loaded on a machine, and what that takes, in bytes.
 
-    n_gpu_layers counts the output layer, as llama.cpp does, of n_layers. kept: what pictures that are kept to go back
-    to may take later, which is not part of the total. chosen: what was not said and differs from the usual choice;
+    n_gpu_layers counts the output layer, as llama.cpp does, of n_layers. later: what a full context and pictures that
+    are kept to go back to may take beyond the total. chosen: what was not said and differs from the usual choice;
     changes: what would take less, in the order of harm, where it does not fit.
     """
 
@@ -46,7 +45,7 @@ class Plan:
     machine: Machine
     parts: tuple[Part, ...]
     rooms: tuple[Room, ...]
-    kept: int
+    later: int
     chosen: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
 
@@ -111,25 +110,19 @@ def flash_attention(bundle: Bundle, options: LoadOptions) -> bool:
     return bundle.manifest.types.model not in EXACT
 
 
-def quantizes(bundle: Bundle, options: LoadOptions) -> bool:
-    """Whether llama.cpp can hold the KV cache in Q8_0."""
-    return options.flash_attn != "off" and bundle.text_info.head_size % Q8_0_BLOCK == 0
-
-
 def _candidates(bundle: Bundle, options: LoadOptions) -> Iterator[LoadOptions]:
     """What may be tried, the usual first."""
     kv_types = [options.kv_type]
     if options.kv_type == "auto":
         kv_types = ["f16", "q8_0"] if quantizes(bundle, options) else ["f16"]
     usual = context_size(options.n_ctx, bundle.text_info.n_ctx_train, bundle.image_tokens)
-    contexts = [usual, *(smaller_contexts(usual, _shown(bundle, options)) if options.n_ctx is None else [])]
+    contexts = [
+        usual,
+        *(smaller_contexts(usual, shown_tokens(bundle, options)) if options.n_ctx is None else []),
+    ]
     for kv_type in kv_types:
         for n_ctx in contexts:
             yield replace(options, kv_type=kv_type, n_ctx=min(n_ctx, bundle.text_info.n_ctx_train))
-
-
-def _shown(bundle: Bundle, options: LoadOptions) -> int:
-    return min(options.image_tokens or bundle.image_tokens, bundle.image_tokens)
 
 
 def planned(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
@@ -160,7 +153,7 @@ def planned(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
         machine=machine,
         parts=parts,
         rooms=placed.rooms(parts, in_memory),
-        kept=KEPT_PREFIXES * needed.prefix,
+        later=needed.full + KEPT_PREFIXES * needed.prefix,
     )
 
 

@@ -11,18 +11,21 @@ SHOWN_CHANGES = 3  # in one line
 
 def plan_lines(plan: Plan) -> list[str]:
     """The machine, every part, the total, whether it fits, and what would make it fit."""
-    width = max(len(_part(name, where)) for name, where, _ in _rows(plan))
-    rows = [f"  {_part(name, where):<{width}}  {size(n):>9}" for name, where, n in _rows(plan)]
+    names = [part.name if part.where == MEMORY else f"{part.name}, on {part.where}" for part in plan.parts]
+    width = max(map(len, [*names, *map(_named, plan.changes)]))
+    rows = [
+        f"  {name:<{width}}  {size(part.n_bytes):>9}" for name, part in zip(names, plan.parts, strict=True)
+    ]
     later = (
-        [f"later  {size(plan.kept)} more for two pictures that are kept to go back to"] if plan.kept else []
+        f"later    {size(plan.later)} more, for a full context and two pictures that are kept to go back to"
     )
     return [
-        f"model  {plan.model}",
-        *(f"{'machine' if n == 0 else '':<7}{line}" for n, line in enumerate(_machine(plan))),
+        f"model    {plan.model}",
+        *(f"{'machine' if n == 0 else '':<9}{line}" for n, line in enumerate(_machine(plan))),
         *rows,
         f"  {'total':<{width}}  {size(plan.total):>9}",
-        *later,
-        *(f"chosen {chosen}" for chosen in plan.chosen),
+        later,
+        *(f"chosen   {chosen}" for chosen in plan.chosen),
         verdict(plan),
         *_advice(plan, width),
     ]
@@ -75,19 +78,15 @@ def _machine(plan: Plan) -> list[str]:
     return [f"{machine.cpu}; {size(machine.free)} free now{swap}", *limits, *devices]
 
 
-def _rows(plan: Plan) -> list[tuple[str, str, int]]:
-    return [(part.name, part.where, part.n_bytes) for part in plan.parts]
-
-
-def _part(name: str, where: str) -> str:
-    return name if where == MEMORY else f"{name}, on {where}"
+def _named(change: Change) -> str:
+    return f"{change.what}: {change.how}"
 
 
 def _advice(plan: Plan, width: int) -> list[str]:
     if not plan.changes:
         return []
     rows = [
-        f"  {f'{c.what}: {c.how}':<{width}}  {size(c.total):>9}  {'fits' if c.fits else 'is not enough alone'}"
+        f"  {_named(c):<{width}}  {size(c.total):>9}  {'fits' if c.fits else 'not enough alone'}"
         for c in plan.changes
     ]
     return ["what would take less, the least harm first:", *rows]

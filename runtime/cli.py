@@ -17,6 +17,7 @@ from pocketllava.commands.chat import chat
 from pocketllava.commands.common import complain, show_warnings
 from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
+from pocketllava.commands.doctor import doctor
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
@@ -30,7 +31,7 @@ from pocketllava.settings import nearest
 SECTIONS = {
     "Ask about images": (demo, ask, chat, serve),
     "Convert a checkpoint": (convert, quantize, imatrix),
-    "Look and measure": (inspect, plan, evaluate, bench),
+    "Look and measure": (inspect, plan, doctor, evaluate, bench),
 }
 MAX_HELP = 200  # characters of a command's line in --help
 FAILED = 1

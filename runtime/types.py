@@ -233,7 +233,8 @@ class LoadOptions:
         low=1, high=MAX_INT, optional=True, default_text="all",
     )  # fmt: skip
     kv_type: str = option(
-        KV_TYPES[0], "choice", "--kv-type", "Type of the KV cache; q8_0 takes half the memory of f16, auto takes it where f16 does not fit.",
+        KV_TYPES[0], "choice", "--kv-type",
+        "Type of the KV cache; q8_0 takes half the memory of f16, auto takes it where f16 does not fit.",
         choices=KV_TYPES,
     )  # fmt: skip
     flash_attn: str = option(

@@ -27,7 +27,7 @@ TOO_LARGE = 1
 @setting_option(LoadOptions, "weights")
 @setting_option(LoadOptions, "image_tokens")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are in bytes.")
-def plan(model: str, as_json: bool, **load: Any) -> int:
+def plan(model: str, as_json: bool, **load: Any) -> None:
     """Show what loading takes, part by part, and whether it fits this machine. Loads nothing.
 
     Give it the options that you would give to `ask`. Where the model does not fit, the changes that would make it fit
@@ -37,7 +37,8 @@ def plan(model: str, as_json: bool, **load: Any) -> int:
 
     planned = Llava.plan(model, **load)
     click.echo(json.dumps(fields(planned), ensure_ascii=False) if as_json else str(planned))
-    return TOO_LARGE if planned.verdict == "too large" else 0
+    if planned.verdict == "too large":
+        click.get_current_context().exit(TOO_LARGE)
 
 
 def fields(planned: Plan) -> dict[str, Any]:
