@@ -25,9 +25,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from arguments import about, arguments
 from sides import CONTEXT, FEWER, MEASURES, OURS, PICTURES, SERVER, STOCK, THEIRS, Asked, Found, seen_side
 
-from pocketllava.measure.speed import jpeg, machine, unseen
+from pocketllava.measure.speed import jpeg, unseen
 from pocketllava.models import Bundle
 from pocketllava.names import open_bundle
 from pocketllava.vision.image import load
@@ -138,29 +139,24 @@ def goals(medians: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def facts(bundle: Bundle, a: argparse.Namespace, sides: list[str]) -> dict[str, Any]:
-    """Machine, versions, files and command."""
+    """Versions, files and command."""
     types = bundle.manifest.types
-    about = {**machine(), "files": f"{bundle.manifest.source.id}, {types.model} + {types.mmproj}"}
+    found = {"files": f"{bundle.manifest.source.id}, {types.model} + {types.mmproj}"}
     if THEIRS in sides:
         done = subprocess.run([os.environ[SERVER], "--version"], capture_output=True, text=True, check=False)
         told = (done.stdout + done.stderr).splitlines()
-        about["llama-server"] = next(
+        found["llama-server"] = next(
             (x.partition(": ")[2] for x in told if x.startswith("version")), "unknown"
         )
     command = shlex.join(["python", "benchmarks/against_peers.py", *sys.argv[1:]])
     if FEWER in sides:
-        about[FEWER] = a.image_tokens
-    return {**about, "n_ctx": a.ctx, "rounds": a.runs, "command": command}
+        found[FEWER] = a.image_tokens
+    return {**found, "n_ctx": a.ctx, "rounds": a.runs, "command": command}
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle")
-    parser.add_argument("--image", default=str(Path(__file__).parent.parent / "tests" / "photo.jpg"))
-    parser.add_argument("-n", "--runs", type=int, default=3)
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--ctx", type=int, default=CONTEXT)
     parser.add_argument("--image-tokens", type=int, default=128, help=f"of the side {FEWER!r}")
@@ -175,7 +171,7 @@ def main() -> None:
         return
     sides = [OURS, FEWER, STOCK, *([THEIRS] if os.environ.get(SERVER) else [])]
     sides = [side for side in sides if not a.sides or side in a.sides.split("|")]
-    about = facts(open_bundle(a.bundle), a, sides)
+    told = facts(open_bundle(a.bundle), a, sides)
     rounds = in_turn(a, sides)
     medians = {
         side: {
@@ -184,12 +180,12 @@ def main() -> None:
         for side, found in rounds.items()
     }
     reached = goals(medians)
-    print("; ".join(f"{name}: {value}" for name, value in about.items()) + "\n")
+    print(about(**told) + "\n")
     print("\n".join([*table(medians), "", "| ratio of medians | | goal | met |", "|---|---|---|---|"]))
     for g in reached:
         print(f"| {g['ratio']} | {g['found']:.3f} | {g['goal']} | {'yes' if g['met'] else 'no'} |")
     if a.out:
-        result = {"about": about, "medians": medians, "goals": reached, "rounds": rounds}
+        result = {"about": about(**told), "medians": medians, "goals": reached, "rounds": rounds}
         a.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 

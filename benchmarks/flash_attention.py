@@ -14,10 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from arguments import about, arguments
 
 from pocketllava import Llava, Message, Options
-from pocketllava.measure.speed import FIRST, MORE, SECOND, jpeg, machine, unseen
+from pocketllava.measure.speed import FIRST, MORE, SECOND, jpeg, unseen
 from pocketllava.vision.image import load
 
 ROWS = {
@@ -56,12 +57,7 @@ def one_side(a: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle")
-    parser.add_argument("--image", default=str(Path(__file__).parent.parent / "tests" / "photo.jpg"))
-    parser.add_argument("-n", "--runs", type=int, default=3)
+    parser = arguments(__doc__)
     parser.add_argument("--image-tokens", type=int)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -75,7 +71,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
             rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {n + 1}, {side}: {rounds[side][-1]}", file=sys.stderr, flush=True)
-    print("; ".join(f"{name}: {value}" for name, value in machine().items()) + f"; rounds: {a.runs}\n")
+    print(about(rounds=a.runs) + "\n")
     print("| flash attention | on | off | on / off |\n|---|---|---|---|")
     for row, name in ROWS.items():
         on, off = (statistics.median(values[row] for values in rounds[side]) for side in ("on", "off"))

@@ -9,7 +9,6 @@ threads as there are cores, and the same context. Run it alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -20,10 +19,11 @@ import time
 from pathlib import Path
 
 from against_peers import read
+from arguments import about, arguments
 from sides import CONTEXT
 
 from pocketllava.llamacpp.devices import cores
-from pocketllava.measure.speed import FIRST, machine
+from pocketllava.measure.speed import FIRST
 from pocketllava.models import Bundle
 from pocketllava.names import open_bundle
 
@@ -89,12 +89,7 @@ def forget(*files: Path) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle")
-    parser.add_argument("--image", default=str(Path(__file__).parent.parent / "tests" / "photo.jpg"))
-    parser.add_argument("-n", "--runs", type=int, default=3)
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=1)
     a = parser.parse_args()
     bundle = open_bundle(a.bundle)
@@ -109,8 +104,7 @@ def main() -> None:
                 wall_s = seconds(sides[side])
                 found.setdefault(state, {}).setdefault(side, []).append(wall_s)
                 print(json.dumps({"round": n + 1, "cache": state, side: wall_s}), file=sys.stderr, flush=True)
-    about = {**machine(), "tokens": a.tokens, "rounds": a.runs}
-    print("; ".join(f"{name}: {value}" for name, value in about.items()) + "\n")
+    print(about(tokens=a.tokens, rounds=a.runs) + "\n")
     print(f"| page cache | {' | '.join(sides)} |\n|---{'|---' * len(sides)}|")
     for state, times in found.items():
         medians = {side: statistics.median(values) for side, values in times.items()}
