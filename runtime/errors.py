@@ -3,7 +3,7 @@
 PocketLlavaError
 ├── InputError               an argument that cannot be used
 │   ├── ImageError           not an image, too large, or not a source we open
-│   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting
+│   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting, .fitting_image_tokens
 │   ├── UnsupportedOption    a setting this build or model cannot honor
 │   └── UnsupportedSchema    a JSON schema that an answer cannot be held to; names the keyword
 ├── StateError               a model used after close() or fork(), a stream that a newer call ended
@@ -53,22 +53,30 @@ class ContextOverflow(InputError):
     """The prompt needs `needed` tokens and the context has room for `available`.
 
     image_tokens: how many of the needed ones each image takes. fitting: a context that holds the prompt, 0 where the
-    model was trained on none, None where that is not known.
+    model was trained on none, None where that is not known. fitting_image_tokens: how many each image may take at
+    most for the prompt and an answer to fit as it is; None where too few would be left, or where that is not known.
     """
 
     def __init__(
-        self, needed: int, available: int, image_tokens: tuple[int, ...] = (), fitting: int | None = None
+        self,
+        needed: int,
+        available: int,
+        image_tokens: tuple[int, ...] = (),
+        fitting: int | None = None,
+        fitting_image_tokens: int | None = None,
     ) -> None:
         self.needed = needed
         self.available = available
         self.image_tokens = image_tokens
         self.fitting = fitting
+        self.fitting_image_tokens = n = fitting_image_tokens
         advice = (
             f" or load with {f'n_ctx={fitting} (--ctx {fitting})' if fitting else 'a larger n_ctx (--ctx)'}"
         )
+        fewer = f", show each image by image_tokens={n} (--image-tokens {n})" if n else ""
         super().__init__(
             f"prompt: {needed} tokens (and one for an answer) do not fit a context of {available};"
-            f"{_images(image_tokens)} shorten the conversation"
+            f"{_images(image_tokens)} shorten the conversation{fewer}"
             + (advice if fitting != 0 else ", the model was trained on no context that holds it")
         )
 

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 from pocketllava.llamacpp.children import run_child
 from pocketllava.measure.self_test import ANSWERS, LIBRARY, recorded
 from pocketllava.models.files import cache_folder, expanded
+from pocketllava.models.store import Store
 from pocketllava.types import LoadOptions
 
 T = TypeVar("T")
@@ -80,7 +82,7 @@ def health() -> Health:
 
 def versions() -> dict[str, str]:
     """Of distributions, Python and the system."""
-    found = {name: _or(lambda name=name: metadata.version(name), "missing") for name in DISTRIBUTIONS}
+    found = {name: _version(name) or "missing" for name in DISTRIBUTIONS}
     return {**found, "Python": sys.version.split()[0], "system": platform.platform()}
 
 
@@ -90,14 +92,13 @@ def extras() -> dict[str, bool]:
     for requirement in metadata.requires("pocketllava") or ():
         extra, name = re.search(r"extra == ['\"]([\w-]+)", requirement), re.match(r"[\w.-]+", requirement)
         if extra and name and extra[1] not in NOT_FOR_USERS and name[0] != "pocketllava":
-            installed = _or(lambda name=name: bool(metadata.version(name[0])), False)
-            complete[extra[1]] = complete.get(extra[1], True) and installed
+            complete[extra[1]] = complete.get(extra[1], True) and _version(name[0]) is not None
     return complete
 
 
 def folders() -> tuple[Folder, ...]:
     """Caches of this user."""
-    found = [Folder("cache", *_place(cache_folder))]
+    found = [Folder("cache", *_place(cache_folder)), Folder("models", *_place(lambda: Store.default().root))]
     variable = LoadOptions.__dataclass_fields__["cache_dir"].metadata["setting"].variable
     if named := os.environ.get(variable):
         found.append(Folder(f"images, {variable}", *_place(lambda: expanded(named))))
@@ -106,7 +107,8 @@ def folders() -> tuple[Folder, ...]:
 
 def self_test() -> SelfTest:
     """Ask the demo in a child, and compare."""
-    expected = _or(recorded, {})
+    nothing: dict[str, str] = {}
+    expected = _or(recorded, nothing)
     answer, failure = _child(ANSWERS)
     if answer is None or not expected:
         return SelfTest(0, len(expected), failure=failure or "models/demo/answers.json is missing; reinstall")
@@ -141,10 +143,18 @@ def _size(folder: Path) -> int:
     for root, _, names in os.walk(folder):
         for name in names:
             n_files += 1
-            total += _or(lambda root=root, name=name: Path(root, name).lstat().st_size, 0)
+            with suppress(OSError):  # it may be gone by now
+                total += Path(root, name).lstat().st_size
         if n_files > MAX_FILES:
             break
     return total
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _or(function: Callable[[], T], otherwise: T) -> T:
