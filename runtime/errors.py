@@ -3,7 +3,7 @@
 PocketLlavaError
 ├── InputError               an argument that cannot be used
 │   ├── ImageError           not an image, too large, or not a source we open
-│   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting, .fitting_image_tokens
+│   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting*
 │   ├── UnsupportedOption    a setting this build or model cannot honor
 │   └── UnsupportedSchema    a JSON schema that an answer cannot be held to; names the keyword
 ├── StateError               a model used after close() or fork(), a stream that a newer call ended

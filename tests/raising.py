@@ -12,6 +12,7 @@ from pocketllava import (
     ImageError,
     InputError,
     ModelNotFound,
+    OutOfMemory,
     PocketLlavaError,
     StateError,
     TensorMismatch,
@@ -30,6 +31,7 @@ ONE_OF_EACH = [
     ),
     ContextOverflow(5000, 2048),
     TensorMismatch("tensors: two are missing", missing=("a", "b"), unexpected=("c",), shape=(3, 4)),
+    OutOfMemory("model: does not fit", 10**10, 10**9, "weights 9 GB\ntoo large"),
     DiskFull("disk: too small", 10**12, 10**9),
 ]  # fmt: skip
 
