@@ -134,8 +134,8 @@ def memory(
         bundle.model_header.tensors,
         min(image_tokens or bundle.image_tokens, bundle.image_tokens),
     )
-    rows = _text_rows(info, min(_rounded(shown + TEXT_ROOM), context), flash=flash)
-    full = _text_rows(info, context, flash=flash)
+    held = min(_rounded(shown + TEXT_ROOM), context)
+    rows, full = (_text_rows(info, n, kv_type, flash=flash) for n in (held, context))
     asked = max(full, info.n_vocab + (2 if kv_type == "f16" else 3) * info.n_embd)  # logits of a whole batch
     batch = F32_BYTES * min(batch_size(bundle), context)
     return Memory(
@@ -205,15 +205,16 @@ def _kv_bytes_per_position(info: TextInfo, kv_type: str) -> float:
     return 2 * info.n_layer * info.head_size * info.n_head_kv * KV_BYTES[kv_type]
 
 
-def _text_rows(info: TextInfo, positions: int, *, flash: bool) -> int:
+def _text_rows(info: TextInfo, positions: int, kv_type: str, *, flash: bool) -> int:
     """Values a position that one batch's intermediate results have at their most: in attention or the feed-forward.
 
     positions: that the KV cache holds. Fitted to "compute buffer size" in llama.cpp's log (tests/test_plan.py).
     Without flash attention the mask is F32 and every head has scores.
     """
     mask = positions // 2 if flash else positions
+    beside = 5 - flash - (kv_type != "f16")  # of n_embd values, beside the feed-forward's
     attention = mask + (5 * info.n_embd if flash else 7 * info.n_embd + info.n_head * positions)
-    return max(attention, 3 * info.n_ff + 4 * info.n_embd + mask)
+    return max(attention, 3 * info.n_ff + beside * info.n_embd + mask)
 
 
 def _vision_buffer_bytes(bundle: Bundle) -> int:

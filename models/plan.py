@@ -76,6 +76,11 @@ class Plan:
         return any(room.hard and room.margin < 0 for room in self.rooms)
 
     @property
+    def is_tight(self) -> bool:
+        """Whether something is short, or would be if the plan were a tenth too small."""
+        return any(10 * room.margin < room.needed for room in self.rooms)
+
+    @property
     def verdict(self) -> Verdict:
         """ "slow" where only pages of the mapped file find no room, which are then read again and again."""
         short = {room.name for room in self.rooms if room.margin < 0}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -56,16 +56,19 @@ def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
     """Raises UnsupportedOption for what this build cannot do, BundleError, OutOfMemory, BackendError."""
     first = planned(bundle, options)
 
-    def load(layers: int) -> tuple[TextModel, str]:
-        fitted = first if layers else planned(bundle, replace(options, n_gpu_layers=0))
+    def load(layers: int) -> tuple[TextModel, str, Plan]:
+        on_device = first.n_gpu_layers and not layers  # where it did not load after all
+        fitted = planned(bundle, replace(options, n_gpu_layers=0)) if on_device else first
         _check(fitted)
-        return _load_text(bundle, fitted, options)
+        return (*_load_text(bundle, fitted, options), fitted)
 
     names = [device.name for device in first.machine.devices]
     asked = options.n_gpu_layers if first.n_gpu_layers else 0
-    text, device = or_on_cpu(load, asked, bundle, names)
+    text, device, fitted = or_on_cpu(load, asked, bundle, names)
     try:
-        return Loaded(Session(text, bundle.mmproj, bundle, options, use_gpu=first.vision_on_gpu), device)
+        with _explained(fitted):
+            session = Session(text, bundle.mmproj, bundle, options, use_gpu=first.vision_on_gpu)
+            return Loaded(session, device)
     except BaseException:
         with contextlib.suppress(Exception):
             text.close()
@@ -101,6 +104,17 @@ def _check(fitted: Plan) -> None:
         logger.warning("%s: %s", fitted.verdict, shortage(fitted))
 
 
+@contextlib.contextmanager
+def _explained(fitted: Plan) -> Iterator[None]:
+    """OutOfMemory for what llama.cpp could not do where the plan is tight: it names no reason itself."""
+    try:
+        yield
+    except BackendError as error:
+        if fitted.is_tight:
+            raise out_of_memory(fitted) from error
+        raise
+
+
 def out_of_memory(fitted: Plan) -> OutOfMemory:
     """The error that says what is missing, and carries the plan."""
     room = worst(fitted)
@@ -126,7 +140,7 @@ def _load_text(bundle: Bundle, fitted: Plan, options: LoadOptions) -> tuple[Text
     }
     if fitted.kv_type == "q8_0":
         settings |= {"type_k": Q8_0, "type_v": Q8_0}
-    try:
+    with _explained(fitted):
         # config.json may name several ends; a GGUF file holds one
         text, lines = TextModel.load(
             bundle.model,
@@ -136,10 +150,6 @@ def _load_text(bundle: Bundle, fitted: Plan, options: LoadOptions) -> tuple[Text
             releases_pages=fitted.releases_pages,
             **settings,
         )
-    except BackendError as error:
-        if fitted.verdict == "too large":
-            raise out_of_memory(fitted) from error
-        raise
     weights = f"weights {'in memory' if fitted.in_memory else 'mapped'}"
     return text, ", ".join([device_of(lines, gpus(), threads), weights, *fitted.chosen])
 
