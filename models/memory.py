@@ -227,7 +227,8 @@ def _vision_buffer_bytes(bundle: Bundle) -> int:
         2 * info.projected_width + info.vision_width,
         pixels // 2,  # in F16, as columns
     ]
-    if bundle.mmproj_header.tensors["v.blk.0.attn_q.weight"].type == F32:  # no flash attention
+    query = bundle.mmproj_header.tensors.get("v.blk.0.attn_q.weight")
+    if query is not None and query.type == F32:  # no flash attention
         rows.append(int(keys[PREFIX + "attention.head_count"]) * positions + info.vision_width)
     return F32_BYTES * positions * (pixels + max(rows))
 
