@@ -66,8 +66,13 @@ class Placement:
         return self.machine.devices[0].name if self.machine.devices else MEMORY
 
     @property
+    def _device_free(self) -> int:
+        return sum(device.free for device in self.machine.devices)
+
+    @property
     def _device_room(self) -> int:
-        return sum(d.free - min(DEVICE_MARGIN, d.total // 10) for d in self.machine.devices)
+        """What is filled unasked."""
+        return self._device_free - sum(min(DEVICE_MARGIN, d.total // 10) for d in self.machine.devices)
 
     def layers(self, asked: int) -> int:
         """Layers on the device: as many as were asked for, or (-1) as fit it together with the vision tower."""
@@ -154,5 +159,5 @@ class Placement:
             needed = used + limit.counts_mapped * mapped + limit.counts_reserved * reserved
             rooms.append(Room(limit.name, limit.left, needed, hard=True))
         if device := sum(part.n_bytes for part in parts if part.where != MEMORY):
-            rooms.append(Room(f"{self._device}'s free memory", self._device_room, device, where=self._device))
+            rooms.append(Room(f"{self._device}'s free memory", self._device_free, device, where=self._device))
         return tuple(rooms)

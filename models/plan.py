@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from pocketllava.models.advice import Change, changes, quantizes, shown_tokens
@@ -71,6 +72,12 @@ class Plan:
         return min(self.rooms, key=lambda room: room.margin)
 
     @property
+    def decisive(self) -> Room:
+        """The room that the verdict speaks of: where several are short, one beyond which the process would end."""
+        short = [room for room in self.rooms if room.margin < 0] or [self.tightest]
+        return min(short, key=lambda room: (not room.hard, room.name == FREE, room.margin))
+
+    @property
     def refused(self) -> bool:
         """Whether llama.cpp would end the process."""
         return any(room.hard and room.margin < 0 for room in self.rooms)
@@ -96,16 +103,14 @@ def plan(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
     """
     usual, *others = _candidates(bundle, options)
     first = planned(bundle, usual, machine)
-    if first.verdict == "fits":
-        return first
-    advised = changes(bundle, usual, first, planned)
-    if first.verdict == "slow":
-        return replace(first, changes=advised)
-    plans = [planned(bundle, other, machine) for other in others]
-    taken = next((p for p in plans if p.verdict != "too large"), None)
-    if taken is None:
-        taken = next((p for p in reversed(plans) if not p.refused), first)
-    return replace(taken, chosen=_chosen(first, taken), changes=advised)
+    plans = [first] if first.verdict != "too large" else [planned(bundle, o, machine) for o in others]
+    fitting = (p for p in plans if p.verdict != "too large")
+    surviving = (p for p in reversed(plans) if not p.refused)
+    taken = next(chain(fitting, surviving, [first]))
+    if taken.verdict == "fits":
+        return replace(taken, chosen=_chosen(first, taken))
+    said = replace(options, n_ctx=min(taken.n_ctx, bundle.text_info.n_ctx_train), kv_type=taken.kv_type)
+    return replace(taken, chosen=_chosen(first, taken), changes=changes(bundle, said, taken, planned))
 
 
 def flash_attention(bundle: Bundle, options: LoadOptions) -> bool:

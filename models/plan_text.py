@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pocketllava.models.advice import Change
-from pocketllava.models.placement import FREE, MEMORY, Room
+from pocketllava.models.placement import MEMORY
 from pocketllava.models.plan import Plan
 
 SHOWN_CHANGES = 3  # in one line
@@ -33,7 +33,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, with what it has to spare or misses."""
-    room = plan.tightest
+    room = plan.decisive
     if plan.verdict == "fits":
         return f"fits: {size(room.margin)} to spare of {room.name}"
     if plan.verdict == "slow":
@@ -46,20 +46,13 @@ def verdict(plan: Plan) -> str:
 
 def shortage(plan: Plan) -> str:
     """The same in one line, for an error or a warning: what is needed of which room, and what would take less."""
-    room = worst(plan)
+    room = plan.decisive
     advice = [f"{c.how} ({size(c.total)}{', fits' if c.fits else ''})" for c in _first(plan.changes)]
     return (
         f"{plan.model}: needs about {size(room.needed)} of memory, expected at most the {size(max(0, room.left))} that"
         f" {room.name} leaves{'; less is taken by ' + ', '.join(advice) if advice else ''}"
         f"; `pocketllava plan` shows every part"
     )
-
-
-def worst(plan: Plan) -> Room:
-    """The room that decides: one beyond which llama.cpp ends the process comes first."""
-    short = [room for room in plan.rooms if room.margin < 0] or [plan.tightest]
-    order = {True: 0, False: 1}
-    return min(short, key=lambda room: (order[room.hard], room.name == FREE, room.margin))
 
 
 def size(n_bytes: int) -> str:

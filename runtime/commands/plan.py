@@ -45,7 +45,7 @@ def fields(planned: Plan) -> dict[str, Any]:
     """A plan in JSON's types, with what follows from its fields."""
     values = asdict(planned)
     values["machine"]["rearranged"] = sorted(planned.machine.rearranged)
-    room = planned.tightest
+    room = planned.decisive
     return {
         **values,
         "total": planned.total,

@@ -20,7 +20,7 @@ from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
 from pocketllava.models.memory import batch_size
 from pocketllava.models.plan import Plan, plan
-from pocketllava.models.plan_text import shortage, worst
+from pocketllava.models.plan_text import shortage
 from pocketllava.types import LoadOptions
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _explained(fitted: Plan) -> Iterator[None]:
 
 def out_of_memory(fitted: Plan) -> OutOfMemory:
     """The error that says what is missing, and carries the plan."""
-    room = worst(fitted)
+    room = fitted.decisive
     return OutOfMemory(shortage(fitted), room.needed, max(0, room.left), str(fitted))
 
 

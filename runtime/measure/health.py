@@ -21,6 +21,7 @@ from pocketllava.llamacpp.children import run_child
 from pocketllava.measure.self_test import ANSWERS, LIBRARY, recorded
 from pocketllava.models.files import cache_folder, expanded
 from pocketllava.models.store import Store
+from pocketllava.settings import settings
 from pocketllava.types import LoadOptions
 
 T = TypeVar("T")
@@ -99,8 +100,8 @@ def extras() -> dict[str, bool]:
 def folders() -> tuple[Folder, ...]:
     """Caches of this user."""
     found = [Folder("cache", *_place(cache_folder)), Folder("models", *_place(lambda: Store.default().root))]
-    variable = LoadOptions.__dataclass_fields__["cache_dir"].metadata["setting"].variable
-    if named := os.environ.get(variable):
+    variable = settings(LoadOptions)["cache_dir"].variable
+    if variable and (named := os.environ.get(variable)):
         found.append(Folder(f"images, {variable}", *_place(lambda: expanded(named))))
     return tuple(found)
 
