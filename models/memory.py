@@ -25,6 +25,7 @@ F32_BYTES = 4
 # Measured (benchmarks/planned_memory.py): Python, numpy, Pillow, Jinja and llama.cpp's libraries; a token's piece and
 # id in libllama, llama_cpp and the header that was read; copies of a picture's features between libmtmd and libllama.
 PROCESS_BYTES, TOKEN_BYTES, FEATURE_COPIES = 76 << 20, 400, 4
+MIN_NODES, NODES_A_TENSOR, NODE_BYTES = 1024, 8, 2 * 30 * 336
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 
@@ -34,7 +35,8 @@ class Memory:
 
     text: the text model's weights; rearranged: those of them that this CPU computes with in another order, a copy
     where the file is mapped; looked_up: those of which single rows are read. vision_buffers and buffers: intermediate
-    results of the vision tower and of one batch; picture: its features and pixels; process: Python and libraries.
+    results of the vision tower and of one batch; picture: its features and pixels; vocabulary: its pieces, in libllama
+    and here; process: Python and libraries.
     Not part of the total: full, what buffers take beyond that once the context is full; reserved, what llama.cpp asks
     for beyond `buffers`, touched or not; prefix, for each evaluated picture that is kept to go back to.
     """
@@ -49,6 +51,7 @@ class Memory:
     kv_cache: int
     buffers: int
     picture: int
+    vocabulary: int
     process: int
     full: int
     reserved: int
@@ -63,7 +66,7 @@ class Memory:
     def beside_text(self) -> int:
         """All but the text model's weights."""
         allocated = self.vision + self.vision_buffers + self.kv_cache + self.buffers
-        return allocated + self.picture + self.process
+        return allocated + self.picture + self.vocabulary + self.process
 
     @property
     def mostly_rearranged(self) -> bool:
@@ -149,9 +152,10 @@ def memory(
         kv_cache=round(position * context),
         buffers=batch * rows,
         picture=FEATURE_COPIES * F32_BYTES * max(shown, bundle.manifest.n_patches) * info.n_embd,
-        process=PROCESS_BYTES + TOKEN_BYTES * info.n_vocab,
+        vocabulary=TOKEN_BYTES * info.n_vocab,
+        process=PROCESS_BYTES,
         full=batch * (full - rows),
-        reserved=batch * (asked - rows),
+        reserved=batch * (asked - rows) + _untouched_bytes(bundle),
         prefix=round(position * shown),
     )
 
@@ -215,6 +219,14 @@ def _text_rows(info: TextInfo, positions: int, kv_type: str, *, flash: bool) -> 
     beside = 5 - flash - (kv_type != "f16")  # of n_embd values, beside the feed-forward's
     attention = mask + (5 * info.n_embd if flash else 7 * info.n_embd + info.n_head * positions)
     return max(attention, 3 * info.n_ff + beside * info.n_embd + mask)
+
+
+def _untouched_bytes(bundle: Bundle) -> int:
+    """Addresses that are asked for and never used: llama_cpp's scores, and the scheduler's room for copies of tensors
+    between devices (ggml_backend_sched_new) beyond that of a small model, which OVERHEAD_BYTES has.
+    """
+    nodes = max(MIN_NODES, NODES_A_TENSOR * len(bundle.model_header.tensors)) - MIN_NODES
+    return F32_BYTES * batch_size(bundle) * bundle.text_info.n_vocab + nodes * NODE_BYTES
 
 
 def _vision_buffer_bytes(bundle: Bundle) -> int:

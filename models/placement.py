@@ -127,6 +127,7 @@ class Placement:
             Part("buffers", device, buffers if layers else 0),
             Part("buffers", MEMORY, n.buffers if layers < self.n_layers else 0),
             Part("a picture's features", MEMORY, n.picture),
+            Part("vocabulary", MEMORY, n.vocabulary),
             Part("Python and libraries", MEMORY, n.process),
         ]
         return tuple(part for part in parts if part.n_bytes > 0)

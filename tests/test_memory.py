@@ -44,7 +44,7 @@ def test_weights_are_counted_from_the_files(bundle: Bundle) -> None:
     for name, counted in (("model.gguf", needed.text), ("mmproj.gguf", needed.vision)):
         assert 0.9 * files[name].bytes < counted < files[name].bytes
     parts = needed.text + needed.vision + needed.kv_cache + needed.buffers + needed.vision_buffers
-    assert needed.total == parts + needed.picture + needed.process
+    assert needed.total == parts + needed.picture + needed.vocabulary + needed.process
     with pytest.raises(UnsupportedOption, match="n_ctx: found 5000, expected 1 to 4096"):
         memory(bundle, 5000)
 

@@ -21,7 +21,7 @@ from pocketllava.cli import cli
 from pocketllava.llamacpp.devices import cpu_features
 from pocketllava.llamacpp.log import logger as llama_log
 from pocketllava.models.machine import Machine, rearranged_types
-from pocketllava.models.memory import memory, smaller_contexts
+from pocketllava.models.memory import batch_size, memory, smaller_contexts
 from pocketllava.models.placement import MEMORY
 from pocketllava.models.plan import Plan, plan
 from pocketllava.models.plan_text import plan_lines, shortage
@@ -53,7 +53,8 @@ def test_buffers_are_as_large_as_llama_cpp_says(
     needed = memory(bundle, n_ctx, kv_type)
     text = logged("sched_reserve: .*compute buffer size =", caplog.text)
     vision = logged("reserve_compute_meta: .*compute buffer size =", caplog.text)
-    assert 0.97 * text < needed.buffers + needed.reserved < 1.15 * text
+    scores = 4 * batch_size(bundle) * bundle.text_info.n_vocab  # llama_cpp's own
+    assert 0.97 * text < needed.buffers + needed.reserved - scores < 1.15 * text
     assert vision <= needed.vision_buffers < 1.6 * vision  # small tensors find holes between large ones
 
 
