@@ -17,26 +17,30 @@ from pocketllava.errors import BackendError
 
 GIGA = 10**9
 UNLIMITED = 1 << 60  # bytes; cgroup v1 says 2^63 rounded down to pages
-# Beside the plan, measured with RLIMIT_AS (180 MiB end the process, 220 do not): malloc's arenas, libraries, threads'
-# stacks. All of it is address space, little of it is used.
-OVERHEAD_BYTES, THREAD_BYTES = 180 << 20, 12 << 20
+# Beside the plan, measured with RLIMIT_AS (180 MiB end the process now and then, 220 do not): malloc's arenas,
+# libraries, threads' stacks. All of it is address space, little of it is used.
+OVERHEAD_BYTES, THREAD_BYTES = 210 << 20, 12 << 20
 CGROUP, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit: its name, the bytes that are left of it, and whether mapped files and reserved addresses count."""
+    """One limit: its name, the bytes that are left of it, and whether mapped files and reserved addresses count.
+
+    is_set: somebody set it; the machine's own memory is no such limit.
+    """
 
     name: str
     left: int
     counts_mapped: bool = False
     counts_reserved: bool = False
+    is_set: bool = True
 
 
 def limits() -> Iterator[Limit]:
     """Every limit on this process's memory that the platform tells."""
     swap = psutil.swap_memory()
-    yield Limit("this machine's memory", psutil.virtual_memory().total + swap.total)
+    yield Limit("this machine's memory", psutil.virtual_memory().total + swap.total, is_set=False)
     yield from resource_limits()
     for name, left in cgroup_limits():
         yield Limit(name, left + swap.free)

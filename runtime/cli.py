@@ -18,10 +18,12 @@ from pocketllava.commands.common import complain, show_warnings
 from pocketllava.commands.completion import completion
 from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
+from pocketllava.commands.doctor import doctor
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.list import list_models
+from pocketllava.commands.plan import plan
 from pocketllava.commands.pull import pull
 from pocketllava.commands.quantize import quantize
 from pocketllava.commands.rm import rm
@@ -29,14 +31,14 @@ from pocketllava.commands.serve import serve
 from pocketllava.commands.show_model import show
 from pocketllava.commands.streams import OutputError, flush_results, open_streams
 from pocketllava.commands.verify import verify
-from pocketllava.errors import PocketLlavaError
+from pocketllava.errors import OutOfMemory, PocketLlavaError
 from pocketllava.settings import nearest
 
 SECTIONS = {
     "Ask about images": (demo, ask, chat, serve),
     "Keep models": (pull, list_models, show, verify, rm),
     "Convert a checkpoint": (convert, quantize, imatrix),
-    "Look and measure": (inspect, evaluate, bench),
+    "Look and measure": (inspect, plan, doctor, evaluate, bench),
     "Shell": (completion,),
 }
 MAX_HELP = 200  # characters of a command's line in --help
@@ -94,6 +96,8 @@ def exit_code() -> int:
         flush_results()
         return code if isinstance(code, int) else 0
     except (PocketLlavaError, OutputError) as error:
+        if isinstance(error, OutOfMemory) and error.plan:
+            click.echo(error.plan, err=True)
         complain("error", str(error))
     except click.ClickException as error:
         error.show()

@@ -3,7 +3,7 @@
 PocketLlavaError
 ├── InputError               an argument that cannot be used
 │   ├── ImageError           not an image, too large, or not a source we open
-│   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting
+│   ├── ContextOverflow      the prompt does not fit: .needed, .available, .image_tokens, .fitting*
 │   ├── UnsupportedOption    a setting this build or model cannot honor
 │   └── UnsupportedSchema    a JSON schema that an answer cannot be held to; names the keyword
 ├── StateError               a model used after close() or fork(), a stream that a newer call ended
@@ -15,6 +15,7 @@ PocketLlavaError
 │   ├── TensorMismatch          .missing, .unexpected, .shape
 │   └── DiskFull                .needed_bytes, .available_bytes
 └── BackendError             llama.cpp could not load or evaluate
+    ├── OutOfMemory          a model does not fit: .needed_bytes, .available_bytes, .plan
     └── EngineDied           the child of a model loaded with isolated=True ended; the next call starts another
 
 A message is one line: the thing, what was found, what was expected, what to do. Whatever it quotes, it has at
@@ -53,22 +54,30 @@ class ContextOverflow(InputError):
     """The prompt needs `needed` tokens and the context has room for `available`.
 
     image_tokens: how many of the needed ones each image takes. fitting: a context that holds the prompt, 0 where the
-    model was trained on none, None where that is not known.
+    model was trained on none, None where that is not known. fitting_image_tokens: how many each image may take at
+    most for the prompt and an answer to fit as it is; None where too few would be left, or where that is not known.
     """
 
     def __init__(
-        self, needed: int, available: int, image_tokens: tuple[int, ...] = (), fitting: int | None = None
+        self,
+        needed: int,
+        available: int,
+        image_tokens: tuple[int, ...] = (),
+        fitting: int | None = None,
+        fitting_image_tokens: int | None = None,
     ) -> None:
         self.needed = needed
         self.available = available
         self.image_tokens = image_tokens
         self.fitting = fitting
+        self.fitting_image_tokens = n = fitting_image_tokens
         advice = (
             f" or load with {f'n_ctx={fitting} (--ctx {fitting})' if fitting else 'a larger n_ctx (--ctx)'}"
         )
+        fewer = f", show each image by image_tokens={n} (--image-tokens {n})" if n else ""
         super().__init__(
             f"prompt: {needed} tokens (and one for an answer) do not fit a context of {available};"
-            f"{_images(image_tokens)} shorten the conversation"
+            f"{_images(image_tokens)} shorten the conversation{fewer}"
             + (advice if fitting != 0 else ", the model was trained on no context that holds it")
         )
 
@@ -133,6 +142,16 @@ class DiskFull(ConvertError):
 
 class BackendError(PocketLlavaError):
     """llama.cpp could not load a file or evaluate a batch."""
+
+
+class OutOfMemory(BackendError):
+    """A model does not fit the memory that there is. plan: every part and what would make it fit, in lines."""
+
+    def __init__(self, message: str, needed_bytes: int = 0, available_bytes: int = 0, plan: str = "") -> None:
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+        self.plan = plan
+        super().__init__(message)
 
 
 class EngineDied(BackendError):

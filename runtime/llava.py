@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pocketllava.engine.session import Session
+    from pocketllava.models.plan import Plan
     from pocketllava.types import LoadOptions
     from pocketllava.vision.feature_cache import Features
 
@@ -97,6 +98,7 @@ class Llava:
             ModelNotFound: There is no such bundle; names the nearest, or the command that makes it.
             BundleError: A file of the bundle is missing or damaged.
             UnsupportedOption: An option that does not exist, or that this build of llama.cpp cannot honor.
+            OutOfMemory: It does not fit the memory; its plan says what is taken and what would fit.
             BackendError: llama.cpp cannot load it.
 
         Example:
@@ -114,6 +116,30 @@ class Llava:
             llava = cls(bundle, engine, time.perf_counter() - start)
             llava._use = use.pop_all()
         return llava
+
+    @classmethod
+    def plan(cls, path: str | PathLike[str], **load: Any) -> Plan:
+        """What load() with the same arguments would take on this machine, without loading anything.
+
+        Args:
+            path: As in load.
+            **load: Fields of LoadOptions.
+
+        Returns:
+            The plan: parts, rooms, verdict ("fits", "slow" or "too large") and what would take less. Sizes are in
+            bytes; str(plan) is the text of `pocketllava plan`.
+
+        Raises:
+            ModelNotFound, BundleError, UnsupportedOption: As load() does.
+
+        Example:
+            >>> Llava.plan("demo", n_ctx=512).verdict
+            'fits'
+        """
+        from pocketllava.engine.loading import planned
+        from pocketllava.names import open_bundle
+
+        return planned(open_bundle(path), load_options(**load))
 
     def ask(
         self,

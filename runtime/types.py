@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Truncation = Literal["oldest"]
 Bytes = bytes  # under a name that a field `bytes` does not hide
 ROLES = ("system", "user", "assistant")
-KV_TYPES = ("f16", "q8_0")
+KV_TYPES = ("auto", "f16", "q8_0")
 WEIGHTS = ("auto", "memory", "mapped")
 FLASH_ATTENTION = ("auto", "on", "off")
 GIGA = 1_000_000_000
@@ -189,15 +189,17 @@ class LoadOptions:
     """How a model is loaded.
 
     Args:
-        n_ctx: Tokens of context, prompt and answer together; an image takes 576. None: 2048.
+        n_ctx: Tokens of context, prompt and answer together; an image takes 576. None: 2048, or less where that
+            does not fit the memory.
         n_threads: CPU threads. None: the number of physical cores.
-        n_gpu_layers: Layers of the text model on the GPU: -1 for all that fit, 0 for none (and the vision tower on
+        n_gpu_layers: Layers of the text model on the GPU: -1 for all that fit it, 0 for none (and the vision tower on
             the CPU).
         max_pixels: Refuse larger images. None: 50 megapixels.
         image_tokens: Show each picture by at most so many tokens, the most telling ones (SCOPE): 128 of LLaVA-1.5's
             576 are answered about three times sooner, and keep 97.5 to 97.8 % of the published accuracy. Not for
             coordinates, dense text or counting. None: all of them, the faithful answer.
-        kv_type: Type of the KV cache: "f16", or "q8_0" for half the memory.
+        kv_type: Type of the KV cache: "f16", or "q8_0" for half the memory. "auto" takes f16, and q8_0 with a warning
+            where the model would not load otherwise.
         flash_attn: Flash attention in the text model: "auto" takes it for quantized types, and never for F32, F16 and
             BF16, whose tokens are the reference's. "off" suits CPUs and long answers (benchmarks/README.md).
         weights: "memory" reads them, "mapped" maps the file, "auto" does what suits the device and the free memory.
@@ -231,12 +233,13 @@ class LoadOptions:
         low=1, high=MAX_INT, optional=True, default_text="all",
     )  # fmt: skip
     kv_type: str = option(
-        KV_TYPES[0], "choice", "--kv-type", "Type of the KV cache; q8_0 takes half the memory of f16.",
+        KV_TYPES[0], "choice", "--kv-type",
+        "Type of the KV cache; q8_0 takes half the memory of f16, auto takes it where f16 does not fit.",
         choices=KV_TYPES,
     )  # fmt: skip
     flash_attn: str = option(
         FLASH_ATTENTION[0], "choice", "-fa --flash-attn",
-        "Flash attention; auto takes it for quantized types.", choices=FLASH_ATTENTION,
+        "Flash attention; auto takes it on GPUs for quantized types.", choices=FLASH_ATTENTION,
     )  # fmt: skip
     weights: str = option(
         WEIGHTS[0], "choice", "--weights",

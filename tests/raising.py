@@ -13,6 +13,7 @@ from pocketllava import (
     ImageError,
     InputError,
     ModelNotFound,
+    OutOfMemory,
     PocketLlavaError,
     StateError,
     TensorMismatch,
@@ -32,6 +33,7 @@ ONE_OF_EACH = [
     ContextOverflow(5000, 2048),
     TensorMismatch("tensors: two are missing", missing=("a", "b"), unexpected=("c",), shape=(3, 4)),
     DownloadError("model.gguf: not whole"),
+    OutOfMemory("model: does not fit", 10**10, 10**9, "weights 9 GB\ntoo large"),
     DiskFull("disk: too small", 10**12, 10**9),
 ]  # fmt: skip
 

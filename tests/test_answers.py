@@ -146,6 +146,11 @@ def test_the_prompt_must_fit(bundle: Bundle) -> None:
             llava.ask([picture, picture], "Compare.")
         assert caught.value.needed > 2 * 576
         assert caught.value.available == 768
+        fewer = caught.value.fitting_image_tokens
+        assert fewer is not None
+        assert f"show each image by image_tokens={fewer} (--image-tokens {fewer})" in str(caught.value)
+        usage = llava.ask([picture, picture], "Compare.", image_tokens=fewer, max_tokens=1).usage
+        assert usage.prompt_tokens in (576 - 1, 576)  # a quarter of the context is for the answer
         answer = llava.ask(picture, "word " * 40, options=Options(max_tokens=2000))
         assert answer.finish_reason in ("length", "stop")
         assert answer.timings.prompt_tokens + answer.timings.answer_tokens <= 768

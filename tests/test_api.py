@@ -111,7 +111,7 @@ def test_loading_checks_its_options_before_anything_is_opened() -> None:
 
 def members() -> list[str]:
     """Public names of Llava that use the model."""
-    return [n for n in dir(Llava) if not n.startswith("_") and n not in ("load", "close")]
+    return [n for n in dir(Llava) if not n.startswith("_") and n not in ("load", "plan", "close")]
 
 
 LATE: dict[str, Callable[[Llava], Any]] = {

@@ -14,14 +14,17 @@ from typing import Any
 import pictures
 import pytest
 from click.testing import CliRunner
+from machines import ARM, AVX2, machine
 
 from pocketllava import Bundle, Llava, Options, UnsupportedOption
 from pocketllava.cli import cli
 from pocketllava.llamacpp.log import logger as llama_log
-from pocketllava.models.memory import better_in_memory, memory
+from pocketllava.models.memory import memory
+from pocketllava.models.plan import plan
+from pocketllava.types import LoadOptions
 
 SHORT = Options(max_tokens=6)
-MIB = 1 << 20
+MIB, GIGA = 1 << 20, 10**9
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
@@ -40,16 +43,22 @@ def test_weights_are_counted_from_the_files(bundle: Bundle) -> None:
     needed, files = memory(bundle), bundle.manifest.files
     for name, counted in (("model.gguf", needed.text), ("mmproj.gguf", needed.vision)):
         assert 0.9 * files[name].bytes < counted < files[name].bytes
-    assert needed.total == needed.text + needed.vision + needed.kv_cache + needed.buffers
+    parts = needed.text + needed.vision + needed.kv_cache + needed.buffers + needed.vision_buffers
+    assert needed.total == parts + needed.picture + needed.vocabulary + needed.process
     with pytest.raises(UnsupportedOption, match="n_ctx: found 5000, expected 1 to 4096"):
         memory(bundle, 5000)
 
 
-def test_quantized_weights_are_read_and_others_mapped(make_bundle: Any) -> None:
-    for quant, expected in (("F16", False), ("Q4_K_M", True), ("Q8_0", True)):
-        bundle = make_bundle(quant)
-        assert better_in_memory(bundle, memory(bundle), on_gpu=False) == expected
-        assert not better_in_memory(bundle, memory(bundle), on_gpu=True)
+@pytest.mark.parametrize(
+    ("quant", "avx2", "arm"), [("F16", False, False), ("Q4_K_M", True, True), ("Q8_0", False, True)]
+)
+def test_weights_that_the_cpu_rearranges_are_read_and_others_mapped(
+    make_bundle: Any, quant: str, avx2: bool, arm: bool
+) -> None:
+    bundle = make_bundle(quant)
+    for cpu, expected in ((AVX2, avx2), (ARM, arm)):
+        assert plan(bundle, LoadOptions(), machine(cpu=cpu)).in_memory == expected
+        assert not plan(bundle, LoadOptions(), machine(cpu=cpu, gpu=8 * GIGA)).in_memory
 
 
 def test_it_makes_no_difference_to_the_answer_how_weights_are_held(make_bundle: Any) -> None:

@@ -13,7 +13,7 @@ from small_checkpoint import CHAT_TEMPLATE
 
 from pocketllava import BundleError, InputError, Llava, Message
 from pocketllava.models.bundle import DEFAULT_TEMPLATE
-from pocketllava.prompt.items import ImageSpan, placeholders
+from pocketllava.prompt.items import ImageSpan, fitting_image_tokens, placeholders
 from pocketllava.prompt.template import Template
 
 SPECIAL = {"<s>": 1, "</s>": 2, "<image>": 700, "<pad>": 701}
@@ -149,3 +149,15 @@ def test_templates_and_conversations_that_fail(
 def test_messages_that_fail(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Message(*arguments)
+
+
+@given(st.lists(st.integers(1, 3000), max_size=8), st.integers(-10, 6000))
+def test_the_most_image_tokens_that_fit(images: list[int], room: int) -> None:
+    fewer = fitting_image_tokens(images, room)
+    if fewer is not None:
+        assert sum(min(fewer, n) for n in images) <= room
+        assert fewer == max(images) or sum(min(fewer + 1, n) for n in images) > room
+        assert fewer * 9 >= max(images)
+    elif images:
+        least = -(-max(images) // 9)
+        assert sum(min(least, n) for n in images) > room

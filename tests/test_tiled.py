@@ -208,6 +208,9 @@ def test_a_context_that_is_too_small_is_said_before_anything_is_encoded(make_bun
         assert f"its 5 images take 42 + 88 + 88 + 88 + 88 = {sum(counts)};" in str(caught.value)
         fitting = caught.value.fitting
         assert f"load with n_ctx={fitting} (--ctx {fitting})" in str(caught.value)
+        fewer = caught.value.fitting_image_tokens
+        assert f"show each image by image_tokens={fewer} (--image-tokens {fewer})" in str(caught.value)
+        assert llava.ask([wide, *four], "Compare them.", max_tokens=2, image_tokens=fewer).text is not None
         with pytest.raises(
             ContextOverflow, match=r"its 46 images take 4048; .* the model was trained on no context"
         ):

@@ -50,7 +50,8 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show a bundle's three parts with shapes and types and the memory that it takes, or follow one picture."""
-    from pocketllava.models.memory import available_bytes, memory
+    from pocketllava.models.machine import available_bytes
+    from pocketllava.models.memory import memory
     from pocketllava.names import open_bundle
 
     if image is None:
@@ -70,7 +71,7 @@ def inspect(
                 _save(llava.view(source, image_tokens=image_tokens), Path(save))
         click.echo(json.dumps(asdict(trace)) if as_json else "\n".join(trace_lines(trace)))
         return
-    needed = memory(bundle, n_ctx, kv_type)
+    needed = memory(bundle, n_ctx, "q8_0" if kv_type == "q8_0" else "f16")
     if as_json:
         click.echo(json.dumps({**bundle.manifest.to_json(), "memory": asdict(needed)}, ensure_ascii=False))
         return

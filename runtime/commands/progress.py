@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketllava.commands.common import Place
-from pocketllava.commands.show import size
 from pocketllava.models.files import expanded
+from pocketllava.models.plan_text import size
 
 if TYPE_CHECKING:
     from pocketllava.models import Bundle

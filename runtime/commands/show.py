@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pocketllava.models.plan_text import size
 from pocketllava.types import Choice, Timings, Trace
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def memory_line(m: Memory, available: int) -> str:
     """The memory that a loaded bundle takes, part by part, and the free memory."""
     parts = f"text model {size(m.text)}, vision {size(m.vision)}, KV cache of {m.n_ctx} tokens in {m.kv_type}"
     return (
-        f"memory: {size(m.total)} ({parts} {size(m.kv_cache)}, buffers about {size(m.buffers)}), and {size(m.prefix)}"
+        f"memory: {size(m.total)} ({parts} {size(m.kv_cache)}, buffers and Python about"
+        f" {size(m.total - m.text - m.vision - m.kv_cache)}), and {size(m.prefix)}"
         f" for each image kept to go back to; free now: {size(available)}"
     )
 
@@ -140,14 +142,6 @@ def figure_lines(about: dict[str, Any], figures: list[Figure]) -> list[str]:
         numbers = " ".join(f"{_figure(value):>10}" for value in values)
         lines.append(f"{f.name:<{width}} {numbers} {f.unit}")
     return lines
-
-
-def size(n_bytes: int) -> str:
-    """Bytes with a decimal unit: "4.08 GB"."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.2f} {unit}"
-    return f"{n_bytes} B"
 
 
 def _figure(value: float | None) -> str:

@@ -1,6 +1,7 @@
-"""Bundle -> a loaded Session, on the best device that this build of llama.cpp offers.
+"""Bundle -> a loaded Session, as it was planned for this machine.
 
-Knows llama_cpp.Llama's settings and why each has its value; nothing of prompts or answers.
+Knows llama_cpp.Llama's settings; what a model takes and whether it fits is planned in models/plan.py. Nothing of
+prompts or answers.
 """
 
 from __future__ import annotations
@@ -8,35 +9,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pocketllava.engine.session import Session
-from pocketllava.errors import BackendError, UnsupportedOption
-from pocketllava.llamacpp.devices import cores, gpus
+from pocketllava.errors import BackendError, OutOfMemory, UnsupportedOption
+from pocketllava.llamacpp.devices import gpus, machine
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
-from pocketllava.models.memory import (
-    Memory,
-    available_bytes,
-    batch_size,
-    better_in_memory,
-    check_memory,
-    context_size,
-    memory,
-    rearranged,
-)
-from pocketllava.types import GIGA, LoadOptions
+from pocketllava.models.memory import batch_size
+from pocketllava.models.plan import Plan, plan
+from pocketllava.models.plan_text import shortage
+from pocketllava.types import LoadOptions
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Q8_0 = 8  # enum ggml_type
-# Flash attention shortens the wait for an answer and, on CPUs, lengthens the answer itself (benchmarks/README.md);
-# on GPUs it helps both. Its F16 sums flipped 4 of 60 greedy tokens of an F16 bundle.
-# Beside a quantized type's own error they are nothing; bundles that promise the reference's tokens go without.
-EXACT = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -47,19 +37,38 @@ class Loaded:
     device: str
 
 
-def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
-    """Raises UnsupportedOption for what this build cannot do, BundleError, BackendError."""
+def planned(bundle: Bundle, options: LoadOptions) -> Plan:
+    """How the bundle will be loaded on this machine.
+
+    Raises UnsupportedOption for what this build cannot do, BundleError.
+    """
     _ = bundle.text_info, bundle.mmproj_info  # both are checked before anything is loaded
-    devices = gpus()
-    if options.n_gpu_layers > 0 and not devices:
+    here = machine(options.n_threads)
+    if options.n_gpu_layers > 0 and not here.devices:
         raise UnsupportedOption(
             f"n_gpu_layers: found {options.n_gpu_layers}, but this llama-cpp-python was built for CPUs only;"
             " install a Metal or CUDA build (docs/devices.md) or leave it out"
         )
-    layers = options.n_gpu_layers if devices else 0
-    text, device = or_on_cpu(lambda n: _load_text(bundle, n, options), layers, bundle, devices)
+    return plan(bundle, options, here)
+
+
+def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
+    """Raises UnsupportedOption for what this build cannot do, BundleError, OutOfMemory, BackendError."""
+    first = planned(bundle, options)
+
+    def load(layers: int) -> tuple[TextModel, str, Plan]:
+        on_device = first.n_gpu_layers and not layers  # where it did not load after all
+        fitted = planned(bundle, replace(options, n_gpu_layers=0)) if on_device else first
+        _check(fitted)
+        return (*_load_text(bundle, fitted, options), fitted)
+
+    names = [device.name for device in first.machine.devices]
+    asked = options.n_gpu_layers if first.n_gpu_layers else 0
+    text, device, fitted = or_on_cpu(load, asked, bundle, names)
     try:
-        return Loaded(Session(text, bundle.mmproj, bundle, options, use_gpu=layers != 0), device)
+        with _explained(fitted):
+            session = Session(text, bundle.mmproj, bundle, options, use_gpu=first.vision_on_gpu)
+            return Loaded(session, device)
     except BaseException:
         with contextlib.suppress(Exception):
             text.close()
@@ -79,58 +88,70 @@ def or_on_cpu(load: Callable[[int], T], layers: int, bundle: Bundle, devices: li
     return load(0)
 
 
-def _load_text(bundle: Bundle, layers: int, options: LoadOptions) -> tuple[TextModel, str]:
-    """The text model, and where it is. Raises UnsupportedOption, BundleError, BackendError."""
-    threads = options.n_threads if options.n_threads is not None else cores()
-    info = bundle.text_info
-    n_ctx = context_size(options.n_ctx, info.n_ctx_train, bundle.image_tokens)
-    if options.n_ctx is not None and n_ctx != options.n_ctx:
-        logger.warning("n_ctx: %d became %d, the next length that llama.cpp allocates", options.n_ctx, n_ctx)
-    on_gpu, needed = layers != 0, memory(bundle, options.n_ctx, options.kv_type)
-    in_memory = _in_memory(bundle, needed, on_gpu, threads, options)
+def _check(fitted: Plan) -> None:
+    """Say what was chosen and what is short. Raises OutOfMemory where llama.cpp would end the process."""
+    if fitted.refused:
+        raise out_of_memory(fitted)
+    if fitted.chosen:
+        differs = "; close answers may differ" if any("q8_0" in chosen for chosen in fitted.chosen) else ""
+        logger.warning(
+            "%s: does not fit the memory as usual, takes %s%s",
+            fitted.model,
+            " and ".join(fitted.chosen),
+            differs,
+        )
+    if fitted.verdict != "fits":
+        logger.warning("%s: %s", fitted.verdict, shortage(fitted))
+
+
+@contextlib.contextmanager
+def _explained(fitted: Plan) -> Iterator[None]:
+    """OutOfMemory for what llama.cpp could not do where the plan is tight: it names no reason itself."""
+    try:
+        yield
+    except BackendError as error:
+        if fitted.is_tight:
+            raise out_of_memory(fitted) from error
+        raise
+
+
+def out_of_memory(fitted: Plan) -> OutOfMemory:
+    """The error that says what is missing, and carries the plan."""
+    room = fitted.decisive
+    return OutOfMemory(shortage(fitted), room.needed, max(0, room.left), str(fitted))
+
+
+def _load_text(bundle: Bundle, fitted: Plan, options: LoadOptions) -> tuple[TextModel, str]:
+    """The text model, and where it is. Raises BundleError, OutOfMemory, BackendError."""
+    if options.n_ctx is not None and fitted.n_ctx != options.n_ctx:
+        logger.warning(
+            "n_ctx: %d became %d, the next length that llama.cpp allocates", options.n_ctx, fitted.n_ctx
+        )
+    threads = fitted.machine.n_threads
     settings: dict[str, Any] = {
-        "n_ctx": n_ctx,
+        "n_ctx": fitted.n_ctx,
         "n_batch": batch_size(bundle),
         "n_ubatch": batch_size(bundle),
         "n_threads": threads,
         "n_threads_batch": threads,
-        "use_mmap": not in_memory,
-        "flash_attn": _flash_attention(bundle, options),
+        "use_mmap": not fitted.in_memory,
+        "flash_attn": fitted.flash_attention,
+        "n_gpu_layers": -1 if fitted.n_gpu_layers == fitted.n_layers else fitted.n_gpu_layers,
     }
-    if options.kv_type == "q8_0":
+    if fitted.kv_type == "q8_0":
         settings |= {"type_k": Q8_0, "type_v": Q8_0}
-    # config.json may name several ends; a GGUF file holds one
-    text, lines = TextModel.load(
-        bundle.model,
-        bundle.manifest.eos_token_ids,
-        info=info,
-        header=bundle.model_header,
-        releases_pages=not in_memory and rearranged(bundle, needed, on_gpu),
-        n_gpu_layers=layers,
-        **settings,
-    )
-    return text, f"{device_of(lines, gpus(), threads)}, weights {'in memory' if in_memory else 'mapped'}"
-
-
-def _flash_attention(bundle: Bundle, options: LoadOptions) -> bool:
-    """llama.cpp quantizes the KV cache's values with flash attention only."""
-    if options.flash_attn != "auto" or options.kv_type == "q8_0":
-        return options.flash_attn != "off"
-    return bundle.manifest.types.model not in EXACT
-
-
-def _in_memory(bundle: Bundle, needed: Memory, on_gpu: bool, threads: int, options: LoadOptions) -> bool:
-    """Whether the weights will be read; raises BackendError where there is no room for them."""
-    if not on_gpu and (free := available_bytes()) < needed.total:
-        logger.warning(
-            "%s: needs about %.1f GB of memory, %.1f GB are free; a smaller n_ctx (--ctx) or kv_type q8_0 (--kv-type)"
-            " takes less", bundle.folder, needed.total / GIGA, free / GIGA,
-        )  # fmt: skip
-    in_memory = options.weights == "memory" or (
-        options.weights == "auto" and better_in_memory(bundle, needed, on_gpu)
-    )
-    check_memory(bundle, needed, in_memory=in_memory, on_gpu=on_gpu, threads=threads)
-    return in_memory
+    with _explained(fitted):
+        # config.json may name several ends; a GGUF file holds one
+        text, lines = TextModel.load(
+            bundle.model,
+            bundle.manifest.eos_token_ids,
+            info=bundle.text_info,
+            header=bundle.model_header,
+            releases_pages=fitted.releases_pages,
+            **settings,
+        )
+    weights = f"weights {'in memory' if fitted.in_memory else 'mapped'}"
+    return text, ", ".join([device_of(lines, gpus(), threads), weights, *fitted.chosen])
 
 
 def device_of(lines: list[str], devices: list[str], threads: int) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pocketllava.errors import EngineDied, ImageError, InputError, PocketLlavaError
 from pocketllava.models import Bundle
-from pocketllava.models.memory import available_bytes, memory
+from pocketllava.models.machine import available_bytes
+from pocketllava.models.memory import memory
 from pocketllava.types import Answer, ImageSource, Message, conversation
 
 if TYPE_CHECKING:

@@ -29,7 +29,15 @@ from pocketllava.models.bundle import DEFAULT_TEMPLATE, MMPROJ, MODEL, file_iden
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.memory import CONTEXT_STEP
 from pocketllava.models.preprocessing import Preprocessing
-from pocketllava.prompt.items import ImageSpan, PromptItem, fill, image_ends, n_positions, placeholders
+from pocketllava.prompt.items import (
+    ImageSpan,
+    PromptItem,
+    fill,
+    fitting_image_tokens,
+    image_ends,
+    n_positions,
+    placeholders,
+)
 from pocketllava.prompt.template import Template, Tokenize
 from pocketllava.prompt.truncation import without_oldest
 from pocketllava.types import ImageSource, LoadOptions, Message, OnProgress, Options, Progress
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_TOKEN = "<image>"
+ROOM = 4  # the part of the context that an answer should have
 # Other special tokens that a chat template may name, and their keys in the text model's file.
 NAMED_TOKENS = {
     "pad_token": "tokenizer.ggml.padding_token_id",
@@ -300,7 +309,9 @@ class Session:
             raise InputError(f"chat template: the prompt ends in {end}, expected text before the answer")
         if (needed := n_positions(counted)) >= self.text.n_ctx:
             images = tuple(item.n_tokens for item in counted if isinstance(item, ImageSpan))
-            raise ContextOverflow(needed, self.text.n_ctx, images, self._fitting_context(needed))
+            room = self.text.n_ctx - min(Options().max_tokens, self.text.n_ctx // ROOM)
+            fewer = fitting_image_tokens(images, room - (needed - sum(images)))
+            raise ContextOverflow(needed, self.text.n_ctx, images, self._fitting_context(needed), fewer)
         return messages, counted
 
     def _fitting_context(self, needed: int) -> int:

@@ -1,4 +1,4 @@
-"""What this build of llama.cpp can compute on: GPUs by name, and the CPU cores that its threads want."""
+"""What this build of llama.cpp can compute on: GPUs and their memory, the CPU's cores and instructions."""
 
 from __future__ import annotations
 
@@ -12,30 +12,61 @@ from pathlib import Path
 from pocketllava.llamacpp.library import ggml
 from pocketllava.llamacpp.log import capture_log
 from pocketllava.llamacpp.private import private
+from pocketllava.models.machine import Device, Machine, rearranged_types, this_machine
 
-GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU (ggml-backend.h)
+INTEGRATED = 2
+GPU_TYPES = (1, INTEGRATED)  # enum ggml_backend_dev_type: GPU, IGPU (ggml-backend.h)
+METAL = ("MTL", "Metal")  # its names in llama.cpp
 
 
 def gpus() -> list[str]:
     """Names of the GPUs that this build of llama.cpp can use, such as "CUDA0 (NVIDIA RTX 4070)"."""
+    return [device.name for device in devices()]
+
+
+def devices() -> tuple[Device, ...]:
+    """The GPUs that this build of llama.cpp can use, with their memory as it is now."""
     import llama_cpp
 
     capture_log()
     if not llama_cpp.llama_supports_gpu_offload():
-        return []
+        return ()
     lib = private("llama_cpp._ggml", "libggml")
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    base = ggml()
-    base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    pointers = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
+    return tuple(
+        _device(p) for p in pointers if ggml().ggml_backend_dev_type(ctypes.c_void_p(p)) in GPU_TYPES
+    )
+
+
+def _device(pointer: int) -> Device:
+    base, device = ggml(), ctypes.c_void_p(pointer)
     for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
-        getattr(base, name).restype, getattr(base, name).argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
-    return [
-        f"{base.ggml_backend_dev_name(d).decode()} ({base.ggml_backend_dev_description(d).decode()})"
-        for d in devices
-        if base.ggml_backend_dev_type(d) in GPU_TYPES
-    ]
+        getattr(base, name).restype = ctypes.c_char_p
+    base.ggml_backend_dev_memory.restype = None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    name = base.ggml_backend_dev_name(device).decode()
+    return Device(
+        f"{name} ({base.ggml_backend_dev_description(device).decode()})",
+        free.value,
+        total.value,
+        unified=base.ggml_backend_dev_type(device) == INTEGRATED or name.startswith(METAL),
+    )
+
+
+def cpu_features() -> frozenset[str]:
+    """What ggml uses of this CPU, as llama.cpp names it: "AVX2", "REPACK"."""
+    import llama_cpp
+
+    words = llama_cpp.llama_print_system_info().decode("utf-8", "replace").replace("CPU :", "|").split("|")
+    return frozenset(word.split("=")[0].strip() for word in words if word.strip().endswith("= 1"))
+
+
+def machine(n_threads: int | None = None) -> Machine:
+    """This machine, for plans (models/plan.py)."""
+    return this_machine(n_threads or cores(), devices(), rearranged_types(cpu_features()))
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+LEAST_SHARE = 9  # 64 of LLaVA-1.5's 576
+
 
 @dataclass(frozen=True)
 class ImageSpan:
@@ -50,6 +52,16 @@ def shared(contents: Sequence[PromptItem], prompt: Sequence[PromptItem]) -> int:
             break
         n += 1
     return n
+
+
+def fitting_image_tokens(images: Sequence[int], room: int) -> int | None:
+    """The most tokens that each image may take for all of them to fit `room` positions.
+
+    None where that leaves an image too little: less than a ninth of its tokens has no published accuracy.
+    """
+    fitting = (n for n in range(max(images, default=0), 0, -1) if sum(min(n, m) for m in images) <= room)
+    most = next(fitting, 0)
+    return most if images and most * LEAST_SHARE >= max(images) else None
 
 
 def image_ends(items: Sequence[PromptItem]) -> list[int]:
