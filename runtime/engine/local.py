@@ -6,12 +6,13 @@ Knows how tokens become text and when an answer ends; not whose turn it is, nor 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pocketllava.engine.answer_text import AnswerText
+from pocketllava.llamacpp.guard import Interrupted, ShouldStop
 from pocketllava.types import Chunk, FinishReason, ImageSource, Message, OnProgress, Options, Timings, Trace
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from pocketllava.vision.feature_cache import Features
 
 ROOM = 4  # the part of the context that Options.truncate makes free for an answer
-ShouldStop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,6 @@ class LocalEngine:
 
     def _choice(self, prefilled: Prefilled, call: Call, start: float) -> Generator[Chunk, None, None]:
         """The likeliest of the choices."""
-        from pocketllava.llamacpp.guard import Interrupted
-
         try:
             scored = self.session.choose(call.options.choices or (), call.should_stop)
         except Interrupted:
