@@ -13,7 +13,8 @@ INTERRUPTED = 130  # a shell's code for Ctrl-C
 def main() -> None:
     """Run the command line."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # a KeyboardInterrupt amid imports may be lost, or print a traceback
+    # A KeyboardInterrupt amid imports may be lost, or print a traceback.
+    if usual is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     try:
         from pocketllava.cli import main as run

@@ -1,8 +1,8 @@
 """Messages, options, chunks and errors <-> what a frame holds. Knows types; no pipes, no engine.
 
 Pictures go as they were given: paths and data URIs as text, files' bytes as they are. PIL images and arrays are
-pickled, without classes and objects of the caller's, by the process that loads the model for the child that it started;
-nothing pickled ever comes back.
+pickled, without classes of the caller's, by the process that loads the model for the child that it started; nothing
+pickled ever comes back.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _plain(content: sources.Content) -> sources.Content:
         plain.__setstate__([{k: v for k, v in info.items() if type(v) in KEPT}, *rest])
         return plain
     array = np.asarray(content)
-    return np.empty(array.shape, array.dtype) if array.dtype.hasobject else array  # no picture: the child refuses it
+    if array.dtype.hasobject:  # no picture: the child says so by its type and shape
+        return np.empty(array.shape, array.dtype)
+    return array
 
 
 def unpack_image(packed: list[str], blobs: Iterator[bytes]) -> ImageSource:

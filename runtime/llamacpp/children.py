@@ -29,7 +29,7 @@ from pocketllava.errors import BackendError, PocketLlavaError
 TIMEOUT_S = 600.0
 MAX_OUTPUT_BYTES = 1 << 16  # of each stream, from its end
 MAX_LINE = 1000  # characters
-# sys.path comes before any import of this package: the child's own folders first, then the parent's, its first argument.
+# sys.path comes before any import of this package: the child's own folders first, then the parent's (argv[1]).
 BOOTSTRAP = (
     "import json, sys; sys.path.extend(p for p in json.loads(sys.argv[1]) if p not in sys.path);"
     " import {module}; {module}.main()"
