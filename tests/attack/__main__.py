@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import damage
-from attack import files, gguf_files, interrupts, schemas, streams, templates
+from attack import files, gguf_files, interrupts, isolated, schemas, serving, streams, templates
 from attack.counts import Counts
 
 Campaign = Callable[[int, int, Path], Counts]
@@ -36,6 +36,8 @@ CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "JSON schemas": (schemas.run, 4000),
     "commands in odd places": (streams.run, 60),
     "interrupts": (interrupts.run, 60),
+    **isolated.CAMPAIGNS,
+    **serving.CAMPAIGNS,
 }
 
 
