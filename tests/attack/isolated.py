@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+from attack.counts import Counts
 from pictures import scene
 
-from attack.counts import Counts
-from pocketllava import Chunk, Llava, Message, Options
+from pocketllava import Llava, Message, Options
 from pocketllava.types import Progress
 
 QUESTION = "What is at the center?"
@@ -66,21 +66,22 @@ def _cancel(model: Llava, phase: str, rng: random.Random, name: str, counts: Cou
     text = " ".join(rng.choices(["red", "star", "left", "circle"], k=500))
     if phase == "waiting":
         cancel()
-    last: Chunk | None = None
+    reason: str | None = None
     options = Options(max_tokens=900, schema={"type": "string", "minLength": 900}, temperature=1.5)
     stream = model.stream(
         [Message("user", text, picture)], options=options, should_stop=stop.is_set, on_progress=on_progress
     )
-    for last in stream:
+    for chunk in stream:
+        reason = chunk.finish_reason
         if phase == "decoding":
             cancel()
     took = time.monotonic() - seen[0]
     if took > ENDS_S:
         counts.hangs += 1
         counts.failures.append(f"{name}: ended after {took:.2f} s")
-    elif last is None or last.finish_reason != "cancelled":
+    elif reason != "cancelled":
         counts.wrong += 1
-        counts.failures.append(f"{name}: ended as {last and last.finish_reason}")
+        counts.failures.append(f"{name}: ended as {reason}")
     else:
         counts.accepted += 1
 
@@ -99,7 +100,9 @@ def calls(seed: int, cases: int, folder: Path) -> Counts:
             if n % 20 == 19:
                 sizes.append((*_size(own), *_size(child)))
     settled = sizes[min(SETTLED // 20, len(sizes) // 2)]
-    for name, early, late in zip(("MB", "files", "child's MB", "child's files"), settled, sizes[-1], strict=True):
+    for name, early, late in zip(
+        ("MB", "files", "child's MB", "child's files"), settled, sizes[-1], strict=True
+    ):
         print(f"{name}: {early:.0f}, in the end {late:.0f}", file=sys.stderr)
         if late > early + (SLACK_MB if "MB" in name else SLACK_FILES):
             counts.wrong += 1
@@ -121,6 +124,8 @@ if __name__ == "__main__":
     name, *numbers = sys.argv[1:]
     campaign, usual = CAMPAIGNS[name]
     start = time.monotonic()
-    found = campaign(int(numbers[1]) if len(numbers) > 1 else 0, int(numbers[0]) if numbers else usual, Path())
+    found = campaign(
+        int(numbers[1]) if len(numbers) > 1 else 0, int(numbers[0]) if numbers else usual, Path()
+    )
     print(*found.failures[:20], sep="\n")
     print(name, {**vars(found), "failures": len(found.failures)}, f"{time.monotonic() - start:.0f} s")

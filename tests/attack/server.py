@@ -23,7 +23,7 @@ from PIL import Image
 
 CHAT = "/v1/chat/completions"
 QUESTION = "What is at the center?"
-WORDS = "red blue green heart star circle left right".split()
+WORDS = ["red", "blue", "green", "heart", "star", "circle", "left", "right"]
 LONG = {"type": "string", "minLength": 900}  # an answer that takes a while
 START_S = 60.0
 

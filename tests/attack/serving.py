@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
-
 from attack.counts import Counts
 from attack.server import CHAT, Served, long_request, request, served
 
@@ -153,8 +152,22 @@ ORIGINS = {
     None: True, "app://obsidian.md": True, "http://{host}": True, "https://{host}": True, "null": False,
     "http://evil.example": False, "http://{host}.evil.example": False, "app://obsidian.md.evil": False,
 }  # fmt: skip
-PATHS = (("GET", "/"), ("GET", "/health"), ("GET", "/v1/models"), ("GET", "/api/tags"), ("POST", CHAT), ("GET", "/no"))
-BINDS = {"127.0.0.1": True, "::1": True, "localhost": True, "0.0.0.0": False, "::": False, "192.168.1.9": False}
+PATHS = (
+    ("GET", "/"),
+    ("GET", "/health"),
+    ("GET", "/v1/models"),
+    ("GET", "/api/tags"),
+    ("POST", CHAT),
+    ("GET", "/no"),
+)
+BINDS = {
+    "127.0.0.1": True,
+    "::1": True,
+    "localhost": True,
+    "0.0.0.0": False,
+    "::": False,
+    "192.168.1.9": False,
+}
 
 
 def names(seed: int, cases: int, folder: Path) -> Counts:
@@ -230,7 +243,9 @@ def _flat(samples: list[tuple[float, float, int, float, int]], counts: Counts) -
     """The second half is no larger than the first, but for a twentieth and what caches may still take."""
     half = len(samples) // 2
     for column, name, slack in ((1, "server MB", 8), (2, "server descriptors", 3), (3, "engine MB", 16), (4, "engine descriptors", 3)):  # fmt: skip
-        early, late = (max(s[column] for s in part) for part in (samples[half // 2 : half + 1], samples[half:]))
+        early, late = (
+            max(s[column] for s in part) for part in (samples[half // 2 : half + 1], samples[half:])
+        )
         print(f"{name}: {early:.0f} in the second quarter, {late:.0f} in the second half", file=sys.stderr)
         counts.cases += 1
         _judge(late <= early * 1.05 + slack, f"{name}: {early:.0f}, then {late:.0f}; flat", counts)
