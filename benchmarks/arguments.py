@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments for a bundle, a picture and rounds, the line about the machine, and a picture as servers take it."""
+"""What the benchmarks share: arguments, the machine in one line, and a picture as servers take it."""
 
 from __future__ import annotations
 

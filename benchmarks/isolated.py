@@ -2,9 +2,9 @@
 
     python benchmarks/isolated.py BUNDLE [--image FILE] [--runs N] [--tokens N]
 
-The same question about the same picture, which all three have seen, answered with one token and with many: the first is
-a request's own time, the difference that of decoding. The sides take turns; medians. Needs the extra `serve`. Run it on a
-quiet machine, with a small model: what is measured does not grow with it.
+The same question about the same picture, which all three have seen, answered with one token and with many: the first
+is a request's own time, the difference that of decoding. The sides take turns; medians. Needs the extra `serve`. Run
+it on a quiet machine, with a small model: what is measured does not grow with it.
 """
 
 from __future__ import annotations

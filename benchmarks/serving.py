@@ -3,10 +3,10 @@
     python benchmarks/serving.py BUNDLE LLAMA_SERVER [--image FILE] [--runs N] [--clients N] [--turns N] [--ctx N]
         [--threads N]
 
-BUNDLE is a folder with model.gguf and mmproj.gguf, LLAMA_SERVER llama.cpp's own program. One server runs at a time, each
-with the same threads and greedy decoding. "New picture" and "second question" are seconds until the first word, alone.
-Then clients with their own pictures ask in turns, all at once: llama-server gets a slot and a context for each. Run it on a
-quiet machine.
+BUNDLE is a folder with model.gguf and mmproj.gguf, LLAMA_SERVER llama.cpp's own program. One server runs at a time,
+each with the same threads and greedy decoding. "New picture" and "second question" are seconds until the first word,
+alone. Then clients with their own pictures ask in turns, all at once: llama-server gets a slot and a context for each.
+Run it on a quiet machine.
 """
 
 from __future__ import annotations
