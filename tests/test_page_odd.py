@@ -4,6 +4,7 @@
 
 import json
 import re
+import time
 from importlib.resources import files
 
 import pytest
@@ -65,6 +66,14 @@ def stream(text):
     return "".join(f"data: {json.dumps(item)}\n\n" for item in (delta, end)) + "data: [DONE]\n\n"
 
 
+def shows(page, selector, text):
+    """Waits until an element holds exactly this text."""
+    end = time.monotonic() + 20
+    while (found := page.locator(selector).text_content()) != text and time.monotonic() < end:
+        page.wait_for_timeout(10)
+    assert found == text
+
+
 def test_texts_and_file_names_never_become_markup(page):
     texts = iter(HOSTILE)
     page.route(
@@ -79,8 +88,7 @@ def test_texts_and_file_names_never_become_markup(page):
     assert page.locator("#conversations li").count() == len(HOSTILE)
     for n, text in enumerate(reversed(HOSTILE)):
         page.locator("#conversations .open").nth(n).click()
-        page.locator(".answer footer").wait_for()
-        assert page.locator(".question h3").text_content() == text
+        shows(page, ".question h3", text)
         page.click(".thumb")
         assert page.locator("#viewer-title").text_content() == text
         page.keyboard.press("Escape")
@@ -155,7 +163,7 @@ def test_a_conversation_that_does_not_fit_is_said_in_words(page):
 
 def test_a_key_is_asked_for_once(browser, tmp_path):
     key = tmp_path / "key"
-    key.write_text("open sesame\n")
+    key.write_text("open-sesame\n")
     with serving("--api-key-file", str(key)) as address:
         context = browser.new_context()
         page = context.new_page()
@@ -163,7 +171,7 @@ def test_a_key_is_asked_for_once(browser, tmp_path):
         page.fill("#key-text", "wrong")
         page.press("#key-text", "Enter")
         page.locator("#key-error", has_text="not accepted").wait_for()
-        page.fill("#key-text", "open sesame")
+        page.fill("#key-text", "open-sesame")
         page.press("#key-text", "Enter")
         page.locator("#key").wait_for(state="hidden")
         assert conversation(page) == "a red heart"
