@@ -89,7 +89,7 @@ def kills(seed: int, cases: int, folder: Path, number: int = signal.SIGKILL) -> 
                 time.sleep(rng.uniform(0, 0.3))
                 engine.send_signal(number)
                 psutil.wait_procs([engine], timeout=10)
-                _wait(lambda before=restarts: _restarts(server) > before, 10)  # type: ignore[misc]
+                _wait(lambda before=restarts: _restarts(server) > before or server.idle(), 10)  # type: ignore[misc]
             if server.process.poll() is not None:
                 counts.crashes += 1
                 counts.failures.append(f"case {n}: the server ended")
