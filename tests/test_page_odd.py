@@ -211,7 +211,7 @@ def test_a_phone(browser, address):
         assert page.evaluate("document.activeElement.id") == "close-history"
         assert page.evaluate("document.getElementById('page').inert")
         page.tap("#conversations .open")
-        assert not page.evaluate("document.getElementById('page').inert")
+        page.locator("#page:not([inert])").wait_for()
 
 
 def tab_to(page, label, most=40):

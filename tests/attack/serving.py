@@ -88,7 +88,7 @@ def kills(seed: int, cases: int, folder: Path, number: int = signal.SIGKILL) -> 
             with server.ask(long_request(rng, 96, stream=bool(n % 2))):
                 time.sleep(rng.uniform(0, 0.3))
                 engine.send_signal(number)
-                psutil.wait_procs([engine], timeout=10)
+                _wait(lambda e=engine: _gone(e), 10)  # type: ignore[misc]
                 _wait(lambda before=restarts: _restarts(server) > before or server.idle(), 10)  # type: ignore[misc]
             if server.process.poll() is not None:
                 counts.crashes += 1
@@ -118,7 +118,7 @@ def orphans(seed: int, cases: int, folder: Path) -> Counts:
             with server.ask(long_request(rng, 96, stream=True)) if n % 2 else ExitStack():
                 time.sleep(rng.uniform(0, 0.3))
                 server.process.kill()
-                gone = _wait(lambda e=engine: not e.is_running() or e.status() in STATES, ORPHAN_S)  # type: ignore[misc]
+                gone = _wait(lambda e=engine: _gone(e), ORPHAN_S)  # type: ignore[misc]
         _judge(gone, f"case {n}: the engine was there after {ORPHAN_S} s, which", counts)
     return counts
 
@@ -249,6 +249,14 @@ def _flat(samples: list[tuple[float, float, int, float, int]], counts: Counts) -
         print(f"{name}: {early:.0f} in the second quarter, {late:.0f} in the second half", file=sys.stderr)
         counts.cases += 1
         _judge(late <= early * 1.05 + slack, f"{name}: {early:.0f}, then {late:.0f}; flat", counts)
+
+
+def _gone(process: psutil.Process) -> bool:
+    """Whether it ended, even if its parent has not looked."""
+    try:
+        return not process.is_running() or process.status() in STATES
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> bool:
