@@ -27,7 +27,7 @@ from pocketllava.types import Progress
 QUESTION = "What is at the center?"
 PHASES = ("waiting", "image", "prompt", "decoding")
 ENDS_S = 2.0  # a step takes milliseconds; this machine is shared
-SETTLED = 200  # calls until caches are full
+PICTURES, SETTLED = 100, 200  # asked about in turn, and calls until the features of all are kept
 SLACK_MB, SLACK_FILES = 16, 2
 
 
@@ -88,13 +88,13 @@ def _cancel(model: Llava, phase: str, rng: random.Random, name: str, counts: Cou
 
 def calls(seed: int, cases: int, folder: Path) -> Counts:
     """A model in a child, asked again and again: neither process takes more memory or descriptors."""
-    counts, rng = Counts(), random.Random(seed)
+    counts = Counts()
     with Llava.load("demo", n_ctx=512, n_threads=1, isolated=True) as model:
         own = psutil.Process()
         child = max(own.children(), key=lambda p: p.create_time())
         sizes: list[tuple[Any, ...]] = []
         for n in range(cases):
-            picture = np.random.default_rng(rng.randrange(1 << 30)).integers(0, 255, (64, 64, 3), np.uint8)
+            picture = np.random.default_rng((seed, n % PICTURES)).integers(0, 255, (64, 64, 3), np.uint8)
             counts.cases += 1
             counts.accepted += bool(model.ask(picture, QUESTION, max_tokens=4).token_ids)
             if n % 20 == 19:

@@ -30,6 +30,7 @@ FREE_S = 1.0  # for the engine, once a client left; a step takes milliseconds, t
 ORPHAN_S = 1.0
 GOOD_S = 2.0
 N_SLOW = 200
+N_PICTURES = 64  # of mixed load: their features are kept, up to 128 MB of them
 STATES = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
@@ -225,11 +226,12 @@ def mixed_load(seed: int, minutes: float, folder: Path) -> Counts:
 def _new(rng: random.Random) -> str:
     from attack.server import uri
 
-    return uri(96, 80, rng.randrange(1 << 24))
+    return uri(96, 80, rng.randrange(N_PICTURES))
 
 
 def _hang_up(server: Served, rng: random.Random) -> bool:
-    with server.ask(long_request(rng, 200, stream=rng.random() < 0.5)):
+    few = random.Random(rng.randrange(N_PICTURES))
+    with server.ask(long_request(few, 200, stream=rng.random() < 0.5)):
         time.sleep(rng.uniform(0, 0.3))
     return server.idle_after(10) < 10
 
