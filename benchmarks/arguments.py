@@ -1,8 +1,9 @@
-"""What the benchmarks share: arguments for a bundle, a picture and rounds, and the line about the machine."""
+"""What the benchmarks share: arguments, the machine in one line, and a picture as servers take it."""
 
 from __future__ import annotations
 
 import argparse
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def about(**facts: Any) -> str:
     """Machine, versions and what else the figures depend on, in one line."""
     return "; ".join(f"{name}: {value}" for name, value in {**machine(), **facts}.items())
+
+
+def image_part(picture: bytes) -> dict[str, Any]:
+    """A picture in a message of OpenAI's API."""
+    uri = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+    return {"type": "image_url", "image_url": {"url": uri}}

@@ -82,11 +82,12 @@ def cache_folder() -> Path:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with ~ replaced; as it is where ~ means nobody."""
+    """The path with ~ replaced; as it is where ~ means nobody. Objects may give theirs as bytes."""
+    plain = Path(os.fsdecode(path))
     try:
-        return Path(path).expanduser()
+        return plain.expanduser()
     except RuntimeError:
-        return Path(path)
+        return plain
 
 
 def utf8(name: str) -> str:

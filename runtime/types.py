@@ -200,8 +200,8 @@ class LoadOptions:
             coordinates, dense text or counting. None: all of them, the faithful answer.
         kv_type: Type of the KV cache: "f16", or "q8_0" for half the memory. "auto" takes f16, and q8_0 with a warning
             where the model would not load otherwise.
-        flash_attn: Flash attention in the text model: "auto" takes it for quantized types, and never for F32, F16 and
-            BF16, whose tokens are the reference's. "off" suits CPUs and long answers (benchmarks/README.md).
+        flash_attn: Flash attention in the text model: "auto" takes it on GPUs for quantized types, and never for F32,
+            F16 and BF16, whose tokens are the reference's. "on" suits CPUs and short answers (benchmarks/README.md).
         weights: "memory" reads them, "mapped" maps the file, "auto" does what suits the device and the free memory.
         cache_dir: A folder to keep encoded images in, for the next time they are shown.
         cache_bytes: The oldest files in cache_dir go beyond this.

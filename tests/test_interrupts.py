@@ -131,3 +131,26 @@ def test_the_first_exception_is_held_until_it_is_asked_for() -> None:
 def test_a_callback_says_what_it_wants() -> None:
     with pytest.raises(TypeError, match="abstract"):
         EvalCallback()  # type: ignore[abstract]
+
+
+EARLY = """
+import os, signal, sys
+from pocketllava.__main__ import main
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
+@pytest.mark.parametrize("module", ["pocketllava.cli", "click", "pocketllava.commands.verify"])
+def test_an_interrupt_while_the_command_line_is_imported_is_quiet(module: str) -> None:
+    with child(EARLY, module) as process:
+        _, stderr = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, stderr) == (130, "")

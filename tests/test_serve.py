@@ -584,7 +584,8 @@ def test_the_command_prints_three_lines_and_ends(tmp_path: Path) -> None:
         assert server.get("/v1/models").status == 401
         child.terminate()
         child.wait(20)
-    assert [line.split(":")[0] for line in lines] == ["page", "model", "clients"]
+    assert [line.split(":")[0] for line in lines] == ["page", "clients", "model"]
+    assert " on CPU" in lines[2] or "GPU" in lines[2] or "CUDA" in lines[2]  # the device
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pocketllava.commands.show import size
+from pocketllava.models.plan_text import size
 from pocketllava.models.store import DOWNLOADS, Store
 
 

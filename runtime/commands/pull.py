@@ -6,7 +6,7 @@ import click
 
 from pocketllava.commands.common import OneOf, Text, quiet_option
 from pocketllava.commands.progress import mmproj_types, progress_bar
-from pocketllava.commands.show import size
+from pocketllava.models.plan_text import size
 
 
 @click.command()

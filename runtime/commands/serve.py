@@ -15,6 +15,7 @@ from pocketllava.commands.completion import Model
 from pocketllava.errors import InputError, UnsupportedOption
 
 if TYPE_CHECKING:
+    from pocketllava.llava import Llava
     from pocketllava.models import Bundle
 
 ANYWHERE = ("0.0.0.0", "::")
@@ -67,9 +68,10 @@ def serve(
         import uvicorn
 
         from pocketllava.serve.app import build
+        from pocketllava.serve.connection import config
         from pocketllava.serve.guard import Access, is_loopback
         from pocketllava.serve.served import DEFAULT_ALIASES, DEFAULT_CTX, Served
-        from pocketllava.serve.supervisor import Supervisor, load_engine
+        from pocketllava.serve.supervisor import Supervisor
     except ImportError as error:
         raise UnsupportedOption(
             f"serve: needs {error.name or error}; install the extra: pip install 'pocketllava[serve]'"
@@ -80,9 +82,8 @@ def serve(
     if key is None and not is_loopback(host):
         raise click.UsageError(f"--host {host} is open to other machines: give --api-key-file FILE as well")
     bundle = open_bundle(model)
-    supervisor = Supervisor(
-        partial(load_engine, model, load), queue=queue, idle_s=idle * 60 if idle else None
-    )
+    loading = partial(_load, model, Path(model).name or model, bundle, load)
+    supervisor = Supervisor(loading, queue=queue, idle_s=idle * 60 if idle else None)
     served = Served(
         Path(model).name or model,
         bundle,
@@ -93,21 +94,11 @@ def serve(
     app = build(supervisor, served, Access(key, origins, names))
     with _listening(host, port) as listener:
         address = _address(host, listener.getsockname()[1])
-        _announce(address, served.name, bundle, key)
+        _announce(address, key)
         if open_page:
             click.launch(address)
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="on",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=5,
-        )
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run([listener])
+            uvicorn.Server(config(app)).run([listener])
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -120,14 +111,23 @@ def _listening(host: str, port: int) -> socket.socket:
         raise InputError(f"{host}:{port}: cannot listen there ({reason}); take another --port") from error
 
 
-def _announce(address: str, name: str, bundle: Bundle, key: str | None) -> None:
-    """Three lines: where, what, for whom."""
-    types = bundle.manifest.types
+def _announce(address: str, key: str | None) -> None:
+    """Two lines at once: where, and for whom. The third follows when the model is loaded."""
     click.echo(f"page: {address}")
-    click.echo(f"model: {name} ({types.model} + {types.mmproj}), loading")
     click.echo(
         f"clients: OpenAI {address}/v1, Ollama {address}; {'with the API key' if key else 'no API key'}"
     )
+
+
+def _load(model: str, name: str, bundle: Bundle, load: dict[str, Any]) -> Llava:
+    """The model in a child process, and the third line: what is loaded, and where."""
+    from pocketllava.serve.supervisor import load_engine
+
+    llava = load_engine(model, load)
+    types, devices = bundle.manifest.types, " + ".join(dict.fromkeys(llava.devices))
+    with suppress(OSError):  # nobody reads it any more
+        click.echo(f"model: {name} ({types.model} + {types.mmproj}) on {devices}, context {llava.n_ctx}")
+    return llava
 
 
 def _address(host: str, port: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pocketllava.commands.completion import Model
-from pocketllava.commands.show import size
+from pocketllava.models.plan_text import size
 from pocketllava.models.store import Store
 
 

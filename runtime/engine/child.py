@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from pocketllava.engine import wire
 from pocketllava.engine.frames import Frame, FrameWriter, read_frame
 from pocketllava.engine.local import Call, LocalEngine
+from pocketllava.llamacpp.guard import Interrupted
 from pocketllava.types import LoadOptions, Progress
 
 
@@ -43,14 +44,14 @@ class Child:
     def __init__(self, reader: BinaryIO, writer: FrameWriter) -> None:
         self._reader, self._writer = reader, writer
         self._frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-        self._cancelled: set[int] = set()
+        self._cancelled = 0  # every call up to this one: calls come one at a time, in order
         self._engine: LocalEngine | None = None
         threading.Thread(target=self._read, name="pocketllava frames", daemon=True).start()
 
     def _read(self) -> None:
         while (frame := read_frame(self._reader)) is not None:
             if frame.fields["do"] == "cancel":
-                self._cancelled.add(frame.fields["id"])
+                self._cancelled = frame.fields["id"]
             else:
                 self._frames.put(frame)
         os._exit(0)
@@ -67,15 +68,10 @@ class Child:
                 result, blobs = getattr(self, f"_do_{frame.fields['do']}")(frame)
             except Exception as error:
                 self._write(number, "error", wire.pack_error(error))
-            except BaseException as error:
-                from pocketllava.llamacpp.guard import Interrupted
-
-                if not isinstance(error, Interrupted):
-                    raise
+            except Interrupted:
                 self._write(number, "interrupted", None)
             else:
                 self._write(number, "done", result, blobs)
-            self._cancelled.discard(number)
 
     def _write(self, number: int, kind: str, value: Any, blobs: tuple[bytes, ...] = ()) -> None:
         self._writer.write({"type": kind, "id": number, "value": value}, blobs)
@@ -93,7 +89,7 @@ class Child:
                 self._write(number, "progress", [progress.stage, progress.done, progress.total])
 
         options = wire.unpack_options(frame.fields["options"])
-        return Call(options, lambda: number in self._cancelled, report)
+        return Call(options, lambda: number <= self._cancelled, report)
 
     def _do_load(self, frame: Frame) -> tuple[Any, tuple[bytes, ...]]:
         from pocketllava.engine.loading import load_bundle

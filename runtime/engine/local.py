@@ -6,13 +6,14 @@ Knows how tokens become text and when an answer ends; not whose turn it is, nor 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pocketllava.engine.answer_text import AnswerText
 from pocketllava.errors import PocketLlavaError
+from pocketllava.llamacpp.guard import Interrupted, ShouldStop
 from pocketllava.types import (
     Answer,
     Chunk,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from pocketllava.vision.feature_cache import Features
 
 ROOM = 4  # the part of the context that Options.truncate makes free for an answer
-ShouldStop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,6 @@ class LocalEngine:
 
     def _choice(self, prefilled: Prefilled, call: Call, start: float) -> Generator[Chunk, None, None]:
         """The likeliest of the choices."""
-        from pocketllava.llamacpp.guard import Interrupted
-
         try:
             scored = self.session.choose(call.options.choices or (), call.should_stop)
         except Interrupted:

@@ -25,7 +25,7 @@ import numpy as np
 
 from pocketllava.engine import wire
 from pocketllava.engine.frames import Frame, FrameWriter, read_frame
-from pocketllava.engine.local import Call, ShouldStop
+from pocketllava.engine.local import Call
 from pocketllava.errors import BackendError, EngineDied
 from pocketllava.llamacpp.children import (
     ChildResult,
@@ -34,6 +34,7 @@ from pocketllava.llamacpp.children import (
     keep_end,
     last_line,
 )
+from pocketllava.llamacpp.guard import Interrupted, ShouldStop
 from pocketllava.models import Bundle
 from pocketllava.types import Chunk, ImageSource, LoadOptions, Message, Options, Progress, Trace
 from pocketllava.vision.decoding import MAX_PIXELS
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 MODULE = "pocketllava.engine.child"
 POLL_S = 0.01  # how often should_stop is asked while the child works
 GRACE_S = 5.0  # for a cancelled call to end, before the child is killed
+ENDINGS = ("done", "error", "interrupted")  # types of the frame that ends a call
 
 
 class _Process:
@@ -133,6 +135,33 @@ class _Process:
         assert self._child.stderr
         with contextlib.suppress(OSError, ValueError):
             keep_end(self._child.stderr, self._errors)
+
+
+class _Watch:
+    """One call's frames, and the wish to end it."""
+
+    def __init__(self, process: _Process, number: int, should_stop: ShouldStop | None) -> None:
+        self._process, self._number, self._should_stop = process, number, should_stop
+        self._told_s: float | None = None
+
+    def next(self) -> Frame:
+        """The next frame. Raises EngineDied."""
+        while True:
+            frame = self._process.next(POLL_S if self._should_stop else None)
+            if frame is not None and frame.fields["type"] in ENDINGS:
+                return frame
+            self._look()
+            if frame is not None:
+                return frame
+
+    def _look(self) -> None:
+        """Tell the child once should_stop() is true, and kill it if it goes on. Raises EngineDied."""
+        if self._told_s is not None:
+            if time.monotonic() - self._told_s > GRACE_S:
+                raise self._process.died()
+        elif self._should_stop is not None and self._should_stop():
+            self._process.send({"do": "cancel", "id": self._number})
+            self._told_s = time.monotonic()
 
 
 class ProcessEngine:
@@ -266,19 +295,18 @@ class ProcessEngine:
         self._n_calls += 1
         number, ended = self._n_calls, False
         process.send({"do": do, "id": number, "cwd": _current_folder(), **fields}, blobs)
+        watch = _Watch(process, number, call.should_stop)
         try:
             while not ended:
-                frame = self._next(process, number, call.should_stop)
+                frame = watch.next()
                 kind: str = frame.fields["type"]
                 value: Any = frame.fields.get("value")
                 if kind == "progress" and call.on_progress is not None:
                     call.on_progress(Progress(*value))
-                ended = kind in ("done", "error", "interrupted")
+                ended = kind in ENDINGS
                 if kind == "error":
                     raise wire.unpack_error(value)
                 if kind == "interrupted":
-                    from pocketllava.llamacpp.guard import Interrupted
-
                     raise Interrupted
                 if kind != "progress":
                     yield frame
@@ -289,19 +317,6 @@ class ProcessEngine:
             if not ended:
                 self._cancel(process, number)
 
-    def _next(self, process: _Process, number: int, should_stop: ShouldStop | None) -> Frame:
-        """The next frame of a call; once should_stop() is true the child is told, and killed if it goes on."""
-        told_s = 0.0
-        while (frame := process.next(POLL_S if should_stop or told_s else None)) is None:
-            if not told_s and should_stop is not None and should_stop():
-                process.send({"do": "cancel", "id": number})
-                told_s = time.monotonic()
-            if told_s and time.monotonic() - told_s > GRACE_S:
-                raise process.died()
-        if should_stop is not None and not told_s and frame.fields["type"] == "chunk" and should_stop():
-            process.send({"do": "cancel", "id": number})
-        return frame
-
     def _cancel(self, process: _Process, number: int) -> None:
         """End a call that nobody waits for; its frames go nowhere."""
         end = time.monotonic() + GRACE_S
@@ -309,11 +324,7 @@ class ProcessEngine:
             process.send({"do": "cancel", "id": number})
             while (left_s := end - time.monotonic()) > 0:
                 frame = process.next(left_s)
-                if (
-                    frame
-                    and frame.fields["id"] == number
-                    and frame.fields["type"] in ("done", "error", "interrupted")
-                ):
+                if frame and frame.fields["id"] == number and frame.fields["type"] in ENDINGS:
                     return
         process.end()
 

@@ -1,7 +1,8 @@
 """Messages, options, chunks and errors <-> what a frame holds. Knows types; no pipes, no engine.
 
 Pictures go as they were given: paths and data URIs as text, files' bytes as they are. PIL images and arrays are
-pickled, by the process that loads the model for the child that it started; nothing pickled ever comes back.
+pickled, without classes of the caller's, by the process that loads the model for the child that it started; nothing
+pickled ever comes back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import os
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from pocketllava import errors
 from pocketllava.errors import BackendError, PocketLlavaError
@@ -24,6 +28,9 @@ from pocketllava.types import (
     TokenLogprob,
     Trace,
 )
+from pocketllava.vision import sources
+
+KEPT = (str, bytes, int, float, tuple)  # of a picture's metadata: what its transparency and its EXIF are
 
 
 def pack_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[bytes]]:
@@ -46,16 +53,30 @@ def unpack_messages(packed: list[dict[str, Any]], blobs: Sequence[bytes]) -> lis
 
 
 def pack_image(image: ImageSource, blobs: list[bytes]) -> list[str]:
-    """[kind] or [kind, text]; what is no text goes behind `blobs`."""
+    """[kind] or [kind, text]; what is no text goes behind `blobs`. Raises ImageError."""
     if isinstance(image, str):
         return ["text", image]
     if isinstance(image, os.PathLike):
-        return ["path", os.fspath(image)]
-    if isinstance(image, bytes | bytearray | memoryview):
-        blobs.append(bytes(image))
+        return ["path", os.fsdecode(image)]
+    content = sources.read(image)
+    if isinstance(content, bytes):
+        blobs.append(content)
         return ["bytes"]
-    blobs.append(pickle.dumps(image, pickle.HIGHEST_PROTOCOL))
+    blobs.append(pickle.dumps(_plain(content), pickle.HIGHEST_PROTOCOL))
     return ["pickle"]
+
+
+def _plain(content: sources.Content) -> sources.Content:
+    """The same pixels in an object that the child can make, whose class may be one of the caller's program."""
+    if isinstance(content, Image.Image):
+        info, *rest = content.__getstate__()
+        plain = Image.Image()
+        plain.__setstate__([{k: v for k, v in info.items() if type(v) in KEPT}, *rest])
+        return plain
+    array = np.asarray(content)
+    if array.dtype.hasobject:  # no picture: the child says so by its type and shape
+        return np.empty(array.shape, array.dtype)
+    return array
 
 
 def unpack_image(packed: list[str], blobs: Iterator[bytes]) -> ImageSource:

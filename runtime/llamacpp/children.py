@@ -29,14 +29,8 @@ from pocketllava.errors import BackendError, PocketLlavaError
 TIMEOUT_S = 600.0
 MAX_OUTPUT_BYTES = 1 << 16  # of each stream, from its end
 MAX_LINE = 1000  # characters
-# sys.path comes before any import of this package: the child's own folders first, then the parent's.
+# sys.path comes before any import of this package: the child's own folders first, then the parent's (argv[1]).
 BOOTSTRAP = (
-    "import json, sys; task = json.loads(sys.stdin.buffer.read());"
-    " sys.path.extend(p for p in task['path'] if p not in sys.path);"
-    " from pocketllava.llamacpp.children import perform; perform(task)"
-)
-# The same for a child whose stdin is its own: the folders are its first argument.
-MODULE_BOOTSTRAP = (
     "import json, sys; sys.path.extend(p for p in json.loads(sys.argv[1]) if p not in sys.path);"
     " import {module}; {module}.main()"
 )
@@ -84,10 +78,9 @@ def run_child(
     interpreter (a frozen application), such as [python, "-I", "-m", "pocketllava.llamacpp.children"].
     Raises BackendError if no child could be started, or something else than a worker was.
     """
-    command = list(worker_command) if worker_command else [*_interpreter(), "-I", "-c", BOOTSTRAP]
+    command = isolated_command(__name__, worker_command)
     token = secrets.token_hex(16)
     task = {
-        "path": _search_path(),
         "function": function,
         "arguments": [str(a.absolute()) if isinstance(a, Path) else a for a in arguments],
         "token": token,
@@ -116,7 +109,7 @@ def isolated_command(module: str, worker_command: Sequence[str] | None = None) -
     if worker_command:
         return list(worker_command)
     paths = json.dumps(_search_path())
-    return [*_interpreter(), "-I", "-c", MODULE_BOOTSTRAP.format(module=module), paths]
+    return [*_interpreter(), "-I", "-c", BOOTSTRAP.format(module=module), paths]
 
 
 _ADVICE = "pass worker_command=[...], a command that starts pocketllava's worker"

@@ -133,7 +133,7 @@ class Routes:
                         self.metrics.note(event.timings, job.queue_s)
                         yield completion.closing(event, job.queue_s)
                     continue
-                alive = f"{event.stage} {100 * event.done // max(event.total, 1)}%"
+                alive = openai.stage_of(event.stage, event.done, event.total)
                 if event.done == event.total or time.monotonic() - shown >= PROGRESS_S:
                     shown = time.monotonic()
                     yield completion.progress(event.stage, event.done, event.total)

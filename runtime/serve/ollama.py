@@ -28,6 +28,7 @@ from pocketllava.types import MAX_INT, Chunk, Message, Options, Timings
 VERSION = "0.12.0"  # of the API that is answered
 LINES = "application/x-ndjson"
 NANO = 1_000_000_000
+FOR_EVER = timedelta(days=106_751)  # Ollama's own: 2^63 nanoseconds
 Format = str | dict[str, Any] | None
 
 
@@ -107,7 +108,8 @@ class Ollama:
         """GET /api/ps: the model while it is in memory."""
         if self._supervisor.state != "ok":
             return JSONResponse({"models": []})
-        expires = datetime.now(timezone.utc) + timedelta(hours=1)
+        now, frees_at = datetime.now(timezone.utc), self._supervisor.frees_at
+        expires = datetime.fromtimestamp(frees_at, timezone.utc) if frees_at else now + FOR_EVER
         row = self._row(self._names()[0]) | {"expires_at": expires.isoformat(), "size_vram": 0}
         return JSONResponse({"models": [row]})
 

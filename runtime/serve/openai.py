@@ -294,7 +294,7 @@ class Completion:
         if self.request.return_progress:
             fields = {"total": total, "cache": 0, "processed": done, "stage": stage}
             return self._event({}, prompt_progress=fields)
-        return comment(f"{stage} {100 * done // max(total, 1)}%")
+        return comment(stage_of(stage, done, total))
 
     def failure(self, fault: Fault) -> bytes:
         """An error in the middle of a stream, which no [DONE] follows."""
@@ -329,6 +329,11 @@ class Completion:
 def comment(text: str) -> bytes:
     """A line that clients skip; it keeps the connection open."""
     return f": {text}\n\n".encode()
+
+
+def stage_of(stage: str, done: int, total: int) -> str:
+    """How far the prompt is, for people."""
+    return f"{stage} {100 * done // max(total, 1)}%"
 
 
 def usage(t: Timings) -> dict[str, Any]:

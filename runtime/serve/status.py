@@ -86,7 +86,7 @@ class Metrics:
             "prompt_tokens": timings.prompt_tokens - timings.cached_tokens,
             "generated_tokens": timings.answer_tokens,
             "cached_tokens": timings.cached_tokens,
-            "images_encoded": int(timings.encode_s > 0),
+            "answers_with_new_images": int(timings.encode_s > 0),
             "answers": 1,
         }
         for name, n in counts.items():
@@ -118,7 +118,7 @@ class Metrics:
             "prompt_tokens": "Prompt tokens evaluated",
             "generated_tokens": "Tokens of answers",
             "cached_tokens": "Prompt tokens kept from earlier calls",
-            "images_encoded": "Answers for which pictures were encoded",
+            "answers_with_new_images": "Answers for which pictures were encoded",
             "answers": "Answers that were given",
         }
         for name, text in counted.items():

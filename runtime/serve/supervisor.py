@@ -106,7 +106,7 @@ class Supervisor:
         self.restarts = 0
         self.devices: tuple[str, str] | None = None
         self.n_ctx: int | None = None
-        self.last_used = time.time()
+        self._used_at = time.time()
         self._thread = threading.Thread(target=self._run, name="pocketllava engine", daemon=True)
 
     def start(self) -> None:
@@ -140,6 +140,13 @@ class Supervisor:
     def busy(self) -> bool:
         """Whether a job runs."""
         return self._running is not None
+
+    @property
+    def frees_at(self) -> float | None:
+        """When the model is freed if nobody asks (seconds of time.time()); None for never."""
+        if self._idle_s is None:
+            return None
+        return (time.time() if self.busy else self._used_at) + self._idle_s
 
     def ahead_of(self, job: Job) -> int:
         """Jobs that come before it."""
@@ -207,7 +214,7 @@ class Supervisor:
             job.queue_s = job.started - job.created
             self._do(job)
             with self._changed:
-                self._running = None
+                self._running, self._used_at = None, time.time()
             if self._state == "restarting":
                 self._revive()
         if self._llava is not None:
@@ -223,7 +230,6 @@ class Supervisor:
             if self._state == "closed":
                 return None
             self._running = self._waiting.popleft()
-            self.last_used = time.time()
             return self._running
 
     def _do(self, job: Job) -> None:

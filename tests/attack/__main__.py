@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import damage
-from attack import bodies, files, gguf_files, interrupts, schemas, streams, templates
+from attack import bodies, files, gguf_files, interrupts, isolated, schemas, serving, streams, templates
 from attack.counts import Counts
 
 Campaign = Callable[[int, int, Path], Counts]
@@ -37,6 +37,8 @@ CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "bodies of requests": (bodies.run, 5000),
     "commands in odd places": (streams.run, 60),
     "interrupts": (interrupts.run, 60),
+    **isolated.CAMPAIGNS,
+    **serving.CAMPAIGNS,
 }
 
 

@@ -1,0 +1,131 @@
+"""Attacks a model in this process and in a child: calls ended at random moments, and a thousand calls in a row.
+
+    PYTHONPATH=$PWD/tests python -m attack.isolated CAMPAIGN [CASES [SEED]]
+
+A case is *accepted* if the call ended soon, and the next answer is that of a model nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from attack.counts import Counts
+from pictures import scene
+
+from pocketllava import Llava, Message, Options
+from pocketllava.types import Progress
+
+QUESTION = "What is at the center?"
+PHASES = ("waiting", "image", "prompt", "decoding")
+ENDS_S = 2.0  # a step takes milliseconds; this machine is shared
+PICTURES, SETTLED = 100, 200  # asked about in turn, and calls until the features of all are kept
+SLACK_MB, SLACK_FILES = 16, 2
+
+
+def cancels(seed: int, cases: int, folder: Path) -> Counts:
+    """So many in each phase, in this process and in a child."""
+    counts, rng = Counts(), random.Random(seed)
+    for isolated in (False, True):
+        with Llava.load("demo", n_ctx=2048, n_threads=1, isolated=isolated) as model:
+            picture = np.asarray(scene(96, 80))
+            expected = model.ask(picture, QUESTION, max_tokens=8).token_ids
+            for n in range(cases * len(PHASES)):
+                counts.cases += 1
+                name = f"{PHASES[n % len(PHASES)]}, isolated {isolated}, case {n}"
+                _cancel(model, PHASES[n % len(PHASES)], rng, name, counts)
+                if model.ask(picture, QUESTION, max_tokens=8).token_ids != expected:
+                    counts.wrong += 1
+                    counts.failures.append(f"{name}: another answer afterwards")
+    return counts
+
+
+def _cancel(model: Llava, phase: str, rng: random.Random, name: str, counts: Counts) -> None:
+    """Ask for something long and end it amid a phase: as soon as its first sign is seen, or a moment later."""
+    stop, seen = threading.Event(), [0.0]
+    delay = rng.uniform(0, 0.02)
+
+    def cancel() -> None:
+        if not seen[0]:
+            seen[0] = time.monotonic() + delay
+            threading.Timer(delay, stop.set).start()
+
+    def on_progress(progress: Progress) -> None:
+        if progress.stage == phase:
+            cancel()
+
+    picture = np.random.default_rng(rng.randrange(1 << 30)).integers(0, 255, (300, 300, 3), np.uint8)
+    text = " ".join(rng.choices(["red", "star", "left", "circle"], k=500))
+    if phase == "waiting":
+        cancel()
+    reason: str | None = None
+    options = Options(max_tokens=900, schema={"type": "string", "minLength": 900}, temperature=1.5)
+    stream = model.stream(
+        [Message("user", text, picture)], options=options, should_stop=stop.is_set, on_progress=on_progress
+    )
+    for chunk in stream:
+        reason = chunk.finish_reason
+        if phase == "decoding":
+            cancel()
+    took = time.monotonic() - seen[0]
+    if took > ENDS_S:
+        counts.hangs += 1
+        counts.failures.append(f"{name}: ended after {took:.2f} s")
+    elif reason != "cancelled":
+        counts.wrong += 1
+        counts.failures.append(f"{name}: ended as {reason}")
+    else:
+        counts.accepted += 1
+
+
+def calls(seed: int, cases: int, folder: Path) -> Counts:
+    """A model in a child, asked again and again: neither process takes more memory or descriptors."""
+    counts = Counts()
+    with Llava.load("demo", n_ctx=512, n_threads=1, isolated=True) as model:
+        own = psutil.Process()
+        child = max(own.children(), key=lambda p: p.create_time())
+        sizes: list[tuple[Any, ...]] = []
+        for n in range(cases):
+            picture = np.random.default_rng((seed, n % PICTURES)).integers(0, 255, (64, 64, 3), np.uint8)
+            counts.cases += 1
+            counts.accepted += bool(model.ask(picture, QUESTION, max_tokens=4).token_ids)
+            if n % 20 == 19:
+                sizes.append((*_size(own), *_size(child)))
+    settled = sizes[min(SETTLED // 20, len(sizes) // 2)]
+    for name, early, late in zip(
+        ("MB", "files", "child's MB", "child's files"), settled, sizes[-1], strict=True
+    ):
+        print(f"{name}: {early:.0f}, in the end {late:.0f}", file=sys.stderr)
+        if late > early + (SLACK_MB if "MB" in name else SLACK_FILES):
+            counts.wrong += 1
+            counts.failures.append(f"{name}: {early:.0f} after some calls, {late:.0f} in the end")
+    return counts
+
+
+def _size(process: psutil.Process) -> tuple[float, int]:
+    """(MB in memory, open descriptors)."""
+    return process.memory_info().rss / 1e6, process.num_handles() if os.name == "nt" else process.num_fds()
+
+
+CAMPAIGNS: dict[str, tuple[Callable[[int, int, Path], Counts], int]] = {
+    "cancelled calls": (cancels, 50),
+    "calls in a row": (calls, 1000),
+}
+
+if __name__ == "__main__":
+    name, *numbers = sys.argv[1:]
+    campaign, usual = CAMPAIGNS[name]
+    start = time.monotonic()
+    found = campaign(
+        int(numbers[1]) if len(numbers) > 1 else 0, int(numbers[0]) if numbers else usual, Path()
+    )
+    print(*found.failures[:20], sep="\n")
+    print(name, {**vars(found), "failures": len(found.failures)}, f"{time.monotonic() - start:.0f} s")
