@@ -360,6 +360,32 @@ class Llava:
         with self._lock.lease():
             return self._engine.image_features(images[0], _checked_tokens(image_tokens))
 
+    def fingerprint(self, image: ImageSource) -> str:
+        """What tells a picture from others by its pixels, as the model sees them: equal ones get equal answers.
+
+        The image is decoded and remembered for the question that follows; a thread of its own may do that while the
+        model answers.
+
+        Args:
+            image: One image.
+
+        Returns:
+            64 hexadecimal digits, which depend on the vision tower.
+
+        Raises:
+            ImageError: The image cannot be used.
+            StateError: The model is closed.
+
+        Example:
+            >>> llava.fingerprint("scene.png") == llava.fingerprint("scene.bmp")
+            True
+        """
+        images = as_images(image)
+        if len(images) != 1:
+            raise InputError(f"image: found {len(images)} images, expected one")
+        self._lock.check()
+        return self._engine.fingerprint(images[0])
+
     def count_tokens(self, messages: Messages, *, image_tokens: int | None = None) -> int:
         """The positions of the context that a conversation takes, images included; no image is decoded.
 
