@@ -146,7 +146,7 @@ class Album:
 
     def known(self, picture: Picture, *, with_errors: bool) -> dict[int, bool]:
         """The questions that are answered for a picture that did not change: id -> whether it failed."""
-        found = self._picture(picture.path)
+        found = self.picture(picture.path)
         if found is None or (found.size, found.mtime_ns) != (picture.size, picture.mtime_ns):
             return {}
         rows = self.database.execute(
@@ -155,10 +155,12 @@ class Album:
         )
         return {question: bool(failed) for question, failed in rows if with_errors or not failed}
 
-    def add_picture(self, picture: Picture) -> Picture:
+    def add_picture(self, picture: Picture, *, may_be_moved: bool = True) -> Picture:
         """The picture with its place in the album: its own, or that of the same content whose file is gone."""
         with db.transaction(self.database):
-            found = self._picture(picture.path) or self._moved(picture)
+            found = self.picture(picture.path)
+            if found is None and may_be_moved:
+                found = self._moved(picture)
             values = (_stored(picture.path), picture.size, picture.mtime_ns, picture.sha256)
             if found is None:
                 done = self.database.execute(
@@ -217,11 +219,17 @@ class Album:
         )  # fmt: skip
         return int(found.fetchone()[0])
 
+    def answer(self, picture: Picture, question: Question) -> Given | None:
+        """What is known of a picture and a question."""
+        where = "a.picture = ? AND a.question = ? AND a.sha256 = ?"
+        return self._given(where, picture.id, question.id, picture.sha256)
+
     def _given(self, where: str, *values: object) -> Given | None:
         found = self.database.execute(f"SELECT {_COLUMNS} FROM answers a WHERE {where} LIMIT 1", values).fetchone()
         return Given(*found) if found else None
 
-    def _picture(self, path: str) -> Picture | None:
+    def picture(self, path: str) -> Picture | None:
+        """What is known of a path."""
         found = self.database.execute(
             "SELECT path, size, mtime_ns, sha256, id FROM pictures WHERE path = ?", (_stored(path),)
         ).fetchone()

@@ -1,0 +1,65 @@
+"""Pictures that look alike: the mean of each one's image features, kept in F16, compared by their cosine.
+
+Knows arrays and the album's table of them; encodes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketllava.album.journal import Album
+
+Vector = npt.NDArray[np.float32]
+AT_ONCE = 2048  # rows that are compared together: 16 MB of a 7B model's
+
+
+def has(album: Album, sha256: str, tower: str) -> bool:
+    """Whether a picture's features are kept."""
+    found = album.database.execute("SELECT 1 FROM features WHERE tower = ? AND sha256 = ?", (tower, sha256))
+    return found.fetchone() is not None
+
+
+def put(album: Album, sha256: str, tower: str, features: npt.NDArray[np.float32]) -> None:
+    """Keep (n_tokens, n_embd) features as their mean, of length one."""
+    mean = unit(features.mean(axis=0)).astype("<f2").tobytes()
+    album.database.execute(
+        "INSERT OR REPLACE INTO features (sha256, tower, mean) VALUES (?, ?, ?)", (sha256, tower, mean)
+    )
+
+
+def get(album: Album, sha256: str, tower: str) -> Vector | None:
+    """What put() kept."""
+    found = album.database.execute(
+        "SELECT mean FROM features WHERE tower = ? AND sha256 = ?", (tower, sha256)
+    ).fetchone()
+    return np.frombuffer(found[0], "<f2").astype(np.float32) if found else None
+
+
+def unit(vector: Vector) -> Vector:
+    """The vector at length one; zeros as they are."""
+    length = float(np.linalg.norm(vector))
+    return (vector / length).astype(np.float32) if length else vector.astype(np.float32)
+
+
+def nearest(album: Album, tower: str, wanted: Vector, limit: int) -> list[tuple[str, float]]:
+    """(content, cosine) of the pictures that look most alike, the most alike first."""
+    best: list[tuple[str, float]] = []
+    for contents, cosines in _cosines(album, tower, wanted):
+        n = min(limit, len(contents))
+        top = np.argpartition(-cosines, n - 1)[:n]
+        best += [(contents[k], float(cosines[k])) for k in top]
+        best = sorted(best, key=lambda pair: (-pair[1], pair[0]))[:limit]
+    return best
+
+
+def _cosines(album: Album, tower: str, wanted: Vector) -> Iterator[tuple[list[str], Vector]]:
+    rows = album.database.execute(
+        "SELECT sha256, mean FROM features WHERE tower = ? AND length(mean) = ? ORDER BY id", (tower, 2 * len(wanted))
+    )  # fmt: skip
+    while some := rows.fetchmany(AT_ONCE):
+        contents, means = zip(*some, strict=True)
+        matrix = np.frombuffer(b"".join(means), "<f2").reshape(len(means), -1).astype(np.float32)
+        yield list(contents), matrix @ wanted
