@@ -90,5 +90,4 @@ def _streamed(llava: Llava, job: Job, options: Options, should_stop: ShouldStop)
     if reason == "cancelled":
         return None
     looped = loop.found and options.choices is None and (options.schema is None or reason == "length")
-    return Reply(text, tokens, "repetition" if not reason else reason, time.perf_counter() - start, looped)
-
+    return Reply(text, tokens, reason or "repetition", time.perf_counter() - start, looped)

@@ -5,13 +5,13 @@ Knows the album, the walk and the model; prints nothing. Everything happens in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import PurePath
 from re import Pattern
-from typing import Literal
+from typing import Any, Literal
 
 from pocketllava.album import alike
 from pocketllava.album.asking import Job, Reply, replies
@@ -88,11 +88,29 @@ def run(
         yield from _Run(llava, album, plan, finish, should_stop).events()
 
 
+def to_do(album: Album, plan: Plan) -> int:
+    """How many pictures would be read; the album stays as it is but for the questions."""
+    everything = _Run(None, album, plan, lambda: False, lambda: False)
+    with database_errors(album.path):
+        return sum(looked.event is None for looked in everything.looked())
+
+
 class _Run:
     def __init__(
-        self, llava: Llava, album: Album, plan: Plan, finish: Callable[[], bool], should_stop: Callable[[], bool]
+        self,
+        llava: Any,
+        album: Album,
+        plan: Plan,
+        finish: Callable[[], bool],
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.llava, self.album, self.plan, self.finish, self.should_stop = llava, album, plan, finish, should_stop
+        self.llava, self.album, self.plan, self.finish, self.should_stop = (
+            llava,
+            album,
+            plan,
+            finish,
+            should_stop,
+        )
         self.questions = tuple(album.add_question(question) for question in plan.questions)
         self._done: list[Event] = []  # what was decided without asking, on the way to the next job
 
@@ -113,8 +131,8 @@ class _Run:
         done, self._done = self._done, []
         return done
 
-    def _jobs(self) -> Iterator[Job]:
-        with closing(ahead(self._looked(), self._read)) as pictures:
+    def _jobs(self) -> Generator[Job, None, None]:
+        with closing(ahead(self.looked(), self._read)) as pictures:
             for looked, content in pictures:
                 if self.finish() or self.should_stop():
                     return
@@ -125,7 +143,8 @@ class _Run:
                 else:
                     yield from self._questions_about(looked, content)
 
-    def _looked(self) -> Iterator[_Looked]:
+    def looked(self) -> Iterator[_Looked]:
+        """Each picture of the plan, and what is to be asked about it."""
         paths = self.plan.walk.files(self._folder_failed)
         shard = self.plan.shard
         if shard is not None:
@@ -184,13 +203,22 @@ class _Run:
         if not isinstance(reply, Reply):
             return Given(error=str(reply), pixels=content.pixels)
         options = self.plan.options
-        text = (options.prefill or "").rstrip() + reply.text if (options.prefill or "").strip() else reply.text
+        text = (
+            (options.prefill or "").rstrip() + reply.text if (options.prefill or "").strip() else reply.text
+        )
         mark = mark_of(
             text, reply.finish_reason, looped=reply.looped, retried=reply.retried, deny=self.plan.deny
         )
         record = reply.text if options.schema is not None and reply.finish_reason == "stop" else None
         return Given(
-            text, record, reply.tokens, reply.finish_reason, mark, round(reply.seconds, 3), None, content.pixels
+            text,
+            record,
+            reply.tokens,
+            reply.finish_reason,
+            mark,
+            round(reply.seconds, 3),
+            None,
+            content.pixels,
         )
 
     def _keep_features(self, picture: Picture, image: bytes) -> None:

@@ -35,7 +35,9 @@ class Export:
         if self.format not in FORMATS:
             raise InputError(f"format: found {self.format!r}, expected one of {', '.join(FORMATS)}")
         if self.target is not None and self.format in BESIDE:
-            raise InputError(f"out: found {self.target}, expected none: {self.format} lies beside each picture")
+            raise InputError(
+                f"out: found {self.target}, expected none: {self.format} lies beside each picture"
+            )
 
 
 def check(export: Export, walk: Walk) -> None:
@@ -83,15 +85,7 @@ def _write(rows: Iterable[Row], export: Export, root: Path) -> Report:
     return tables_of[export.format](rows, target, export.style)
 
 
-def _folders(album: Album, question: Question, export: Export) -> Iterable[tuple[str, list[str]]]:
-    if export.format == "xmp" and export.naming == "full":
-        return
-    folder, names = "", list[str]()
-    for row in album.rows(question, "ORDER BY p.path"):
-        if str(row.file.parent) != folder and names:
-            yield folder, names
-            names = []
-        folder = str(row.file.parent)
-        if row.given.error is None:
-            names.append(row.file.name)
-    yield folder, names
+def _folders(album: Album, question: Question, export: Export) -> Iterable[tuple[str, Iterable[str]]]:
+    """All pictures as those of one folder, by their paths below it."""
+    if export.format != "xmp" or export.naming == "stem":
+        yield album.root, (row.path for row in album.rows(question) if row.given.error is None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -54,7 +53,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Given:
-    """An answer, or why there is none. asked: the prompt where it depends on the picture's name. mark: what is wrong."""
+    """An answer, or why there is none. asked: the prompt, if it names the picture. mark: what is wrong."""
 
     text: str | None = None
     record: str | None = None
@@ -189,7 +188,12 @@ class Album:
             self.database.execute(
                 "DELETE FROM answers WHERE picture = ? AND question = ?", (picture.id, question.id)
             )
-            values = {"picture": picture.id, "question": question.id, "sha256": picture.sha256, **asdict(given)}
+            values = {
+                "picture": picture.id,
+                "question": question.id,
+                "sha256": picture.sha256,
+                **asdict(given),
+            }
             self.database.execute(
                 f"INSERT INTO answers ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
                 tuple(values.values()),
@@ -198,7 +202,9 @@ class Album:
             db.sync(self.database)
             self._synced_s = time.monotonic()
 
-    def rows(self, question: Question | None = None, where: str = "", values: Sequence[Any] = ()) -> Iterator[Row]:
+    def rows(
+        self, question: Question | None = None, where: str = "", values: Sequence[Any] = ()
+    ) -> Iterator[Row]:
         """Answers of pictures as they are now, errors included, by their paths; where: SQL on p and a."""
         only = f"AND a.question = {question.id}" if question else ""
         order = "" if "ORDER BY" in where else "ORDER BY p.path, a.question"
@@ -225,7 +231,9 @@ class Album:
         return self._given(where, picture.id, question.id, picture.sha256)
 
     def _given(self, where: str, *values: object) -> Given | None:
-        found = self.database.execute(f"SELECT {_COLUMNS} FROM answers a WHERE {where} LIMIT 1", values).fetchone()
+        found = self.database.execute(
+            f"SELECT {_COLUMNS} FROM answers a WHERE {where} LIMIT 1", values
+        ).fetchone()
         return Given(*found) if found else None
 
     def picture(self, path: str) -> Picture | None:

@@ -40,7 +40,9 @@ def _answers(album: Album, other: Album) -> Merged:
             states = {row.path: _taken(album, other, row.path)}
         picture, question = states[row.path], questions[row.question.id]
         have = album.answer(picture, question)
-        if picture.sha256 != row.sha256 or have is not None and (have.error is None or row.given.error is not None):
+        if picture.sha256 != row.sha256 or (
+            have is not None and (have.error is None or row.given.error is not None)
+        ):
             known += 1
             continue
         album.put(picture, question, row.given)

@@ -1,4 +1,4 @@
-"""What is wrong with an answer: a loop, an end that was cut, a refusal. Knows token ids and texts; judges no content."""
+"""What is wrong with an answer: a loop, an end that was cut, a refusal. Knows token ids and texts."""
 
 from __future__ import annotations
 

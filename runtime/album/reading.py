@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ def read(path: str, fingerprint: Callable[[bytes], str]) -> Read:
         return Read(b"", sha256, error=str(error).removeprefix("image: "))
 
 
-def ahead(items: Iterable[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+def ahead(items: Iterable[T], work: Callable[[T], R]) -> Generator[tuple[T, R], None, None]:
     """Each item and work(item), in order; threads work AHEAD of what is asked for."""
     waiting: deque[tuple[T, Future[R]]] = deque()
     with ThreadPoolExecutor(THREADS, thread_name_prefix="pocketllava reader") as pool:

@@ -33,9 +33,7 @@ def fts5_query(text: str) -> str:
 def found(album: Album, text: str, *, question: Question | None = None, limit: int = 20) -> Iterator[Row]:
     """Answers that match, by FTS5's rank (BM25). Raises InputError for a query that is none."""
     query = fts5_query(text)
-    where = (
-        "JOIN words ON words.rowid = a.id WHERE words MATCH ? AND a.error IS NULL ORDER BY words.rank, p.path LIMIT ?"
-    )
+    where = "JOIN words ON words.rowid = a.id WHERE words MATCH ? ORDER BY words.rank, p.path LIMIT ?"
     with database_errors(album.path):
         try:
             yield from album.rows(question, where, (query, limit))

@@ -16,7 +16,8 @@ from pathlib import Path
 from pocketllava.errors import InputError
 
 EXTENSIONS = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+    ".heic", ".heif", ".avif",
 )  # fmt: skip
 PICTURE, FOLDER = "picture", "folder"
 OnError = Callable[[str, OSError], None]
@@ -54,7 +55,7 @@ class Walk:
         try:
             return os.path.commonpath(folders)
         except ValueError:
-            raise InputError("paths: found several drives, expected all pictures on one; run them one by one") from None
+            raise InputError("paths: found several drives, expected one; run them one by one") from None
 
     def folders(self, on_error: OnError | None = None) -> Iterator[tuple[str, list[str]]]:
         """Each folder and its pictures' names."""

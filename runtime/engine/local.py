@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pocketllava.engine.answer_text import AnswerText
-from pocketllava.types import Beginning, Chunk, FinishReason, ImageSource, Message, OnProgress, Options, Timings, Trace
+from pocketllava.types import (
+    Beginning,
+    Chunk,
+    FinishReason,
+    ImageSource,
+    Message,
+    OnProgress,
+    Options,
+    Timings,
+    Trace,
+)
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,4 +1,4 @@
-"""A text file beside each picture, as kohya's trainers and TagGUI read it: photo.txt for photo.jpg, UTF-8, one line."""
+"""A text file beside each picture, as kohya's trainers and TagGUI read it: photo.txt for photo.jpg, one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pocketllava.errors import InputError
 from pocketllava.models.files import atomic_write, read_text
 
 
-def check_collisions(folders: Iterable[tuple[str, list[str]]]) -> None:
+def check_collisions(folders: Iterable[tuple[str, Iterable[str]]]) -> None:
     """Raise InputError for two pictures of a folder whose captions would be one file."""
     for folder, names in folders:
         seen: dict[str, str] = {}

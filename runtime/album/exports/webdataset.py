@@ -22,7 +22,11 @@ EXTENSIONS = {".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".tiff": "tif"}
 
 def webdataset(rows: Iterable[Row], folder: Path, style: Style) -> Report:
     """Shards in a folder, each whole or not there; a picture that is gone meanwhile is left out."""
-    if folder.exists() and (not folder.is_dir() or any(folder.glob("*.tar"))) and style.existing != "overwrite":
+    if (
+        folder.exists()
+        and (not folder.is_dir() or any(folder.glob("*.tar")))
+        and style.existing != "overwrite"
+    ):
         raise InputError(f"{folder}: exists; give --out a new folder, or --existing overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     report, n_shards = Report(), 0

@@ -23,7 +23,11 @@ from pocketllava.models.files import atomic_write
 Naming = Literal["full", "stem"]
 NAMING = ("full", "stem")
 LISTS = ("subject", "subjects", "keywords", "tags")  # of a record, whose words become dc:subject
-META, RDF, DC = "adobe:ns:meta/", "http://www.w3.org/1999/02/22-rdf-syntax-ns#", "http://purl.org/dc/elements/1.1/"
+META, RDF, DC = (
+    "adobe:ns:meta/",
+    "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
+    "http://purl.org/dc/elements/1.1/",
+)
 LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 READY = "{ready}"
 
@@ -44,7 +48,9 @@ def xmp(rows: Iterable[Row], style: Style, naming: Naming) -> Report:
                 continue
             report.written += 1
     if left_alone:
-        reason = "exiftool refused them" if tool.found else "only exiftool merges them, and it is not installed"
+        reason = (
+            "exiftool refused them" if tool.found else "only exiftool merges them, and it is not installed"
+        )
         report.remarks.append(f"{left_alone} sidecars that exist were left alone: {reason}")
     return report
 
@@ -60,7 +66,9 @@ def subjects(row: Row) -> list[str]:
         return []
     record = json.loads(row.given.record)
     lists = [record[name] for name in LISTS if name in record] if isinstance(record, dict) else []
-    return [_text(word) for words in lists if isinstance(words, list) for word in words if isinstance(word, str)]
+    return [
+        _text(word) for words in lists if isinstance(words, list) for word in words if isinstance(word, str)
+    ]
 
 
 def document(caption: str, words: Sequence[str]) -> bytes:
@@ -68,14 +76,17 @@ def document(caption: str, words: Sequence[str]) -> bytes:
     for prefix, uri in (("x", META), ("rdf", RDF), ("dc", DC)):
         ET.register_namespace(prefix, uri)
     root = ET.Element(f"{{{META}}}xmpmeta")
-    about = ET.SubElement(ET.SubElement(root, f"{{{RDF}}}RDF"), f"{{{RDF}}}Description", {f"{{{RDF}}}about": ""})
+    about = ET.SubElement(
+        ET.SubElement(root, f"{{{RDF}}}RDF"), f"{{{RDF}}}Description", {f"{{{RDF}}}about": ""}
+    )
     alternatives = ET.SubElement(ET.SubElement(about, f"{{{DC}}}description"), f"{{{RDF}}}Alt")
     ET.SubElement(alternatives, f"{{{RDF}}}li", {LANGUAGE: "x-default"}).text = _text(caption)
     if words:
         bag = ET.SubElement(ET.SubElement(about, f"{{{DC}}}subject"), f"{{{RDF}}}Bag")
         for word in words:
             ET.SubElement(bag, f"{{{RDF}}}li").text = word
-    return ET.tostring(root, "utf-8", xml_declaration=True)
+    packet: bytes = ET.tostring(root, "utf-8", xml_declaration=True)
+    return packet
 
 
 def _text(text: str) -> str:
