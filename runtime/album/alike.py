@@ -16,24 +16,24 @@ Vector = npt.NDArray[np.float32]
 AT_ONCE = 2048  # rows that are compared together: 16 MB of a 7B model's
 
 
-def has(album: Album, sha256: str, tower: str) -> bool:
-    """Whether a picture's features are kept."""
-    found = album.database.execute("SELECT 1 FROM features WHERE tower = ? AND sha256 = ?", (tower, sha256))
+def has(album: Album, pixels: str, tower: str) -> bool:
+    """Whether features are kept of these pixels."""
+    found = album.database.execute("SELECT 1 FROM features WHERE tower = ? AND pixels = ?", (tower, pixels))
     return found.fetchone() is not None
 
 
-def put(album: Album, sha256: str, tower: str, features: npt.NDArray[np.float32]) -> None:
+def put(album: Album, pixels: str, tower: str, features: npt.NDArray[np.float32]) -> None:
     """Keep (n_tokens, n_embd) features as their mean, of length one."""
     mean = unit(features.mean(axis=0)).astype("<f2").tobytes()
     album.database.execute(
-        "INSERT OR REPLACE INTO features (sha256, tower, mean) VALUES (?, ?, ?)", (sha256, tower, mean)
+        "INSERT OR REPLACE INTO features (pixels, tower, mean) VALUES (?, ?, ?)", (pixels, tower, mean)
     )
 
 
-def get(album: Album, sha256: str, tower: str) -> Vector | None:
+def get(album: Album, pixels: str, tower: str) -> Vector | None:
     """What put() kept."""
     found = album.database.execute(
-        "SELECT mean FROM features WHERE tower = ? AND sha256 = ?", (tower, sha256)
+        "SELECT mean FROM features WHERE tower = ? AND pixels = ?", (tower, pixels)
     ).fetchone()
     return np.frombuffer(found[0], "<f2").astype(np.float32) if found else None
 
@@ -45,7 +45,7 @@ def unit(vector: Vector) -> Vector:
 
 
 def nearest(album: Album, tower: str, wanted: Vector, limit: int) -> list[tuple[str, float]]:
-    """(content, cosine) of the pictures that look most alike, the most alike first."""
+    """(pixels, cosine) of the pictures that look most alike, the most alike first."""
     best: list[tuple[str, float]] = []
     for contents, cosines in _cosines(album, tower, wanted):
         n = min(limit, len(contents))
@@ -57,7 +57,7 @@ def nearest(album: Album, tower: str, wanted: Vector, limit: int) -> list[tuple[
 
 def _cosines(album: Album, tower: str, wanted: Vector) -> Iterator[tuple[list[str], Vector]]:
     rows = album.database.execute(
-        "SELECT sha256, mean FROM features WHERE tower = ? AND length(mean) = ? ORDER BY id", (tower, 2 * len(wanted))
+        "SELECT pixels, mean FROM features WHERE tower = ? AND length(mean) = ? ORDER BY id", (tower, 2 * len(wanted))
     )  # fmt: skip
     while some := rows.fetchmany(AT_ONCE):
         contents, means = zip(*some, strict=True)

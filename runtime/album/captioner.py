@@ -123,7 +123,7 @@ class _Run:
                 given = replace(given, asked=_asked(question, picture.path))
                 self.album.put(picture, question, given)
                 if given.error is None:
-                    self._keep_features(picture, job.image)
+                    self._keep_features(read.pixels, job.image)
                 yield Event("failed" if given.error else "answer", picture.path, question, given)
             yield from self._take()
 
@@ -221,11 +221,11 @@ class _Run:
             content.pixels,
         )
 
-    def _keep_features(self, picture: Picture, image: bytes) -> None:
+    def _keep_features(self, pixels: str, image: bytes) -> None:
         if self.plan.keep_features:
             tower = self.questions[0].model_sha256
-            if not alike.has(self.album, picture.sha256, tower):
-                alike.put(self.album, picture.sha256, tower, self.llava.image_features(image))
+            if not alike.has(self.album, pixels, tower):
+                alike.put(self.album, pixels, tower, self.llava.image_features(image))
 
     def _folder_failed(self, path: str, error: OSError) -> None:
         given = Given(error=f"cannot be read ({error.strerror or error})")

@@ -42,12 +42,13 @@ MIGRATIONS = (
     """,
     """
     CREATE TABLE features (
-        id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, tower TEXT NOT NULL, mean BLOB NOT NULL,
-        UNIQUE (tower, sha256));
+        id INTEGER PRIMARY KEY, pixels TEXT NOT NULL, tower TEXT NOT NULL, mean BLOB NOT NULL,
+        UNIQUE (tower, pixels));
     """,
 )
 _REASONS = {
     "full": "the disk is full; free some space, the album is whole and the same command goes on",
+    "disk I/O": "the disk failed, or is full; see to it, the album is whole and the same command goes on",
     "readonly": "it cannot be written; give --album a place that can",
     "open": "it cannot be opened or made; give --album a place that can be written",
     "malformed": "it is damaged; restore it from a copy, or caption into a new --album",

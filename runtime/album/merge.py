@@ -60,9 +60,9 @@ def _taken(album: Album, other: Album, path: str) -> Picture:
 
 
 def _features(album: Album, other: Album) -> None:
-    rows = other.database.execute("SELECT sha256, tower, mean FROM features ORDER BY id")
+    rows = other.database.execute("SELECT pixels, tower, mean FROM features ORDER BY id")
     while some := rows.fetchmany(AT_ONCE):
         with db.transaction(album.database):
             album.database.executemany(
-                "INSERT OR IGNORE INTO features (sha256, tower, mean) VALUES (?, ?, ?)", some
+                "INSERT OR IGNORE INTO features (pixels, tower, mean) VALUES (?, ?, ?)", some
             )

@@ -17,6 +17,7 @@ from pocketllava.errors import InputError
 
 MAX_WORDS = 1000  # characters
 _PART = re.compile(r'"(?:[^"]|"")*"\s?\*?|\b(?:AND|OR|NOT)\b|NEAR\([^()]*\)|[()]|[^\s()"]+|"')
+ANY = "a.question IN (SELECT id FROM questions)"  # so that SQLite takes an index that begins with it
 _OPERATORS = ("AND", "OR", "NOT", "(", ")")
 
 
@@ -49,12 +50,23 @@ def found(album: Album, text: str, *, question: Question | None = None, limit: i
 def alike_rows(album: Album, tower: str, wanted: alike.Vector, limit: int) -> Iterator[tuple[Row, float]]:
     """Pictures that look like one, with their likeness, 1 at most; each with its first answer."""
     with database_errors(album.path):
-        for sha256, cosine in alike.nearest(album, tower, wanted, limit):
+        for pixels, cosine in alike.nearest(album, tower, wanted, limit):
             seen: set[str] = set()
-            for row in album.rows(None, "WHERE p.sha256 = ?", (sha256,)):
+            for row in album.rows(None, f"WHERE a.pixels = ? AND {ANY}", (pixels,)):
                 if row.path not in seen:
                     seen.add(row.path)
                     yield row, cosine
+
+
+def pixels_of(album: Album, sha256: str) -> tuple[str, str] | None:
+    """(tower, pixels) of a picture's bytes, if the album knows them."""
+    with database_errors(album.path):
+        found: tuple[str, str] | None = album.database.execute(
+            "SELECT q.model_sha256, a.pixels FROM questions q JOIN answers a ON a.question = q.id"
+            " JOIN features f ON f.tower = q.model_sha256 AND f.pixels = a.pixels WHERE a.sha256 = ? LIMIT 1",
+            (sha256,),
+        ).fetchone()
+    return found
 
 
 def _quoted(part: str) -> str:

@@ -94,6 +94,7 @@ def _features(album: Album, picture: Path, model: str | None) -> tuple[str, Vect
     import hashlib
 
     from pocketllava.album import alike
+    from pocketllava.album.search import pixels_of
     from pocketllava.models.files import read_regular
     from pocketllava.types import MAX_FILE_BYTES
 
@@ -103,16 +104,16 @@ def _features(album: Album, picture: Path, model: str | None) -> tuple[str, Vect
         raise InputError(
             f"{picture}: cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from error
-    towers = list(dict.fromkeys(question.model_sha256 for question in album.questions()))
-    for tower in towers:
-        kept = alike.get(album, hashlib.sha256(data).hexdigest(), tower)
-        if kept is not None:
-            return tower, kept
+    if known := pixels_of(album, hashlib.sha256(data).hexdigest()):
+        tower, pixels = known
+        kept = alike.get(album, pixels, tower)
+        assert kept is not None
+        return tower, kept
     if model is None:
         raise InputError(
             f"{picture}: not in the album; --model BUNDLE looks at it, the one that the album was made with"
         )
-    return _computed(data, model, towers)
+    return _computed(data, model, [question.model_sha256 for question in album.questions()])
 
 
 def _computed(data: bytes, model: str, towers: list[str]) -> tuple[str, Vector]:
