@@ -89,10 +89,14 @@ def run(
 
 
 def to_do(album: Album, plan: Plan) -> int:
-    """How many pictures would be read; the album stays as it is but for the questions."""
-    everything = _Run(None, album, plan, lambda: False, lambda: False)
+    """How many pictures would be read; the album stays as it is."""
     with database_errors(album.path):
-        return sum(looked.event is None for looked in everything.looked())
+        album.database.execute("BEGIN")
+        try:
+            looked = _Run(None, album, plan, lambda: False, lambda: False).looked()
+            return sum(picture.event is None for picture in looked)
+        finally:
+            album.database.execute("ROLLBACK")
 
 
 class _Run:
