@@ -82,6 +82,7 @@ EXTRAS = {
     "tqdm": "cli",
     "huggingface_hub": "convert",
     "llguidance": "structured",
+    "pyarrow": "parquet",
     "pillow-heif": "heic",
     **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
 }
