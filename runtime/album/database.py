@@ -73,18 +73,33 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """An album's database, in its newest version. Raises InputError for any other file, and where there is none."""
     exists = _checked(path, create)
     with database_errors(path):
-        database = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
         try:
-            _prepare(database, path, exists)
-        except BaseException:
-            database.close()
-            raise
-    return database
+            return _opened(path, str(path), exists)
+        except sqlite3.OperationalError:
+            if create or not exists or path.with_name(path.name + "-wal").exists():
+                raise
+        # in a folder that cannot be written, which WAL would need to be, it can be read as long as nobody writes
+        return _opened(path, f"{path.absolute().as_uri()}?mode=ro&immutable=1", exists, writable=False)
 
 
 def sync(database: sqlite3.Connection) -> None:
     """Have everything on the disk, as far as other readers allow."""
     database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def _opened(path: Path, name: str, exists: bool, *, writable: bool = True) -> sqlite3.Connection:
+    database = sqlite3.connect(
+        name, timeout=WAIT_S, isolation_level=None, check_same_thread=False, uri=not writable
+    )
+    try:
+        if exists:
+            _check_kind(database, path)
+        if writable:
+            _prepare(database)
+    except BaseException:
+        database.close()
+        raise
+    return database
 
 
 @contextmanager
@@ -118,9 +133,7 @@ def _checked(path: Path, create: bool) -> bool:
     return bool(head)
 
 
-def _prepare(database: sqlite3.Connection, path: Path, exists: bool) -> None:
-    if exists:
-        _check_kind(database, path)
+def _prepare(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA journal_mode = WAL")  # a file system that cannot says so, and keeps its journal
     database.execute("PRAGMA synchronous = NORMAL")
     database.execute("PRAGMA foreign_keys = ON")

@@ -255,12 +255,13 @@ class Album:
     def _root(self, root: str | None) -> str:
         """The folder of the pictures. It is stored relative to the album, so that both can be moved together."""
         folder = self.path.absolute().parent
-        with db.transaction(self.database):
-            found = self.database.execute("SELECT root FROM album").fetchone()
-            if found is None:
-                stored = _relative_root(root if root is not None else str(folder), folder)
-                self.database.execute("INSERT INTO album VALUES (?)", (stored,))
-                found = (stored,)
+        found = self.database.execute("SELECT root FROM album").fetchone()
+        if found is None:
+            found = (_relative_root(root if root is not None else str(folder), folder),)
+            with db.transaction(self.database):
+                self.database.execute(
+                    "INSERT INTO album SELECT ? WHERE NOT EXISTS (SELECT * FROM album)", found
+                )
         return os.path.normpath(folder / _path(found[0]))
 
 
