@@ -195,7 +195,7 @@ def listing(work: Path, n: int) -> dict[str, object]:
                 (folder / str(k // 100_000)).mkdir(parents=True)
             (folder / str(k // 100_000) / f"{k:07d}.png").symlink_to(target)
     code = """
-import resource, sys, time
+import sys, time
 from pocketllava.album.walk import Walk, Count
 start = time.monotonic()
 walk = Walk((sys.argv[1],), True)
@@ -205,7 +205,7 @@ next(files)
 first = time.monotonic() - start
 n = 1 + sum(1 for _ in files)
 count.wait(60)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1000
 print(n, count.found, round(first, 2), round(time.monotonic() - start, 2), round(peak, 1))
 """
     done = subprocess.run(
