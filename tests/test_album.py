@@ -33,6 +33,7 @@ from pocketllava.album.walk import Shard, Walk
 from pocketllava.cli import cli
 from pocketllava.models.demo import scenes
 from pocketllava.names import open_bundle
+from pocketllava.vision.feature_cache import FeatureCache
 
 SEED = scenes.HELD_OUT_SEEDS.start + 3
 COUNT = "How many objects are there?"
@@ -345,6 +346,16 @@ def test_pictures_that_look_alike(tmp_path: Path) -> None:
         assert nearest[0][1] == pytest.approx(1, abs=2e-3)
         expected = sorted((float(alike.unit(v.mean(axis=0)) @ wanted) for v in vectors), reverse=True)[:2]
         assert [cosine for _, cosine in nearest] == pytest.approx(expected, abs=2e-3)
+
+
+def test_features_of_a_small_model_do_not_pile_up() -> None:
+    """128 MB of them would be thousands of pictures, and a run's memory would grow for minutes."""
+    kept = FeatureCache()
+    for n in range(400):
+        kept.put(str(n), np.zeros((2, 4), np.float32))
+    assert kept.get("0", (2, 4)) is None
+    assert kept.get("399", (2, 4)) is not None
+    assert kept.n_bytes <= 256 * 32
 
 
 def test_loops_cuts_and_refusals_are_marked() -> None:

@@ -237,6 +237,8 @@ def test_pyarrow_and_datasets_read_parquet(album: Album, tmp_path: Path) -> None
     assert sorted(loaded["train"]["caption"]) == sorted(lines().values())
 
 
+# webdataset itself leaves its files open
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_its_shards(album: Album) -> None:
     wds = pytest.importorskip("webdataset")
     write(album, "webdataset")

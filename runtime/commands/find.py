@@ -73,7 +73,8 @@ def find(
         else:
             question = album.question(column) if column else None
             text = " ".join(map(text_argument, words))
-            hits = [(row, None) for row in found(album, text, question=question, limit=limit)]
+            rows = found(album, text, question=question, limit=limit)
+            hits = [(row, None) for row in {row.path: row for row in reversed(list(rows))}.values()][::-1]
     _show(hits, as_json)
     if open_page and hits:
         click.launch(_page(hits).as_uri())
