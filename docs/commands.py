@@ -26,6 +26,9 @@ def page() -> str:
         assert command is not None
         context = click.Context(command, parent=root, info_name=name)
         parts += [f"## {name}\n", _block(command.get_help(context))]
+        for part in command.commands.values() if isinstance(command, click.Group) else ():
+            help_text = part.get_help(click.Context(part, parent=context, info_name=part.name))
+            parts += [f"### {name} {part.name}\n", _block(help_text)]
     return "\n".join(parts)
 
 

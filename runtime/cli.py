@@ -11,8 +11,10 @@ import sys
 
 import click
 
+from pocketllava.commands.album import album
 from pocketllava.commands.ask import ask
 from pocketllava.commands.bench import bench
+from pocketllava.commands.caption import caption
 from pocketllava.commands.chat import chat
 from pocketllava.commands.common import complain, show_warnings
 from pocketllava.commands.completion import completion
@@ -20,6 +22,7 @@ from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
 from pocketllava.commands.doctor import doctor
 from pocketllava.commands.evaluate import evaluate
+from pocketllava.commands.find import find
 from pocketllava.commands.imatrix import imatrix
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.list import list_models
@@ -36,6 +39,7 @@ from pocketllava.settings import nearest
 
 SECTIONS = {
     "Ask about images": (demo, ask, chat, serve),
+    "Caption and search folders": (caption, find, album),
     "Keep models": (pull, list_models, show, verify, rm),
     "Convert a checkpoint": (convert, quantize, imatrix),
     "Look and measure": (inspect, plan, doctor, evaluate, bench),

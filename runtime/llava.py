@@ -436,6 +436,32 @@ class Llava:
         with self._lock.lease():
             return self._engine.image_features(images[0], _checked_tokens(image_tokens))
 
+    def fingerprint(self, image: ImageSource) -> str:
+        """What tells a picture from others by its pixels, as the model sees them: equal ones get equal answers.
+
+        The image is decoded and remembered for the question that follows; a thread of its own may do that while the
+        model answers.
+
+        Args:
+            image: One image.
+
+        Returns:
+            64 hexadecimal digits, which depend on the vision tower.
+
+        Raises:
+            ImageError: The image cannot be used.
+            StateError: The model is closed.
+
+        Example:
+            >>> len(llava.fingerprint("scene.png"))
+            64
+        """
+        images = as_images(image)
+        if len(images) != 1:
+            raise InputError(f"image: found {len(images)} images, expected one")
+        self._lock.check()
+        return self._engine.fingerprint(images[0])
+
     def count_tokens(self, messages: Messages, *, image_tokens: int | None = None) -> int:
         """The positions of the context that a conversation takes, images included; no image is decoded.
 
@@ -557,6 +583,7 @@ class Llava:
         """at_once: None for what suits the device."""
         engine = self._engine
         n_ctx = self.count_tokens(asked.about(None)) + self.bundle.image_tokens + options.max_tokens
+        n_ctx += len((options.prefill or "").encode("utf-8", "replace"))
         if at_once is None and isinstance(engine, LocalEngine):
             at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx), engine.session.text.on_gpu)
         if isinstance(engine, LocalEngine) and at_once != 1:

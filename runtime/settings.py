@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from pocketllava.errors import InputError
 
 T = TypeVar("T")
-Kind = Literal["whole", "number", "choice", "switch", "folder", "texts", "several", "schema"]
+Kind = Literal["whole", "number", "choice", "switch", "folder", "text", "texts", "several", "schema"]
 KEY = "setting"
 
 
@@ -52,6 +52,7 @@ class Setting:
             "choice": f"one of {', '.join(map(repr, self.choices))}",
             "switch": "True or False",
             "folder": "a folder's path",
+            "text": "a text of whole characters",
             "texts": "a text or a sequence of texts, none of them empty",
             "several": "a sequence of different texts, none of them empty",
             "schema": "a JSON schema, as a dict",
@@ -153,6 +154,13 @@ def _folder(value: Any) -> Path:
     return Path(value).expanduser()
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # halves of characters raise ValueError
+    return value
+
+
 def _texts(value: object) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
@@ -182,6 +190,7 @@ _TYPES: dict[Kind, Callable[[Any], Any]] = {
     "choice": _choice,
     "switch": _switch,
     "folder": _folder,
+    "text": _text,
     "texts": _texts,
     "several": _several,
     "schema": _schema,

@@ -79,6 +79,13 @@ class Message:
             object.__setattr__(self, name, value)
 
 
+class Beginning(Message):
+    """The beginning of an answer, last in a conversation: it is gone on with, not answered."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("assistant", text)
+
+
 @dataclass(frozen=True)
 class Options:
     """How an answer is sampled. The default, temperature 0, is greedy decoding, as the reference does.
@@ -101,6 +108,8 @@ class Options:
             sampled as any answer is, but texts in `stop` do not end it. {"type": "object"} is any object.
         choices: The answer is one of these texts, the likeliest; Answer.choices has the probability of each. Nothing
             is sampled, so options of sampling change nothing.
+        prefill: The answer's beginning: the model goes on from there, and the answer holds what it adds. White space
+            at its end is dropped, as tokens begin with theirs. None: none.
         top_logprobs: The log probability of each token of the answer (Answer.logprobs), beside those of so many
             others, from the model's own logits: before penalties, temperature and schema. None: none.
 
@@ -162,6 +171,10 @@ class Options:
         None, "several", "--choices", "Answer with the likeliest of these texts, and say how likely each is.",
         optional=True, metavar="TEXT,TEXT...",
     )  # fmt: skip
+    prefill: str | None = option(
+        None, "text", "--prefill", "The answer's beginning; the model goes on from there.",
+        optional=True, metavar="TEXT",
+    )  # fmt: skip
     top_logprobs: int | None = option(
         None, "whole", "--top-logprobs", "With --json, each token's log probability beside those of N others.",
         low=0, high=MAX_TOP_LOGPROBS, optional=True,
@@ -173,6 +186,8 @@ class Options:
         check(self)
         if self.schema is not None:
             object.__setattr__(self, "schema", checked_schema(self.schema))
+            if self.prefill is not None:
+                raise InputError("prefill: found with schema, expected one of both; JSON begins by itself")
         if self.choices is not None:
             self._check_choices(self.choices)
 

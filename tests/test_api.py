@@ -124,6 +124,7 @@ LATE: dict[str, Callable[[Llava], Any]] = {
     "clear_cache": lambda m: m.clear_cache(),
     "count_tokens": lambda m: m.count_tokens(QUESTION),
     "devices": lambda m: m.devices,
+    "fingerprint": lambda m: m.fingerprint(A),
     "image_features": lambda m: m.image_features(A),
     "loaded": lambda m: m.loaded,
     "n_ctx": lambda m: m.n_ctx,

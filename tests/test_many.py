@@ -60,6 +60,12 @@ def test_several_at_once_answer_as_each_alone(demo: Llava, asked: list[Answer], 
         assert result.timings.devices == alone.timings.devices
 
 
+def test_an_answers_beginning_is_gone_on_with(demo: Llava) -> None:
+    options = Options(prefill="The image shows a blue", max_tokens=6)
+    alone = [demo.ask(scene, QUESTION, options=options).text for scene in SCENES[:4]]
+    assert list(map(str, demo.ask_many(SCENES[:4], QUESTION, batch=4, options=options))) == alone
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_bad_picture_gives_its_error_in_its_place(
     demo: Llava, asked: list[Answer], batch: int, tmp_path: Path

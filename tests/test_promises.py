@@ -83,6 +83,7 @@ EXTRAS = {
     "huggingface_hub": "convert",
     "requests": "convert",
     "llguidance": "structured",
+    "pyarrow": "parquet",
     "pillow-heif": "heic",
     "llm": "clients",
     "pydantic": "clients",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
     ParamType = click.ParamType  # not generic in click 8.1
 
-Command = Callable[..., None]
+Command = Callable[..., Any]
 STDIN = "-"
 DRAWING = ("top_p", "top_k", "min_p", "seed")
 SAMPLING = (
@@ -40,7 +40,7 @@ SAMPLING = (
 )  # fmt: skip
 _PRINTED = {ord(c): c for c in "\n\t"}
 INERT: dict[int, str] = dict.fromkeys((*range(32), *range(127, 160)), "\ufffd") | _PRINTED
-_METAVARS = {"whole": "N", "number": "X", "texts": "TEXT", "folder": "DIR"}
+_METAVARS = {"whole": "N", "number": "X", "texts": "TEXT", "text": "TEXT", "folder": "DIR"}
 
 
 class SettingType(ParamType):
@@ -311,11 +311,11 @@ def _with_options(
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def with_values(*args: Any, **rest: Any) -> None:
+        def with_values(*args: Any, **rest: Any) -> Any:
             values = {name: rest.pop(name) for name in names}
             if check:
                 check(values)
-            command(*args, **{argument: values}, **rest)
+            return command(*args, **{argument: values}, **rest)
 
         decorated: Command = with_values
         for name in reversed(names):

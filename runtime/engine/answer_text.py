@@ -13,10 +13,11 @@ class AnswerText:
     before the first word is dropped, as the reference's decoder does.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], begun: bool = False) -> None:
+        """begun: its first words are given already, so that a space before the next ones counts."""
         self._stop, self.stopped = stop, False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held, self._begun = "", False
+        self._held, self._begun = "", begun
 
     def add(self, piece: bytes) -> str:
         """The text that this token makes certain; "" while it may still be part of a stop text."""

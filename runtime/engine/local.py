@@ -16,6 +16,7 @@ from pocketllava.errors import PocketLlavaError
 from pocketllava.llamacpp.guard import Interrupted, ShouldStop
 from pocketllava.types import (
     Answer,
+    Beginning,
     Chunk,
     FinishReason,
     ImageSource,
@@ -89,6 +90,9 @@ class Engine(Protocol):
     def digest(self, image: ImageSource) -> str | None:
         """What tells an image's content from any other's; may be called while another call runs."""
 
+    def fingerprint(self, image: ImageSource) -> str:
+        """What tells a picture's pixels from others'; may be called while another call runs."""
+
     def unload(self) -> None:
         """Free the model; the next call loads it again."""
 
@@ -117,6 +121,8 @@ class LocalEngine:
         from pocketllava.engine.session import PrefillInterrupted
 
         options = call.options
+        if begun := (options.prefill or "").strip():
+            messages = [*messages, Beginning(options.prefill or "")]
         room = min(options.max_tokens, self.n_ctx // ROOM) if options.truncate else None
         constraint, start = self.session.constraint(options), time.perf_counter()
         try:
@@ -133,7 +139,7 @@ class LocalEngine:
         if options.choices is not None:
             yield from self._choice(prefilled, call, start)
         else:
-            yield from self._sampled(prefilled, call, start, constraint)
+            yield from self._sampled(prefilled, call, start, constraint, bool(begun))
 
     def _choice(self, prefilled: Prefilled, call: Call, start: float) -> Generator[Chunk, None, None]:
         """The likeliest of the choices."""
@@ -148,10 +154,10 @@ class LocalEngine:
         yield Chunk("", (), "stop", timings, choices=scored.choices)
 
     def _sampled(
-        self, prefilled: Prefilled, call: Call, start: float, constraint: Constraint | None
+        self, prefilled: Prefilled, call: Call, start: float, constraint: Constraint | None, begun: bool
     ) -> Generator[Chunk, None, None]:
         """A sampled answer. JSON ends by itself: texts in `stop` could only break it."""
-        text = AnswerText(call.options.stop if constraint is None else ())
+        text = AnswerText(call.options.stop if constraint is None else (), begun)
         vocabulary = self.session.text.vocabulary
         limit = min(call.options.max_tokens, self.n_ctx - prefilled.prompt_tokens)
         finish: FinishReason = "length"
@@ -235,6 +241,9 @@ class LocalEngine:
 
     def digest(self, image: ImageSource) -> str | None:
         return self.session.images.digest(image)
+
+    def fingerprint(self, image: ImageSource) -> str:
+        return self.session.images.process(image).key
 
     def unload(self) -> None:
         from pocketllava.errors import UnsupportedOption

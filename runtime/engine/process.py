@@ -239,6 +239,9 @@ class ProcessEngine:
     def digest(self, image: ImageSource) -> str | None:
         return self._images.digest(image)
 
+    def fingerprint(self, image: ImageSource) -> str:
+        return self._images.process(image).key
+
     def unload(self) -> None:
         process, self._process = self._process, None
         if process is not None:

@@ -15,9 +15,10 @@ from typing import Any
 from pocketllava.errors import BackendError, InputError
 from pocketllava.models import chat_template
 from pocketllava.prompt.items import ImageSpan, PromptItem
-from pocketllava.types import Message
+from pocketllava.types import Beginning, Message
 
 Tokenize = Callable[[str], Sequence[int]]  # text -> ids, special tokens not parsed, no BOS
+SENTINEL = "\U0010fffc"  # stands for an answer, to see what the template writes before it
 ANCHOR = "\n"  # a text that no SentencePiece merge crosses
 
 
@@ -55,6 +56,8 @@ class Template:
         return self.add_bos and written[:1] != [self.special.get(self.bos)]
 
     def _written(self, messages: Sequence[Message], spans: Sequence[ImageSpan]) -> list[str | PromptItem]:
+        if messages and isinstance(messages[-1], Beginning):
+            return self._begun(messages[:-1], messages[-1].text.rstrip(), spans)
         if not messages:
             raise InputError("conversation: found no messages, expected at least one")
         guard = _guard([m.text for m in messages])
@@ -73,6 +76,26 @@ class Template:
         if n_images != len(spans):
             raise InputError(f"chat template: it shows {n_images} of the conversation's {len(spans)} images")
         return pieces
+
+    def _begun(
+        self, messages: Sequence[Message], text: str, spans: Sequence[ImageSpan]
+    ) -> list[str | PromptItem]:
+        """A prompt with the answer's beginning, in one run with what comes before it: tokens as in a whole answer."""
+        pieces = self._written(messages, spans)
+        if pieces and isinstance(pieces[-1], str):
+            return [*pieces[:-1], f"{pieces[-1]}{self._before_answer(messages, pieces[-1])}{text}"]
+        return [*pieces, text]
+
+    def _before_answer(self, messages: Sequence[Message], last: str) -> str:
+        """The white space that the template writes between the prompt and an answer."""
+        turns = [_as_dict(m, lambda _: "") for m in messages]
+        prompt = chat_template.render(self.source, turns, self._named)
+        answer = _as_dict(Message("assistant", SENTINEL), str)
+        whole = chat_template.render(self.source, [*turns, answer], self._named)
+        between = whole.removeprefix(prompt).partition(SENTINEL)[0]
+        if whole.startswith(prompt) and not between.strip():
+            return between
+        return "" if last[-1:].isspace() else " "
 
     @property
     def _named(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pocketllava.models.blob_cache import BlobCache
 Features = npt.NDArray[np.float32]
 Order = npt.NDArray[np.int16]  # patches of a tile, best first
 MAX_ORDERS = 1024  # 1.2 kB each
+MAX_COUNT = 256  # of a small model's, of which 128 MB would be thousands: a long run's memory stays flat
 MAX_BYTES = 128 << 20  # thirteen images, or tiles, of a 7B model
 
 
@@ -82,7 +83,7 @@ class FeatureCache:
             self.n_bytes -= self._kept.pop(key).nbytes
         self._kept[key] = features
         self.n_bytes += features.nbytes
-        while self.n_bytes > self.max_bytes and self._kept:
+        while (self.n_bytes > self.max_bytes or len(self._kept) > MAX_COUNT) and self._kept:
             self.n_bytes -= self._kept.popitem(last=False)[1].nbytes
 
 

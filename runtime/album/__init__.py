@@ -1,0 +1,1 @@
+"""Pictures of folders and what was answered about them: captions, search, exports."""

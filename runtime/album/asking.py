@@ -1,0 +1,93 @@
+"""One answer after the other from a model, in the order of their jobs. The one place that asks.
+
+Knows Llava; no album. A loop is noticed while it is written, ended there, and asked once more with a repeat penalty.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pocketllava.album.quality import RETRY_PENALTY, LoopFinder
+from pocketllava.errors import BackendError, ImageError, InputError
+from pocketllava.llava import Llava
+from pocketllava.types import Message, Options
+
+MAX_FAILURES = 3  # of the engine in a row, after which it is not the picture's fault
+ShouldStop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question about a picture. context: whatever the caller wants to find again."""
+
+    image: bytes
+    question: str
+    context: Any
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as an album keeps it."""
+
+    text: str
+    tokens: int
+    finish_reason: str
+    seconds: float
+    looped: bool = False
+    retried: bool = False
+
+
+def replies(
+    llava: Llava, jobs: Iterable[Job], options: Options, should_stop: ShouldStop
+) -> Iterator[tuple[Job, Reply | InputError | BackendError]]:
+    """Each job with its reply or its picture's error; ends without a further one once should_stop() is true.
+
+    Raises what is not a picture's fault. Jobs are asked for one at a time, when the one before is done.
+    """
+    failures = 0
+    for job in jobs:
+        try:
+            reply = _asked(llava, job, options, should_stop)
+        except (ImageError, BackendError) as error:
+            failures = failures + 1 if isinstance(error, BackendError) else 0
+            if failures >= MAX_FAILURES:
+                raise
+            yield job, error
+            continue
+        if reply is None:
+            return
+        failures = 0
+        yield job, reply
+
+
+def _asked(llava: Llava, job: Job, options: Options, should_stop: ShouldStop) -> Reply | None:
+    """The reply, None if it was stopped."""
+    first = _streamed(llava, job, options, should_stop)
+    if first is None or not first.looped or options.choices or options.repeat_penalty >= RETRY_PENALTY:
+        return first
+    second = _streamed(llava, job, replace(options, repeat_penalty=RETRY_PENALTY), should_stop)
+    if second is None:
+        return None
+    best = first if second.looped else second
+    return replace(best, seconds=first.seconds + second.seconds, retried=True)
+
+
+def _streamed(llava: Llava, job: Job, options: Options, should_stop: ShouldStop) -> Reply | None:
+    start, text, tokens, reason = time.perf_counter(), "", 0, ""
+    loop = LoopFinder()
+    messages = [Message("user", job.question, job.image)]
+    with closing(llava.stream(messages, options=options, should_stop=should_stop)) as chunks:  # type: ignore[type-var]
+        for chunk in chunks:
+            text, tokens = text + chunk.text, tokens + len(chunk.token_ids)
+            reason = chunk.finish_reason or reason
+            # records repeat their keys, and choices are not sampled
+            if loop.add(chunk.token_ids) and options.schema is None and options.choices is None:
+                break
+    if reason == "cancelled":
+        return None
+    looped = loop.found and options.choices is None and (options.schema is None or reason == "length")
+    return Reply(text, tokens, reason or "repetition", time.perf_counter() - start, looped)

@@ -1,0 +1,84 @@
+"""The callable for Ray Data: rows in their order, a bad file a row with its error; and, with Ray, two actors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocketllava import InputError, Llava
+from pocketllava.integrations.ray import Captioner, done_paths
+from pocketllava.models.demo import scenes
+
+SEED = scenes.HELD_OUT_SEEDS.start + 3
+EXAMPLE = Path(__file__).parent.parent / "examples" / "ray" / "captions.py"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k, name in enumerate(("a.png", "b.webp", "c.jpg")):
+        scenes.scene(SEED + k).draw().save(pictures / name)
+    (pictures / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+    return pictures
+
+
+def test_a_batch_of_bytes_becomes_captions_and_errors(folder: Path) -> None:
+    files = sorted(folder.iterdir())
+    batch = {
+        "path": np.array([str(f) for f in files]),
+        "bytes": np.array([f.read_bytes() for f in files], object),
+    }
+    captioner = Captioner("demo", actors=2, options={"max_tokens": 40})
+    rows = captioner(batch)
+    assert list(rows["path"]) == [str(f) for f in files]
+    with Llava.load("demo") as llava:
+        for file, caption, error in zip(files, rows["caption"], rows["error"], strict=True):
+            if file.name == "bad.jpg":
+                assert caption is None
+                assert "image" in error
+            else:
+                assert (caption, error) == (llava.ask(file, "Describe the image.").text, None)
+    assert captioner({"path": [], "bytes": []}) == {}
+    with pytest.raises(InputError, match="actors: found 0"):
+        Captioner("demo", actors=0)
+
+
+def test_paths_that_are_done_are_left_out(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert done_paths(tmp_path / "none") == set()
+    for n in range(2):
+        parquet.write_table(
+            pa.table({"path": [f"{n}a", f"{n}b"], "caption": ["x", None]}), tmp_path / f"{n}.parquet"
+        )
+    assert done_paths(tmp_path) == {"0a", "0b", "1a", "1b"}
+
+
+@pytest.mark.slow
+def test_two_actors_and_a_second_run_that_goes_on(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    output = tmp_path / "out"
+
+    def run() -> str:
+        command = [sys.executable, str(EXAMPLE), str(folder), str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert "0 done, 4 to do" in run()
+    scenes.scene(SEED + 9).draw().save(folder / "later.png")
+    assert "4 done, 1 to do" in run()
+    assert "5 done, 0 to do" in run()
+    rows = [row for file in output.glob("*.parquet") for row in parquet.read_table(file).to_pylist()]
+    captions = {Path(row["path"]).name: row["caption"] for row in rows}
+    assert len(rows) == 5
+    assert captions.pop("bad.jpg") is None
+    with Llava.load("demo") as llava:
+        for name, caption in captions.items():
+            assert caption == llava.ask(folder / name, "Describe the image.").text
