@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pocketllava.engine.local import Call, Engine, LocalEngine
-from pocketllava.engine.lock import Lease, ModelLock
+from pocketllava.engine.lock import ModelLock, Turns
 from pocketllava.engine.many import MAX_AT_ONCE, Question, answers_at_once, in_order, one_by_one, read_ahead
 from pocketllava.engine.preparation import Preparation
 from pocketllava.errors import InputError, PocketLlavaError, UnsupportedOption
@@ -222,7 +222,7 @@ class Llava:
         """Ask one question about each of many images; several answers are decoded at once.
 
         The next images are read while the model evaluates. An image that cannot be asked about gives its error in its
-        place. A newer call of the same thread ends the iterator, as it ends a stream; close it to end it sooner.
+        place. Other calls may go in between; close the iterator to end it sooner.
 
         Args:
             images: One image each, as ask() takes them; may be an iterator without end.
@@ -602,32 +602,18 @@ class Llava:
         n_ctx: int,
         options: Options,
     ) -> Iterator[Answer | PocketLlavaError]:
-        """The results in their order, while this call has the model."""
+        """The results in their order. Other calls may go in between: the answers' KV cache is their own."""
         self._make_way(None)
-        lease = self._lock.acquire()
-        try:
-            with (
-                closing(read_ahead(self._suspending(images, lease), engine.read_ahead)) as ahead,
-                closing(engine.answer_many(asked.jobs(ahead), options, n, n_ctx)) as numbered,
-            ):
-                for result in in_order(numbered):
-                    if isinstance(result, Answer):
-                        result = replace(result, timings=self._timings(result.timings, 0.0))
-                    with self._lock.suspended(lease):
-                        yield result
-        finally:
-            self._lock.release(lease)
-
-    def _suspending(self, images: Iterable[ImageSource], lease: Lease) -> Iterator[ImageSource]:
-        """The images; their iterator is the caller's code, which may use the model, as a stream's consumer may."""
-        following = iter(images)
-        while True:
-            with self._lock.suspended(lease):
-                try:
-                    image = next(following)
-                except StopIteration:
-                    return
-            yield image
+        with (
+            self._lock.turns() as turns,
+            closing(read_ahead(_between(images, turns), engine.read_ahead)) as ahead,
+            closing(engine.answer_many(asked.jobs(ahead), options, n, n_ctx)) as numbered,
+        ):
+            for result in in_order(numbered):
+                if isinstance(result, Answer):
+                    result = replace(result, timings=self._timings(result.timings, 0.0))
+                with turns.between():
+                    yield result
 
     def _stream(
         self, messages: list[Message], call: Call, timeout_s: float | None, start: float
@@ -672,6 +658,18 @@ def _engine(
 
     loaded = load_bundle(bundle, options)
     return LocalEngine(loaded.session, loaded.device)
+
+
+def _between(images: Iterable[ImageSource], turns: Turns) -> Iterator[ImageSource]:
+    """The images; their iterator is the caller's code, which may use the model."""
+    following = iter(images)
+    while True:
+        with turns.between():
+            try:
+                image = next(following)
+            except StopIteration:
+                return
+        yield image
 
 
 def _nothing(_image: ImageSource) -> None:

@@ -92,6 +92,16 @@ def test_captions_are_what_ask_says_and_equal_pixels_are_asked_once(demo: Llava,
     assert "damaged" in str(next(e for e in events if e.failed).given.error)
 
 
+@pytest.mark.parametrize("batch", [3, "auto"])
+def test_several_at_once_give_the_same_captions(demo: Llava, photos: Path, batch: int) -> None:
+    alone = {e.path: (e.given.text, e.given.finish_reason) for e in caption(demo, photos)}
+    events = caption(demo, photos, name="together.album", batch=batch)
+    assert {e.path: (e.given.text, e.given.finish_reason) for e in events} == alone
+    assert [e.path for e in events if e.failed] == ["broken.png"]
+    with Album(photos.parent / "together.album") as album:
+        assert {row.path: row.given.text for row in album.rows()} == {p: t for p, (t, _) in alone.items()}
+
+
 def test_a_second_run_opens_no_file(demo: Llava, photos: Path) -> None:
     caption(demo, photos)
     for path in photos.rglob("*.*"):

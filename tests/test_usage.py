@@ -158,7 +158,7 @@ def test_text_is_utf8_whatever_the_locale(bundle: Bundle, locale: dict[str, str]
         (("ask", "demo", "a", "--temp", "nan"), "found 'nan', expected a number from 0 to 100"),
         (
             ("ask", "demo", "a", "--kv-type", "q8"),
-            "found 'q8', expected one of 'f16', 'q8_0', did you mean 'q8_0'?",
+            "found 'q8', expected one of 'auto', 'f16', 'q8_0', did you mean 'q8_0'?",
         ),
         (("ask", "demo", "a", "--cache-dir", "x", "--cache-size", "nan"), "found 'nan', expected GB above 0"),
         (("ask", "demo", "a", "--stop", ""), "found an empty text"),

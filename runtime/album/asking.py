@@ -6,15 +6,16 @@ Knows Llava; no album. A loop is noticed while it is written, ended there, and a
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from pocketllava.album.quality import RETRY_PENALTY, LoopFinder
 from pocketllava.errors import BackendError, ImageError, InputError
 from pocketllava.llava import Llava
-from pocketllava.types import Message, Options
+from pocketllava.types import Answer, Message, Options
 
 MAX_FAILURES = 3  # of the engine in a row, after which it is not the picture's fault
 ShouldStop = Callable[[], bool]
@@ -62,6 +63,41 @@ def replies(
             return
         failures = 0
         yield job, reply
+
+
+def together(
+    llava: Llava, jobs: Iterable[Job], question: str, options: Options, batch: int | Literal["auto"]
+) -> Iterator[tuple[Job, Reply | InputError | BackendError]]:
+    """The same of one question about all pictures, several answers decoded at once. Ends when the jobs do."""
+    pending: deque[Job] = deque()
+
+    def images() -> Iterator[bytes]:
+        for job in jobs:
+            pending.append(job)
+            yield job.image
+
+    results = llava.ask_many(images(), question, batch=batch, options=options)
+    with closing(results):  # type: ignore[type-var]
+        for result in results:
+            job = pending.popleft()
+            if isinstance(result, Answer):
+                yield job, _checked(llava, job, result, options)
+            elif isinstance(result, InputError | BackendError):
+                yield job, result
+
+
+def _checked(llava: Llava, job: Job, answer: Answer, options: Options) -> Reply:
+    """An answer that runs in a loop is asked for once more, as _asked does."""
+    timings = answer.timings
+    seconds = timings.first_token_s + timings.decode_s
+    loop = LoopFinder()
+    looped = options.schema is None and options.choices is None and loop.add(answer.token_ids)
+    first = Reply(answer.text, len(answer.token_ids), answer.finish_reason, seconds, looped)
+    if not looped or options.repeat_penalty >= RETRY_PENALTY:
+        return first
+    second = _streamed(llava, job, replace(options, repeat_penalty=RETRY_PENALTY), lambda: False)
+    assert second is not None  # nobody stops it
+    return replace(first if second.looped else second, seconds=seconds + second.seconds, retried=True)
 
 
 def _asked(llava: Llava, job: Job, options: Options, should_stop: ShouldStop) -> Reply | None:

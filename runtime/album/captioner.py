@@ -14,7 +14,7 @@ from re import Pattern
 from typing import Any, Literal
 
 from pocketllava.album import alike
-from pocketllava.album.asking import Job, Reply, replies
+from pocketllava.album.asking import Job, Reply, replies, together
 from pocketllava.album.database import database_errors
 from pocketllava.album.journal import Album, Given, Picture, Question
 from pocketllava.album.quality import mark_of
@@ -29,7 +29,7 @@ NAME, DIRECTORY = "{name}", "{directory}"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do. keep_features: for pictures that look alike. deny: what marks a refusal."""
+    """What to do. keep_features: for pictures that look alike. deny: what marks a refusal. batch: answers at once."""
 
     walk: Walk
     questions: tuple[Question, ...]
@@ -39,6 +39,7 @@ class Plan:
     retry_errors: bool = False
     keep_features: bool = True
     deny: tuple[Pattern[str], ...] = ()
+    batch: int | Literal["auto"] = 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         with closing(self._jobs()) as jobs:
-            for job, reply in replies(self.llava, jobs, self.plan.options, self.should_stop):
+            for job, reply in self._replies(jobs):
                 yield from self._take()
                 picture, question, read = job.context
                 given = self._given(reply, read)
@@ -130,6 +131,13 @@ class _Run:
                     self._keep_features(read.pixels, job.image)
                 yield Event("failed" if given.error else "answer", picture.path, question, given)
             yield from self._take()
+
+    def _replies(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Reply | Exception]]:
+        """One after another, or several at once where all are asked the same one question."""
+        plan, prompt = self.plan, self.questions[0].prompt
+        if plan.batch == 1 or len(self.questions) > 1 or words(prompt, "a/b") != prompt:
+            return replies(self.llava, jobs, plan.options, self.should_stop)
+        return together(self.llava, jobs, prompt, plan.options, plan.batch)
 
     def _take(self) -> list[Event]:
         done, self._done = self._done, []

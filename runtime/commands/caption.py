@@ -22,8 +22,8 @@ from pocketllava.commands.common import (
 )
 from pocketllava.commands.exporting import ALBUM_SUFFIX, export_options, show_report
 from pocketllava.commands.running import Bar, Lines, Show
-from pocketllava.commands.show import size
 from pocketllava.models.files import expanded
+from pocketllava.models.plan_text import size
 
 if TYPE_CHECKING:
     from pocketllava.album.captioner import Plan
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 COUNT_S = 0.6  # the first line comes within a second, whatever there is to be counted
 SOME_FAILED = 3
 INTERRUPTED = 130
+MAX_AT_ONCE = 256
 
 
 class ShardType(ParamType):
@@ -52,6 +53,19 @@ class ShardType(ParamType):
         )
 
 
+class BatchType(ParamType):
+    """A number of answers, or auto."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).lower() == "auto":
+            return "auto"
+        if str(value).isdecimal() and 1 <= int(value) <= MAX_AT_ONCE:
+            return int(value)
+        return self.fail(f"found {value!r}, expected a number from 1 to {MAX_AT_ONCE}, or auto", param, ctx)
+
+
 @dataclass(frozen=True)
 class _Flags:
     """Options of the run itself."""
@@ -65,6 +79,7 @@ class _Flags:
     dry_run: bool
     as_json: bool
     quiet: bool
+    batch: Any
 
 
 @click.command()
@@ -89,6 +104,10 @@ class _Flags:
 )
 @click.option("--shard", metavar="I/N", type=ShardType(), help="Only part I of N, by each picture's path.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="The first N pictures only.")
+@click.option(
+    "--batch", metavar="N|auto", type=BatchType(), default=1,
+    help="Answers decoded at once, of one prompt; 1: exactly what `ask` gives.  [default: 1]",
+)  # fmt: skip
 @click.option("--retry-errors", is_flag=True, help="Try again what failed in earlier runs.")
 @click.option(
     "--deny",
@@ -146,7 +165,7 @@ def caption(
     options = Options(**sampling)
     plan = Plan(
         walk, questions(bundle, texts, options, load), options, run.shard, run.limit, run.retry_errors, run.like,
-        tuple(patterns(run.deny)),
+        tuple(patterns(run.deny)), run.batch,
     )  # fmt: skip
     path = expanded(album_path) if album_path else default_album(walk)
     show: Show = Lines() if run.as_json else Bar(run.quiet)

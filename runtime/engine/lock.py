@@ -27,6 +27,27 @@ class Lease:
         self.ended = False
 
 
+class Turns:
+    """One lease after the other."""
+
+    def __init__(self, lock: ModelLock) -> None:
+        self._lock = lock
+        self._lease: Lease | None = lock.acquire()
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """Calls of other threads, and of this one, may go in between. Raises StateError once the model is closed."""
+        self.give_back()
+        yield
+        self._lease = self._lock.acquire()
+
+    def give_back(self) -> None:
+        """Harmless where there is no lease."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._lock.release(lease)
+
+
 class ModelLock:
     """Gives out leases, one at a time."""
 
@@ -106,6 +127,15 @@ class ModelLock:
             yield lease
         finally:
             self.release(lease)
+
+    @contextmanager
+    def turns(self) -> Iterator[Turns]:
+        """Leases for a call that gives the model back now and then, and goes on with a state of its own."""
+        turns = Turns(self)
+        try:
+            yield turns
+        finally:
+            turns.give_back()
 
     def close(self) -> bool:
         """Wait for the running answer, then let nobody begin. False if it was closed already."""

@@ -32,6 +32,7 @@ class Sequences:
         params.n_seq_max, params.n_ctx = n, n * self.n_ctx
         params.kv_unified = False  # attention of one sequence does not pass over the others' positions
         self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
+        text.adopt(self)
         if not self._context:
             raise BackendError(
                 f"llama.cpp: no context for {n} answers at once; use a smaller batch, or free some memory"
@@ -43,8 +44,13 @@ class Sequences:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lib.llama_free(self._context)
-        self._context = None
+        self.close()
+
+    def close(self) -> None:
+        """Free the context, before the model's weights go (TextModel.close)."""
+        context, self._context = self._context, None
+        if context:
+            self._lib.llama_free(context)
 
     def truncate(self, sequence: int, n: int) -> None:
         """Keep a sequence's first n positions. Raises BackendError."""

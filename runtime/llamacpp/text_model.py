@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import re
+import weakref
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,13 @@ LONG_RUN = re.compile(
 )
 State = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
+
+
+class Closing(Protocol):
+    """What stands on a model."""
+
+    def close(self) -> None:
+        """Free it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class TextModel:
         self._bounded = self.metadata.get("tokenizer.ggml.model") == "gpt2" and not is_unbounded(pre)
         self.n_embd, self.n_vocab = int(llama.n_embd()), int(llama.n_vocab())
         self._header = header
+        self._contexts: weakref.WeakSet[Closing] = weakref.WeakSet()
         self._token_rows: TokenRows | None = None
 
     @classmethod
@@ -336,8 +345,14 @@ class TextModel:
         self._llama._requires_eval = False
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, and first the contexts that stand on it."""
+        for context in list(self._contexts):
+            context.close()
         self._llama.close()
+
+    def adopt(self, context: Closing) -> None:
+        """A context on this model, to be closed before it."""
+        self._contexts.add(context)
 
     def _last_position(self) -> int:
         from llama_cpp import llama_cpp
