@@ -20,6 +20,7 @@ def main(pictures: str, output: str, model: str = "demo") -> None:
     print(f"{len(done)} done, {len(paths)} to do", flush=True)
     if not paths:
         return
+    ray.init(num_cpus=ACTORS + 2, include_dashboard=False)  # the actors, and what reads and writes
     ray.data.read_binary_files(paths, include_paths=True).map_batches(
         Captioner,
         fn_constructor_kwargs={"model": model, "question": "Describe the image.", "actors": ACTORS},

@@ -74,7 +74,8 @@ def find(
             question = album.question(column) if column else None
             text = " ".join(map(text_argument, words))
             rows = found(album, text, question=question, limit=limit)
-            hits = [(row, None) for row in {row.path: row for row in reversed(list(rows))}.values()][::-1]
+            first = {row.path: row for row in reversed(list(rows))}
+            hits = [(row, None) for row in reversed(first.values())]
     _show(hits, as_json)
     if open_page and hits:
         click.launch(_page(hits).as_uri())
