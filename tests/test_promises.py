@@ -87,7 +87,7 @@ EXTRAS = {
     "pillow-heif": "heic",
     "llm": "clients",
     "pydantic": "clients",
-    **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client", "h11"), "serve"),
 }
 COMMAND_LINE = ("runtime/cli.py", "runtime/__main__.py", "runtime/commands/", "runtime/chat/")
 DISTRIBUTIONS = {

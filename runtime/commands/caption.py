@@ -236,14 +236,15 @@ def finish_on_interrupt(show: Show) -> Iterator[threading.Event]:
 
 
 def _first_line(bundle: Bundle, load: dict[str, Any], plan: Plan, path: Path, count: Count) -> str:
-    from pocketllava.models.memory import memory
+    from pocketllava.engine.loading import planned
+    from pocketllava.types import load_options as checked
 
     pictures = f"{'' if count.done else 'more than '}{count.found:,} pictures"
     n, shard = len(plan.questions), plan.shard
     part = f", part {shard.index} of {shard.count}" if shard else ""
     part += f", the first {plan.limit:,}" if plan.limit else ""
     asked = repr(plan.questions[0].prompt) if n == 1 else f"{n} questions each"
-    needed = size(memory(bundle, load["n_ctx"], load["kv_type"]).total)
+    needed = size(planned(bundle, checked(**load)).total)
     return f"{pictures}{part}; {asked}; {bundle.folder.resolve().name} takes {needed}; album {path}"
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from pocketllava.engine.answer_text import AnswerText
 from pocketllava.errors import PocketLlavaError
-from pocketllava.llamacpp.guard import Interrupted, ShouldStop
 from pocketllava.types import (
     Answer,
     Beginning,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from pocketllava.engine.batched import Job
     from pocketllava.engine.session import Prefilled, Session
     from pocketllava.engine.structured import Constraint
+    from pocketllava.llamacpp.guard import ShouldStop
     from pocketllava.llamacpp.sequences import Sequences
     from pocketllava.vision.feature_cache import Features
 
@@ -143,6 +143,8 @@ class LocalEngine:
 
     def _choice(self, prefilled: Prefilled, call: Call, start: float) -> Generator[Chunk, None, None]:
         """The likeliest of the choices."""
+        from pocketllava.llamacpp.guard import Interrupted
+
         try:
             scored = self.session.choose(call.options.choices or (), call.should_stop)
         except Interrupted:
