@@ -80,13 +80,14 @@ class Llava:
         """Load a bundle.
 
         Args:
-            path: A folder made by `pocketllava convert`, a name of the store, or "demo", the model in the package.
+            path: A folder made by `pocketllava convert`, a name of the store, a GGUF text model whose mmproj lies beside
+                it, or "demo", the model in the package.
             isolated: Load it in a child process. Should llama.cpp end that process, the call that was running raises
                 EngineDied, and the next one loads the model again. This process never loads llama.cpp.
             worker_command: With isolated, what starts a worker in a frozen application, such as [python, "-I",
                 "-m", "pocketllava.engine.child"].
             **load: Fields of LoadOptions: n_ctx, n_threads, n_gpu_layers, max_pixels, kv_type, weights, cache_dir,
-                cache_bytes, keep_prefixes.
+                cache_bytes, keep_prefixes; mmproj, template and pad of a GGUF text model.
 
         Returns:
             The loaded model.
@@ -106,7 +107,7 @@ class Llava:
         start = time.perf_counter()
         options = load_options(**load)
         with ExitStack() as use:
-            bundle = open_bundle(path)
+            bundle = open_bundle(path, mmproj=options.mmproj, template=options.template, pad=options.pad)
             use.enter_context(lease(bundle))
             engine = _engine(bundle, options, isolated, worker_command)
             llava = cls(bundle, engine, time.perf_counter() - start)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from pocketllava.errors import InputError
 
 T = TypeVar("T")
-Kind = Literal["whole", "number", "choice", "switch", "folder", "texts", "several", "schema"]
+Kind = Literal["whole", "number", "choice", "switch", "folder", "file", "texts", "several", "schema"]
 KEY = "setting"
 
 
@@ -52,6 +52,7 @@ class Setting:
             "choice": f"one of {', '.join(map(repr, self.choices))}",
             "switch": "True or False",
             "folder": "a folder's path",
+            "file": "a file's path",
             "texts": "a text or a sequence of texts, none of them empty",
             "several": "a sequence of different texts, none of them empty",
             "schema": "a JSON schema, as a dict",
@@ -147,7 +148,7 @@ def _choice(value: object) -> str:
     return value
 
 
-def _folder(value: Any) -> Path:
+def _path(value: Any) -> Path:
     if not isinstance(value, str | PathLike) or not str(value):
         raise TypeError
     return Path(value).expanduser()
@@ -181,7 +182,8 @@ _TYPES: dict[Kind, Callable[[Any], Any]] = {
     "number": _number,
     "choice": _choice,
     "switch": _switch,
-    "folder": _folder,
+    "folder": _path,
+    "file": _path,
     "texts": _texts,
     "several": _several,
     "schema": _schema,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import load_options
+from pocketllava.commands.common import load_options, pair_of
 from pocketllava.commands.completion import Model
 from pocketllava.errors import InputError, UnsupportedOption
 
@@ -79,7 +79,7 @@ def serve(
     key = _key(api_key_file)
     if key is None and not is_loopback(host):
         raise click.UsageError(f"--host {host} is open to other machines: give --api-key-file FILE as well")
-    bundle = open_bundle(model)
+    bundle = open_bundle(model, **pair_of(load))
     supervisor = Supervisor(
         partial(load_engine, model, load), queue=queue, idle_s=idle * 60 if idle else None
     )
