@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pocketllava.convert.pair import Style, manifest, style, type_name, write_manifest
+from pocketllava.convert.pair import Style, manifest, type_name, write_manifest
 from pocketllava.convert.repair import Repair, examine, repair
 from pocketllava.errors import BundleError, ConvertError, DiskFull, InputError, ModelNotFound
 from pocketllava.models.bundle import MMPROJ, MODEL, Bundle, describe_file, file_identity, sha256
@@ -37,11 +37,12 @@ _WORD = re.compile(r"[a-z]+|\d+")
 # clip.projector_type of other models' files, by the names that people know them by
 OTHERS = {
     "qwen2vl_merger": "Qwen2-VL", "qwen2.5vl_merger": "Qwen2.5-VL", "qwen3vl_merger": "Qwen3-VL", "gemma3": "Gemma 3",
-    "ldp": "MobileVLM", "ldpv2": "MobileVLM V2", "resampler": "MiniCPM-V", "adapter": "GLM-Edge", "idefics3": "SmolVLM",
-    "pixtral": "Pixtral", "internvl": "InternVL", "llama4": "Llama 4", "ultravox": "Ultravox",
+    "ldp": "MobileVLM", "ldpv2": "MobileVLM V2", "resampler": "MiniCPM-V", "adapter": "GLM-Edge",
+    "idefics3": "SmolVLM", "pixtral": "Pixtral", "internvl": "InternVL", "llama4": "Llama 4", "ultravox": "Ultravox",
 }  # fmt: skip
 TEXTS = {
-    "qwen2vl": "Qwen2-VL", "qwen3vl": "Qwen3-VL", "gemma3": "Gemma 3", "llama4": "Llama 4", "mllama": "Llama 3.2 Vision",
+    "qwen2vl": "Qwen2-VL", "qwen3vl": "Qwen3-VL", "gemma3": "Gemma 3", "llama4": "Llama 4",
+    "mllama": "Llama 3.2 Vision",
     "minicpm": "MiniCPM", "phi2": "Phi-2", "phi3": "Phi-3", "qwen2": "Qwen2", "mamba": "Mamba",
 }  # fmt: skip
 
@@ -114,7 +115,9 @@ def only_text_model(folder: Path) -> Path:
         raise InputError(f"{folder}: found {len(models)} text models ({names}); name one of the files")
     kinds = {path.name: architecture(path) for path in _gguf_files(folder)}
     found = ", ".join(f"{name} of architecture {kind!r}" for name, kind in islice(kinds.items(), 5))
-    raise ModelNotFound(f"{folder}: found {found or 'no GGUF file'}, expected a LLaVA's text model and its mmproj")
+    raise ModelNotFound(
+        f"{folder}: found {found or 'no GGUF file'}, expected a LLaVA's text model and its mmproj"
+    )
 
 
 def text_model(path: Path) -> Header:
@@ -136,8 +139,8 @@ def text_model(path: Path) -> Header:
 def make(pair: Pair, folder: Path, how: Style, *, sidecar: Path | None = None, files: str = REFER) -> Bundle:
     """Write a bundle into a folder. Raises ConvertError, BundleError.
 
-    sidecar: where a mended projector is to lie, if not in the folder. files: REFER to them, LINK (hard links, where the
-    disk and their owner allow it) or COPY them.
+    sidecar: where a mended projector is to lie, if not in the folder. files: REFER to them, LINK (hard links, where
+    the disk and their owner allow it) or COPY them.
     """
     vision = pair.projector.header
     if pair.projector.faults:
@@ -185,7 +188,9 @@ def remembered(pair: Pair, how: Style) -> tuple[Bundle, bool]:
 def said(pair: Pair, how: Style) -> str:
     """What was chosen, mended and assumed, in one line."""
     chosen = f"{pair.text.path.name}: a LLaVA-1.{6 if pair.tiled else 5} with {pair.projector.path.name}"
-    others = f" ({type_name(pair.projector.header)}, rather than {', '.join(p.name for p in pair.others[:3])})"
+    others = (
+        f" ({type_name(pair.projector.header)}, rather than {', '.join(p.name for p in pair.others[:3])})"
+    )
     mended = "; mended in a copy: " + "; ".join(pair.projector.faults) if pair.projector.faults else ""
     pictures = "cut into tiles" if pair.tiled else "padded to a square" if how.pad else "cropped"
     return (
@@ -228,8 +233,8 @@ def _copied(source: Path, at: Path) -> str:
     needed, free = source.stat().st_size, shutil.disk_usage(at.parent).free
     if needed > free:
         raise DiskFull(
-            f"{at.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {source.name}; leave --copy out, or"
-            " make room",
+            f"{at.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {source.name}; leave --copy out,"
+            " or make room",
             needed,
             free,
         )
@@ -237,7 +242,9 @@ def _copied(source: Path, at: Path) -> str:
         shutil.copyfile(source, part)
         digest = sha256(part)
         if (expected := named_hash(source)) not in (None, digest):
-            raise BundleError(f"{source}: its SHA-256 is {digest[:12]}..., its name says {str(expected)[:12]}...; damaged")
+            raise BundleError(
+                f"{source}: its SHA-256 is {digest[:12]}..., its name says {str(expected)[:12]}...; damaged"
+            )
     return digest
 
 
@@ -262,8 +269,8 @@ def _fitting(text: Header, path: Path) -> Repair:
     width = text.keys["llama.embedding_length"]
     if found.info.projected_width != width:
         raise BundleError(
-            f"{path}: projects to width {found.info.projected_width}, {text.path.name} has {width}; it belongs to another"
-            " model"
+            f"{path}: projects to width {found.info.projected_width}, {text.path.name} has {width}; it belongs to"
+            " another model"
         )
     return found
 

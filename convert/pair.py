@@ -87,9 +87,7 @@ class Style:
     pad: bool
 
 
-def style(
-    text: Header, info: MmprojInfo, template: str | None = None, pad: bool | None = None
-) -> Style:
+def style(text: Header, info: MmprojInfo, template: str | None = None, pad: bool | None = None) -> Style:
     """What was said, else what the headers let one assume. Raises UnsupportedOption for pad with tiled pictures."""
     if pad is not None and info.tiling is not None:
         raise UnsupportedOption(

@@ -55,7 +55,11 @@ def find_mmproj(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ConvertError(f"{path}: found nothing, expected an mmproj file or a folder that holds one")
-    files = [p for p in sorted(path.glob("*.gguf")) if architecture(p) == "clip" and not p.stem.endswith("-repaired")]
+    files = [
+        p
+        for p in sorted(path.glob("*.gguf"))
+        if architecture(p) == "clip" and not p.stem.endswith("-repaired")
+    ]
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
         raise ConvertError(

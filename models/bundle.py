@@ -143,9 +143,7 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{path}: missing, though {MANIFEST} names it; {self._advice(name)}")
         if (size := path.stat().st_size) != record.bytes:
-            raise BundleError(
-                f"{path}: found {size} bytes, expected {record.bytes}; {self._advice(name)}"
-            )
+            raise BundleError(f"{path}: found {size} bytes, expected {record.bytes}; {self._advice(name)}")
         try:
             digest = header_sha256(path, record.header_bytes)
         except OSError as error:

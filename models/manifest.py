@@ -87,11 +87,12 @@ class Manifest:
     """bundle.json's content.
 
     version: of the pocketllava that converted. file_names: of a published pair, whose files keep their own names, by
-    the names that they would have in a bundle. image_token: the text that stands for an image in the template;
-    image_token_id: its row of the vocabulary, None where it has none. n_patches: of one picture, or of one tile where
-    pictures are tiled. vision_width, projected_width: columns of the tower's features, before and after the
-    projector. references: files that lie elsewhere, by the names that they would have here. space_prefix: which text between special tokens gets a leading space: "every" run, only the
-    "first", "none", or "chunk" (the first and those after an image). strip: special tokens that swallow white space
+    the names that they would have in a bundle; references: of files that lie elsewhere. image_token: the text that
+    stands for an image in the template; image_token_id: its row of the vocabulary, None where it has none. n_patches:
+    of one picture, or of one tile where pictures are tiled. vision_width, projected_width: columns of the tower's
+    features, before and after the projector. space_prefix: which text between special tokens gets a leading space:
+    "every" run, only the "first", "none", or "chunk" (the first and those after an image). strip: special tokens that
+    swallow white space
     beside them, and on which side.
     """
 

@@ -80,8 +80,8 @@ class Llava:
         """Load a bundle.
 
         Args:
-            path: A folder made by `pocketllava convert`, a name of the store, a GGUF text model whose mmproj lies beside
-                it, or "demo", the model in the package.
+            path: A folder made by `pocketllava convert`, a name of the store, a GGUF text model whose mmproj lies
+                beside it, or "demo", the model in the package.
             isolated: Load it in a child process. Should llama.cpp end that process, the call that was running raises
                 EngineDied, and the next one loads the model again. This process never loads llama.cpp.
             worker_command: With isolated, what starts a worker in a frozen application, such as [python, "-I",

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pocketllava.convert import foreign
-from pocketllava.convert.pair import style
 from pocketllava.errors import BundleError, InputError, ModelNotFound, UnsupportedOption
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import MANIFEST
@@ -52,7 +50,7 @@ def open_bundle(
     for option, value in (("mmproj", mmproj), ("template", template), ("pad", pad)):
         if value is not None:
             raise UnsupportedOption(
-                f"{option}: {name} is a bundle, whose bundle.json says it; expected a GGUF text model, or a folder of such"
+                f"{option}: {name} is a bundle, whose bundle.json says it; expected a GGUF text model, or its folder"
             )
     return _open(name)
 
@@ -68,15 +66,23 @@ def _text_model(name: str | PathLike[str]) -> Path | None:
         pair = path.is_dir() and not (path / MANIFEST).exists() and any(path.glob("*.[gG][gG][uU][fF]"))
     except (OSError, ValueError):
         return None
-    return foreign.only_text_model(path) if pair else None
+    if not pair:
+        return None
+    from pocketllava.convert.foreign import only_text_model  # takes half a second to import
+
+    return only_text_model(path)
 
 
 def _open_pair(
     model: Path, mmproj: str | PathLike[str] | None, template: str | None, pad: bool | None
 ) -> Bundle:
     """A text model with the projector that was named, or lies beside it; what had to be assumed is said once."""
-    if mmproj is template is pad is None and (bundle := _around(model)) is not None:
+    alone = mmproj is None and template is None and pad is None
+    if alone and (bundle := _around(model)) is not None:
         return bundle
+    from pocketllava.convert import foreign
+    from pocketllava.convert.pair import style
+
     foreign.text_model(model)  # what it is, before anything is looked for
     projectors = [expanded(mmproj)] if mmproj is not None else foreign.beside(model)
     pair = foreign.pair(model, projectors)

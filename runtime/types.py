@@ -207,8 +207,8 @@ class LoadOptions:
         cache_bytes: The oldest files in cache_dir go beyond this.
         keep_prefixes: Keep evaluated images in cache_dir too, 0.3 GB each for a 7B model.
         mmproj: The vision part of a GGUF text model. None: the one that lies beside it.
-        template: Prompt of a GGUF text model: "vicuna_v1", "llava-hf", "mistral", "llama-3" or "chatml". None: its own, or
-            what its vocabulary lets one assume.
+        template: Prompt of a GGUF text model: "vicuna_v1", "llava-hf", "mistral", "llama-3" or "chatml". None: its
+            own, or what its vocabulary lets one assume.
         pad: Pad the pictures of a GGUF text model to a square (True), or crop them (False). None: as its kind does.
 
     Raises:

@@ -35,7 +35,7 @@ from pocketllava.llamacpp.children import (
     last_line,
 )
 from pocketllava.models import Bundle
-from pocketllava.types import Chunk, ImageSource, LoadOptions, Message, Options, Progress, Trace
+from pocketllava.types import PAIR, Chunk, ImageSource, LoadOptions, Message, Options, Progress, Trace
 from pocketllava.vision.decoding import MAX_PIXELS
 from pocketllava.vision.image_processor import ImageProcessor
 
