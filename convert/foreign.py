@@ -277,8 +277,8 @@ def _fitting(text: Header, path: Path) -> Repair:
 
 def _best(text: Header, fitting: list[Repair]) -> Repair:
     """That with the most leading words of the text model's name, then by type. Raises InputError for 1.5 and 1.6."""
-    most = max(_shared_words(text.path, each.path) for each in fitting)
-    alike = [each for each in fitting if _shared_words(text.path, each.path) == most]
+    most = max(shared_words(text.path, each.path) for each in fitting)
+    alike = [each for each in fitting if shared_words(text.path, each.path) == most]
     if len({each.info.tiling is None for each in alike}) > 1:
         names = ", ".join(each.path.name for each in alike[:5])
         raise InputError(
@@ -293,7 +293,8 @@ def _rank(header: Header) -> int:
     return PROJECTOR_TYPES.index(kind) if kind in PROJECTOR_TYPES else len(PROJECTOR_TYPES)
 
 
-def _shared_words(one: Path, other: Path) -> int:
+def shared_words(one: Path, other: Path) -> int:
+    """With how many words two files' names begin alike."""
     words = (_WORD.findall(path.name.lower()) for path in (one, other))
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*words, strict=False)))
 

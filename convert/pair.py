@@ -87,8 +87,18 @@ class Style:
     pad: bool
 
 
-def style(text: Header, info: MmprojInfo, template: str | None = None, pad: bool | None = None) -> Style:
-    """What was said, else what the headers let one assume. Raises UnsupportedOption for pad with tiled pictures."""
+def style(
+    text: Header,
+    info: MmprojInfo,
+    template: str | None = None,
+    pad: bool | None = None,
+    *,
+    likely: str | None = None,
+) -> Style:
+    """What was said, else what the headers let one assume; likely: the prompt that its program gives it.
+
+    Raises UnsupportedOption for pad with tiled pictures.
+    """
     if pad is not None and info.tiling is not None:
         raise UnsupportedOption(
             f"pad: {text.path.name} is a LLaVA-1.6, which is shown tiles; expected neither --pad nor --crop"
@@ -97,7 +107,7 @@ def style(text: Header, info: MmprojInfo, template: str | None = None, pad: bool
     pads = IMAGE_TOKEN not in text.keys[TOKENS] and info.tiling is None if pad is None else pad
     if template is None and "image" in own:
         return Style(OWN, own, pads)
-    name = template or _likely_template(text, info)
+    name = template or likely or _likely_template(text, info)
     return Style(name, TEMPLATES[name], pads)
 
 

@@ -20,6 +20,7 @@ from pocketllava.commands.convert import convert
 from pocketllava.commands.demo import demo
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.imatrix import imatrix
+from pocketllava.commands.import_model import import_model
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.list import list_models
 from pocketllava.commands.pull import pull
@@ -34,7 +35,7 @@ from pocketllava.settings import nearest
 
 SECTIONS = {
     "Ask about images": (demo, ask, chat, serve),
-    "Keep models": (pull, list_models, show, verify, rm),
+    "Keep models": (pull, import_model, list_models, show, verify, rm),
     "Convert a checkpoint": (convert, quantize, imatrix),
     "Look and measure": (inspect, evaluate, bench),
     "Shell": (completion,),

@@ -16,7 +16,15 @@ from gguf import GGUFValueType as V
 from gguf import GGUFWriter
 from test_repair import DEPTH, PROJECTOR, hub_file, rewritten
 
-from pocketllava import Bundle, BundleError, InputError, Llava, ModelNotFound, PocketLlavaError, UnsupportedOption
+from pocketllava import (
+    Bundle,
+    BundleError,
+    InputError,
+    Llava,
+    ModelNotFound,
+    PocketLlavaError,
+    UnsupportedOption,
+)
 from pocketllava.cli import cli
 from pocketllava.convert.pair import TEMPLATES
 from pocketllava.measure.feature_drift import features_move
@@ -24,7 +32,7 @@ from pocketllava.models.bundle import MANIFEST, MMPROJ, MODEL
 from pocketllava.names import open_bundle
 from pocketllava.types import TEMPLATES as NAMED
 
-PHOTO = str(Path(__file__).parent / "photos" / "exif_6.jpg")
+PHOTO = str(Path(__file__).parent / "photo.jpg")
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +221,9 @@ def test_every_template_can_be_said(lying: Path) -> None:
     assert tuple(TEMPLATES) == NAMED
     for name, template in TEMPLATES.items():
         assert open_bundle(lying, template=name).template == template
-    with pytest.raises(UnsupportedOption, match="template: found 'alpaca', expected None or one of 'vicuna_v1'"):
+    with pytest.raises(
+        UnsupportedOption, match="template: found 'alpaca', expected None or one of 'vicuna_v1'"
+    ):
         Llava.load(lying, template="alpaca")
 
 
@@ -223,7 +233,9 @@ def test_what_is_no_llava_is_refused_by_what_it_is(lying: Path, tmp_path: Path) 
     other.mkdir()
     qwen = named(other, "qwen2vl")
     eyes = named(other, "clip", clip__projector_type="qwen2vl_merger")
-    wrong = rewritten(mmproj, other / "resampler.gguf", drop=(PROJECTOR,), rename={"mm.2.weight": "mm.3.weight"})
+    wrong = rewritten(
+        mmproj, other / "resampler.gguf", drop=(PROJECTOR,), rename={"mm.2.weight": "mm.3.weight"}
+    )
     (other / "no.gguf").write_text("GGUF, but not really")
     for arguments, message in (
         ((mmproj, None), "an mmproj alone, the vision part of a model; give its text model"),
@@ -239,7 +251,9 @@ def test_what_is_no_llava_is_refused_by_what_it_is(lying: Path, tmp_path: Path) 
         with pytest.raises(BundleError, match=message) as caught:
             open_bundle(arguments[0], mmproj=arguments[1])
         assert "\n" not in str(caught.value)
-    with pytest.raises(ModelNotFound, match="found .*'qwen2vl'.*, expected a LLaVA's text model and its mmproj"):
+    with pytest.raises(
+        ModelNotFound, match="found .*'qwen2vl'.*, expected a LLaVA's text model and its mmproj"
+    ):
         open_bundle(other)
 
 
@@ -263,7 +277,9 @@ def test_a_referenced_file_that_changes_is_named(lying: Path, bundle: Bundle) ->
     with opened.mmproj.open("r+b") as file:
         file.seek(40)
         file.write(b"x")
-    with pytest.raises(BundleError, match=r"mmproj-f16\.gguf: .*put it back, or `pocketllava import` it again"):
+    with pytest.raises(
+        BundleError, match=r"mmproj-f16\.gguf: .*put it back, or `pocketllava import` it again"
+    ):
         Bundle.open(opened.folder)
     opened.model.unlink()
     with pytest.raises(BundleError, match=r"Q4_K\.gguf: missing, though bundle\.json names it; put it back"):
