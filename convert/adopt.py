@@ -63,7 +63,10 @@ def scan(roots: Iterable[Root]) -> Iterator[Row]:
 
 
 def found(text: str, mmproj: str | None, roots: Sequence[Root]) -> Pair:
-    """The pair that a path, a name of Ollama's or a name of `scan` means. Raises InputError, ModelNotFound, BundleError."""
+    """The pair that a path, a name of Ollama's or a name of `scan` means.
+
+    Raises InputError, ModelNotFound, BundleError.
+    """
     if text.startswith(OLLAMA):
         return _of_group(catalog.ollama_model(text.removeprefix(OLLAMA), roots), mmproj)
     path = expanded(text)

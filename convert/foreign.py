@@ -243,7 +243,7 @@ def _copied(source: Path, at: Path) -> str:
         digest = sha256(part)
         if (expected := named_hash(source)) not in (None, digest):
             raise BundleError(
-                f"{source}: its SHA-256 is {digest[:12]}..., its name says {str(expected)[:12]}...; damaged"
+                f"{source}: SHA-256 is {digest[:12]}..., expected {str(expected)[:12]}..., its name; it is damaged"
             )
     return digest
 

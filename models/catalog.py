@@ -1,7 +1,7 @@
 """Where other programs keep their models, and which GGUF files lie there.
 
 Knows folders and names: Ollama's manifests and blobs, LM Studio, llama.cpp, the hub's cache, Jan and GPT4All, on
-Linux, macOS and Windows. Walks those folders only, and only so far; reads the kind of each file, not whether it can be used.
+Linux, macOS and Windows. Walks those folders only, and only so far; reads each file's kind.
 """
 
 from __future__ import annotations

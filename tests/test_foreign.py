@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -84,7 +83,10 @@ def test_the_mmproj_beside_a_model_is_found_and_the_model_is_not_copied(
     Llava.load(model, template="llava-hf", pad=own.preprocessing.pad_to_square).close()
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]  # said once
     assert sum(path.stat().st_size for path in cache.rglob("*")) < 1 << 17
-    assert sorted(os.listdir(lying)) == ["llava-v1.5-7b-Q4_K.gguf", "llava-v1.5-7b-mmproj-f16.gguf"]
+    assert sorted(path.name for path in lying.iterdir()) == [
+        "llava-v1.5-7b-Q4_K.gguf",
+        "llava-v1.5-7b-mmproj-f16.gguf",
+    ]
 
 
 def test_a_child_process_takes_a_pair(lying: Path, llava: Llava) -> None:
@@ -103,7 +105,7 @@ def test_a_folder_and_a_pair_in_two_folders(lying: Path, tmp_path: Path) -> None
     above = mmproj.rename(tmp_path / "mmproj-model-f16.gguf")
     assert open_bundle(lying).mmproj == above
     (lying / "other.gguf").write_bytes((lying / "llava-v1.5-7b-Q4_K.gguf").read_bytes())
-    with pytest.raises(InputError, match="found 2 text models .*; name one of the files"):
+    with pytest.raises(InputError, match=r"found 2 text models .*; name one of the files"):
         open_bundle(lying)
 
 
@@ -122,7 +124,7 @@ def test_of_several_projectors_the_nearest_name_and_type_is_taken(
     with pytest.raises(InputError, match=r"projectors of LLaVA-1\.5 and of 1\.6 beside it"):
         open_bundle(plain)
     assert open_bundle(plain, mmproj=tiled).preprocessing.tiling is not None
-    with pytest.raises(BundleError, match="projects to width 512, model.gguf has 256"):
+    with pytest.raises(BundleError, match=r"projects to width 512, model\.gguf has 256"):
         open_bundle(plain, mmproj=lying / "llava-v1.5-7b-mmproj-13b.gguf")
 
 
@@ -139,9 +141,8 @@ def test_a_projector_with_faults_is_mended_in_a_sidecar(
     assert opened.mmproj.parent == cache / "projectors"
     assert features_move(opened.mmproj, right) == 0.0
     assert wrong.read_bytes() == before
-    assert f"mended in a copy: {PROJECTOR} is missing" in caplog.text.replace("ffn_up and ffn_down", "") or (
-        PROJECTOR in caplog.text
-    )
+    assert "mended in a copy: " in caplog.text
+    assert f"{PROJECTOR} is missing" in caplog.text
     assert open_bundle(lying, pad=None if tiled else False).mmproj == opened.mmproj
     assert len(list((cache / "projectors").glob("*.gguf"))) == 1
     opened.mmproj.unlink()  # someone cleans the cache
@@ -166,7 +167,7 @@ def test_a_bundles_own_text_model_is_the_bundle(bundle: Bundle) -> None:
     assert open_bundle(bundle.model) == Bundle.open(bundle.folder)
     assert open_bundle(bundle.model, template="mistral").template == TEMPLATES["mistral"]
     for options in ({"mmproj": bundle.mmproj}, {"template": "mistral"}, {"pad": True}):
-        with pytest.raises(UnsupportedOption, match="is a bundle, whose bundle.json says it"):
+        with pytest.raises(UnsupportedOption, match=r"is a bundle, whose bundle\.json says it"):
             open_bundle(bundle.folder, **options)
 
 
@@ -176,8 +177,12 @@ def test_a_bundles_own_text_model_is_the_bundle(bundle: Bundle) -> None:
         ({}, "llava-hf", False),
         ({"naming": "original"}, "vicuna_v1", True),
         ({"llama3": True, "naming": "original"}, "llama-3", True),
-        ({"chatml": True, "naming": "original", "tiled": True}, "chatml", False),
-        ({"naming": "original", "tiled": True, "kv_heads": 2}, "mistral", False),
+        ({"chatml": True, "naming": "original", "tiled": True, "aspect": "anyres"}, "chatml", False),
+        (
+            {"naming": "original", "tiled": True, "aspect": "anyres", "kv_heads": 2, "kind": "mistral"},
+            "mistral",
+            False,
+        ),
     ],
     ids=["llava-hf", "vicuna", "llama-3", "chatml", "mistral"],
 )
@@ -194,7 +199,6 @@ def test_what_is_assumed_follows_from_the_headers(
         assert opened.template == made.template
     assert opened.preprocessing.pad_to_square == pads
     assert opened.manifest.eos_token_ids[0] in made.manifest.eos_token_ids
-    assert set(made.manifest.eos_token_ids) <= set(opened.manifest.eos_token_ids)
 
 
 def rewritten_model(source: Path, out: Path, *, keep: bool) -> None:
@@ -252,7 +256,7 @@ def test_what_is_no_llava_is_refused_by_what_it_is(lying: Path, tmp_path: Path) 
             open_bundle(arguments[0], mmproj=arguments[1])
         assert "\n" not in str(caught.value)
     with pytest.raises(
-        ModelNotFound, match="found .*'qwen2vl'.*, expected a LLaVA's text model and its mmproj"
+        ModelNotFound, match=r"found .*'qwen2vl'.*, expected a LLaVA's text model and its mmproj"
     ):
         open_bundle(other)
 

@@ -35,8 +35,8 @@ def import_model(
 ) -> None:
     """Take a LLaVA that is on this disk already into the store, without copying it.
 
-    PATH is a GGUF text model with its mmproj beside it, or their folder; ollama:NAME is a model of Ollama's. --scan lists
-    what lies in the folders of Ollama, LM Studio, llama.cpp, the Hugging Face cache, Jan and GPT4All.
+    PATH is a GGUF text model with its mmproj beside it, or their folder; ollama:NAME is a model of Ollama's. --scan
+    lists what lies in the folders of Ollama, LM Studio, llama.cpp, the Hugging Face cache, Jan and GPT4All.
 
     \b
     pocketllava import --scan
