@@ -21,6 +21,7 @@ from pocketllava.errors import BundleError, InputError, ModelNotFound, Unsupport
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import MANIFEST
 from pocketllava.models.files import cache_folder, expanded
+from pocketllava.models.gguf_header import MAGIC
 from pocketllava.models.store import Store, is_name
 from pocketllava.settings import nearest
 
@@ -62,7 +63,7 @@ def _text_model(name: str | PathLike[str]) -> Path | None:
     path = expanded(name)
     try:
         if path.is_file():
-            return None if name == DEMO else path
+            return None if name == DEMO else _in_llamafile(path)
         pair = path.is_dir() and not (path / MANIFEST).exists() and any(path.glob("*.[gG][gG][uU][fF]"))
     except (OSError, ValueError):
         return None
@@ -71,6 +72,17 @@ def _text_model(name: str | PathLike[str]) -> Path | None:
     from pocketllava.convert.foreign import only_text_model  # takes half a second to import
 
     return only_text_model(path)
+
+
+def _in_llamafile(path: Path) -> Path:
+    """The text model in a llamafile; any other file itself. Raises BundleError, DiskFull, InputError."""
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(4) == MAGIC:
+            return path
+    from pocketllava.convert.foreign import only_text_model
+    from pocketllava.convert.llamafile import extracted, is_llamafile
+
+    return only_text_model(extracted(path)) if is_llamafile(path) else path
 
 
 def _open_pair(
