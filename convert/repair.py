@@ -19,9 +19,9 @@ from pocketllava.errors import BundleError, ConvertError
 from pocketllava.models.bundle import MANIFEST, Manifest
 from pocketllava.models.contract import check_layout, shown
 from pocketllava.models.files import locked_write
-from pocketllava.models.gguf_header import Header, TensorInfo
-from pocketllava.models.gguf_writer import ARCHITECTURE, Key, header_bytes, padding, stored_keys
-from pocketllava.models.mmproj_contract import NEWLINES, PREFIX, check_mmproj
+from pocketllava.models.gguf_header import ARCHITECTURE, Header, TensorInfo, architecture
+from pocketllava.models.gguf_writer import Key, header_bytes, padding, stored_keys
+from pocketllava.models.mmproj_contract import NEWLINES, PREFIX, MmprojInfo, check_mmproj
 from pocketllava.models.preprocessing import CLIP_MEAN, CLIP_STD
 
 CLIP_EPS = 1e-5
@@ -41,6 +41,7 @@ class Repair:
     faults: tuple[str, ...]
     keys: tuple[Key, ...]
     names: dict[str, str]
+    info: MmprojInfo
 
     @property
     def path(self) -> Path:
@@ -54,7 +55,11 @@ def find_mmproj(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ConvertError(f"{path}: found nothing, expected an mmproj file or a folder that holds one")
-    files = [p for p in sorted(path.glob("*.gguf")) if _is_clip(p) and not p.stem.endswith("-repaired")]
+    files = [
+        p
+        for p in sorted(path.glob("*.gguf"))
+        if architecture(p) == "clip" and not p.stem.endswith("-repaired")
+    ]
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
         raise ConvertError(
@@ -72,9 +77,9 @@ def examine(path: Path) -> Repair:
 
 
 def _examine(header: Header) -> Repair:
-    if (architecture := header.keys.get(ARCHITECTURE)) != "clip":
+    if (kind := header.keys.get(ARCHITECTURE)) != "clip":
         raise ConvertError(
-            f"{header.path}: a GGUF file of architecture {shown(architecture)}, expected 'clip', an mmproj"
+            f"{header.path}: a GGUF file of architecture {shown(kind)}, expected 'clip', an mmproj"
         )
     keys = {key.name: key for key in stored_keys(header)}
     faults: list[str] = []
@@ -121,13 +126,6 @@ def in_bundle(out: Path) -> bool:
         return True
 
 
-def _is_clip(path: Path) -> bool:
-    try:
-        return Header.read(path).keys.get(ARCHITECTURE) == "clip"
-    except BundleError:
-        return False
-
-
 def _renamed(header: Header, faults: list[str]) -> Iterator[tuple[str, str]]:
     """(old, new) names: the first scripts swapped fc1 and fc2, and others number the projector mm.1, mm.2;
     LLaVA-1.6's newline embedding."""
@@ -159,7 +157,7 @@ def _wrong_keys(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[tupl
             yield Key(name, value, kind, item), f"{name} is missing, {effect}: now {value!r}"
 
     yield from missing("clip.has_vision_encoder", True, V.BOOL, None, "so llama.cpp sees no vision tower")
-    projector = keys.get(PREFIX + "projector_type", "mlp")
+    projector = keys.get("clip.projector_type", keys.get(PREFIX + "projector_type", "mlp"))
     if "mm.3.weight" in tensors or "mm.2.weight" not in tensors or projector != "mlp":
         raise ConvertError(
             f"{header.path}: projector {projector!r} with {sum(n.startswith('mm.') for n in tensors)} tensors,"
@@ -215,8 +213,7 @@ def _plan(header: Header, keys: tuple[Key, ...], names: dict[str, str], faults: 
         item_types={key.name: int(key.item) for key in own if key.item is not None},
         tensors=tensors,
     )
-    check_mmproj(repaired)
-    return Repair(header, faults, keys, names)
+    return Repair(header, faults, keys, names, check_mmproj(repaired))
 
 
 def _write(plan: Repair, path: Path) -> dict[str, str]:

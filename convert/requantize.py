@@ -25,9 +25,9 @@ from pocketllava.convert.write.produce import Job, Run, produce
 from pocketllava.convert.write.writer import Progress
 from pocketllava.errors import UnsupportedOption
 from pocketllava.llamacpp.devices import cores
-from pocketllava.models.bundle import Bundle, Manifest
-from pocketllava.models.gguf_header import Header
-from pocketllava.models.gguf_writer import ARCHITECTURE, stored_keys
+from pocketllava.models.bundle import Bundle, Manifest, sha256
+from pocketllava.models.gguf_header import ARCHITECTURE, Header
+from pocketllava.models.gguf_writer import stored_keys
 from pocketllava.models.manifest import QuantizedFrom, Types
 from pocketllava.models.text_contract import TextInfo
 from pocketllava.version import __version__
@@ -129,6 +129,14 @@ def _source(header: Header, name: str) -> SourceTensor:
 def _manifest(bundle: Bundle, quant: str, mmproj: str | None) -> Manifest:
     """The bundle's own manifest with the new types and the files that the tensors came from."""
     source = bundle.manifest
-    origin = QuantizedFrom(source.types, {name: record.sha256 for name, record in source.files.items()})
+    hashes = {name: record.sha256 or sha256(bundle.path_of(name)) for name, record in source.files.items()}
     types = Types(quant, mmproj or source.types.mmproj)
-    return replace(source, version=__version__, types=types, files={}, file_names={}, quantized_from=origin)
+    return replace(
+        source,
+        version=__version__,
+        types=types,
+        files={},
+        file_names={},
+        references={},
+        quantized_from=QuantizedFrom(source.types, hashes),
+    )

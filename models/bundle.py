@@ -79,7 +79,9 @@ class Bundle:
         return self.path_of(MMPROJ)
 
     def path_of(self, name: str) -> Path:
-        """The path of MODEL or MMPROJ, which may have another name in a published pair."""
+        """The path of MODEL or MMPROJ, which may have another name in a published pair, or lie elsewhere."""
+        if (reference := self.manifest.references.get(name)) is not None:
+            return Path(reference.path)
         return self.folder / self.manifest.file_names.get(name, name)
 
     @cached_property
@@ -123,29 +125,41 @@ class Bundle:
         return self.preprocessing.most_tokens(math.isqrt(self.manifest.n_patches))
 
     def check_hashes(self) -> None:
-        """Compare both files' SHA-256 with the recorded ones (reads them whole). Raises BundleError."""
+        """Compare both files' SHA-256 with the recorded ones (reads them whole), as far as there are any.
+
+        Raises BundleError.
+        """
         for name in (MODEL, MMPROJ):
-            actual, expected = sha256(self.path_of(name)), self.manifest.files[name].sha256
-            if actual != expected:
+            if (expected := self.manifest.files[name].sha256) is None:
+                continue
+            if (actual := sha256(self.path_of(name))) != expected:
                 raise BundleError(
                     f"{self.path_of(name)}: SHA-256 is {actual[:12]}..., expected {expected[:12]}...;"
-                    " the file changed since it was converted: convert again"
+                    f" the file changed since it was converted: {self._advice(name)}"
                 )
 
     def _check_file(self, name: str) -> None:
         path, record = self.path_of(name), self.manifest.files[name]
         if not path.is_file():
-            raise BundleError(f"{path}: missing, though {MANIFEST} names it; convert again")
+            raise BundleError(f"{path}: missing, though {MANIFEST} names it; {self._advice(name)}")
         if (size := path.stat().st_size) != record.bytes:
-            raise BundleError(f"{path}: found {size} bytes, expected {record.bytes}; convert again")
+            raise BundleError(f"{path}: found {size} bytes, expected {record.bytes}; {self._advice(name)}")
         try:
             digest = header_sha256(path, record.header_bytes)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
         if digest != record.header_sha256:
-            raise BundleError(self._foreign(path))
+            raise BundleError(self._foreign(name, path))
 
-    def _foreign(self, path: Path) -> str:
+    def _advice(self, name: str) -> str:
+        """What to do about a file that is missing or another."""
+        reference = self.manifest.references.get(name)
+        if reference is None:
+            return "convert again"
+        owner = f"{reference.owner} owns it and may have removed or replaced it: " if reference.owner else ""
+        return f"{owner}put it back, or `pocketllava import` it again"
+
+    def _foreign(self, name: str, path: Path) -> str:
         """Say whose header a file has, with both widths where they differ."""
         expected = self.manifest.projected_width
         try:
@@ -155,10 +169,11 @@ class Bundle:
         width = header.keys.get("clip.vision.projection_dim")
         if path == self.mmproj and width is not None and width != expected:
             return f"{path}: projects to width {width}, the text model has {expected}; it belongs to another model"
-        return f"{path}: its header is not the one recorded in {MANIFEST}; it belongs to another model"
+        other = "" if name not in self.manifest.references else f"; {self._advice(name)}"
+        return f"{path}: its header is not the one recorded in {MANIFEST}; it belongs to another model{other}"
 
 
-def describe_file(header: Header, digest: str) -> FileRecord:
+def describe_file(header: Header, digest: str | None) -> FileRecord:
     """What the manifest records of a file with this header and SHA-256."""
     n_bytes = header.data_start
     return FileRecord(header.file_bytes, n_bytes, header_sha256(header.path, n_bytes), digest)

@@ -16,6 +16,7 @@ from pocketllava.models.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+ARCHITECTURE = "general.architecture"
 ALIGNMENT = 32  # of tensor data, unless general.alignment says otherwise
 F32, F16, BF16 = 0, 1, 30  # enum ggml_type
 MAX_ITEMS = 1 << 24  # keys, tensors or array elements: far above any model, far below memory
@@ -60,6 +61,15 @@ class Header:
                 return _Reader(path, file, file_bytes).header()
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def architecture(path: Path) -> str | None:
+    """A file's general.architecture, without reading what comes after it; None for what is no GGUF file."""
+    try:
+        with open_regular(path) as file:
+            return _Reader(path, file, path.stat().st_size).architecture()
+    except (OSError, BundleError):
+        return None
 
 
 class _Reader:
@@ -119,12 +129,25 @@ class _Reader:
             return [self.string() for _ in range(n)]
         raise self.fail(f"an array of value type {kind}")
 
-    def header(self) -> Header:
+    def counts(self) -> tuple[int, int]:
+        """Tensors and keys, as the file's first bytes say."""
         if self.file_bytes < 24 or self.take(4) != MAGIC:
             raise self.fail(f"{self.file_bytes} bytes that do not begin with {MAGIC.decode()}")
         if (version := self.scalar("I")) not in VERSIONS:
             raise self.fail(f"version {version}, expected {' or '.join(map(str, VERSIONS))}")
-        n_tensors, n_keys = self.count("tensors"), self.count("keys")
+        return self.count("tensors"), self.count("keys")
+
+    def architecture(self) -> str | None:
+        _, n_keys = self.counts()
+        for _ in range(n_keys):
+            name, kind = self.string(), int(self.scalar("I"))
+            value = self.value(kind)
+            if name == ARCHITECTURE:
+                return value if kind == STRING else None
+        return None
+
+    def header(self) -> Header:
+        n_tensors, n_keys = self.counts()
         keys: dict[str, Any] = {}
         key_types: dict[str, int] = {}
         item_types: dict[str, int] = {}

@@ -19,9 +19,8 @@ from gguf.gguf_writer import WriterState
 
 from pocketllava.errors import BundleError
 from pocketllava.models.contract import shown
-from pocketllava.models.gguf_header import ALIGNMENT, Header, TensorInfo
+from pocketllava.models.gguf_header import ALIGNMENT, ARCHITECTURE, Header, TensorInfo
 
-ARCHITECTURE = "general.architecture"
 ALIGNMENT_KEY = "general.alignment"
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 from pocketllava.errors import BundleError
@@ -50,12 +50,28 @@ class Types:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was verified. header_sha256 is of its first header_bytes: keys and tensor list."""
+    """A file as it was verified. header_sha256 is of its first header_bytes: keys and tensor list.
+
+    sha256: None for a file of another program that nobody has read whole.
+    """
 
     bytes: int
     header_bytes: int
     header_sha256: str
-    sha256: str
+    sha256: str | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file where it is known, else of its header."""
+        return self.sha256 or self.header_sha256
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A file outside the bundle's folder: its absolute path, and the program that it belongs to."""
+
+    path: str
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +87,12 @@ class Manifest:
     """bundle.json's content.
 
     version: of the pocketllava that converted. file_names: of a published pair, whose files keep their own names, by
-    the names that they would have in a bundle. image_token: the text that stands for an image in the template;
-    image_token_id: its row of the vocabulary, None where it has none. n_patches: of one picture, or of one tile where
-    pictures are tiled. vision_width, projected_width: columns of the tower's features, before and after the
-    projector. space_prefix: which text between special tokens gets a leading space: "every" run, only the
-    "first", "none", or "chunk" (the first and those after an image). strip: special tokens that swallow white space
+    the names that they would have in a bundle; references: of files that lie elsewhere. image_token: the text that
+    stands for an image in the template; image_token_id: its row of the vocabulary, None where it has none. n_patches:
+    of one picture, or of one tile where pictures are tiled. vision_width, projected_width: columns of the tower's
+    features, before and after the projector. space_prefix: which text between special tokens gets a leading space:
+    "every" run, only the "first", "none", or "chunk" (the first and those after an image). strip: special tokens that
+    swallow white space
     beside them, and on which side.
     """
 
@@ -84,6 +101,7 @@ class Manifest:
     types: Types
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     file_names: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, Reference] = field(default_factory=dict)
     image_token: str
     image_token_id: int | None
     n_patches: int
@@ -114,11 +132,15 @@ class Manifest:
         top = _Section(path, "", data)
         top.get("format", _exactly(FORMAT), str(FORMAT))
         image, files, tokenizer = top.section("image"), top.section("files"), top.section("tokenizer")
+        references = _references(top)
         return cls(
             version=top.text("pocketllava"),
             source=_source(top.section("source")),
             types=_types(top.section("types")),
-            files={name: _file(files.section(name)) for name in (MODEL, MMPROJ)},
+            files={
+                name: _file(files.section(name), known=name not in references) for name in (MODEL, MMPROJ)
+            },
+            references=references,
             file_names=top.get("file_names", _file_names, "names of files in the bundle's folder")
             if "file_names" in top.value
             else {},
@@ -170,6 +192,8 @@ class Manifest:
         }
         if self.file_names:
             data["file_names"] = dict(self.file_names)
+        if self.references:
+            data["references"] = {name: asdict(reference) for name, reference in self.references.items()}
         if self.quantized_from is not None:
             origin = self.quantized_from
             data["quantized_from"] = {"types": asdict(origin.types), "sha256": dict(origin.sha256)}
@@ -220,15 +244,32 @@ def _types(section: _Section) -> Types:
     return Types(section.text("model"), section.text("mmproj"))
 
 
-def _file(section: _Section) -> FileRecord:
+def _file(section: _Section, *, known: bool) -> FileRecord:
+    """known: whether its SHA-256 has to be there."""
     n_bytes = section.get("bytes", _size, "a positive whole number")
     most = min(n_bytes, MAX_HEADER_BYTES)
     return FileRecord(
         n_bytes,
         section.get("header_bytes", lambda value: _whole(value, 1, most), f"1 to {most}"),
         section.get("header_sha256", _sha256, "64 hexadecimal digits"),
-        section.get("sha256", _sha256, "64 hexadecimal digits"),
+        section.get("sha256", _sha256 if known else _optional(_sha256), "64 hexadecimal digits"),
     )
+
+
+def _references(top: _Section) -> dict[str, Reference]:
+    if "references" not in top.value:
+        return {}
+    section = top.section("references")
+    names = section.value.keys() & {MODEL, MMPROJ}
+    if not names or names != section.value.keys():
+        raise top.wrong("references", section.value, f"{MODEL}, {MMPROJ} or both")
+    return {
+        name: Reference(
+            section.section(name).get("path", _absolute, "an absolute path"),
+            section.section(name).get("owner", _optional(_text), "text or null"),
+        )
+        for name in sorted(names)
+    }
 
 
 def _quantized_from(top: _Section) -> QuantizedFrom | None:
@@ -277,6 +318,16 @@ def _file_names(value: Any) -> dict[str, str]:
     ):
         raise ValueError
     return names
+
+
+def _absolute(value: Any) -> str:
+    """Of this system or another, on which it names nothing; bytes that are not UTF-8 are Python's surrogates."""
+    if type(value) is not str or "\0" in value:
+        raise ValueError
+    value.encode("utf-8", "surrogateescape")
+    if not (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
+        raise ValueError
+    return value
 
 
 def _whole(value: Any, first: int, last: int) -> int:

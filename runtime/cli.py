@@ -24,6 +24,7 @@ from pocketllava.commands.doctor import doctor
 from pocketllava.commands.evaluate import evaluate
 from pocketllava.commands.find import find
 from pocketllava.commands.imatrix import imatrix
+from pocketllava.commands.import_model import import_model
 from pocketllava.commands.inspect import inspect
 from pocketllava.commands.list import list_models
 from pocketllava.commands.plan import plan
@@ -40,7 +41,7 @@ from pocketllava.settings import nearest
 SECTIONS = {
     "Ask about images": (demo, ask, chat, serve),
     "Caption and search folders": (caption, find, album),
-    "Keep models": (pull, list_models, show, verify, rm),
+    "Keep models": (pull, import_model, list_models, show, verify, rm),
     "Convert a checkpoint": (convert, quantize, imatrix),
     "Look and measure": (inspect, plan, doctor, evaluate, bench),
     "Shell": (completion,),

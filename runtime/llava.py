@@ -23,6 +23,7 @@ from pocketllava.models import Bundle
 from pocketllava.prompt.openai import as_messages
 from pocketllava.settings import Setting, checked, settings
 from pocketllava.types import (
+    PAIR,
     Answer,
     Chunk,
     ImageSource,
@@ -83,13 +84,14 @@ class Llava:
         """Load a bundle.
 
         Args:
-            path: A folder made by `pocketllava convert`, a name of the store, or "demo", the model in the package.
+            path: A folder made by `pocketllava convert`, a name of the store, a GGUF text model whose mmproj lies
+                beside it, or "demo", the model in the package.
             isolated: Load it in a child process. Should llama.cpp end that process, the call that was running raises
                 EngineDied, and the next one loads the model again. This process never loads llama.cpp.
             worker_command: With isolated, what starts a worker in a frozen application, such as [python, "-I",
                 "-m", "pocketllava.engine.child"].
             **load: Fields of LoadOptions: n_ctx, n_threads, n_gpu_layers, max_pixels, kv_type, weights, cache_dir,
-                cache_bytes, keep_prefixes.
+                cache_bytes, keep_prefixes; mmproj, template and pad of a GGUF text model.
 
         Returns:
             The loaded model.
@@ -110,7 +112,7 @@ class Llava:
         start = time.perf_counter()
         options = load_options(**load)
         with ExitStack() as use:
-            bundle = open_bundle(path)
+            bundle = open_bundle(path, **_pair(options))
             use.enter_context(lease(bundle))
             engine = _engine(bundle, options, isolated, worker_command)
             llava = cls(bundle, engine, time.perf_counter() - start)
@@ -139,7 +141,8 @@ class Llava:
         from pocketllava.engine.loading import planned
         from pocketllava.names import open_bundle
 
-        return planned(open_bundle(path), load_options(**load))
+        options = load_options(**load)
+        return planned(open_bundle(path, **_pair(options)), options)
 
     def ask(
         self,
@@ -658,6 +661,11 @@ def _engine(
 
     loaded = load_bundle(bundle, options)
     return LocalEngine(loaded.session, loaded.device)
+
+
+def _pair(options: LoadOptions) -> dict[str, Any]:
+    """What is said of a text model without bundle.json."""
+    return {name: getattr(options, name) for name in PAIR}
 
 
 def _between(images: Iterable[ImageSource], turns: Turns) -> Iterator[ImageSource]:

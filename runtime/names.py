@@ -1,5 +1,5 @@
-"""A name or a path -> a bundle: a folder that `pocketllava convert` made, a model of the store, or "demo", the
-model in the package.
+"""A name or a path -> a bundle: a folder that `pocketllava convert` made, a model of the store, a GGUF text model with
+its mmproj, or "demo", the model in the package.
 
 Knows the cache folder of the demo's bundle, its conversion, and the names near a mistyped one; no engine.
 """
@@ -7,6 +7,7 @@ Knows the cache folder of the demo's bundle, its conversion, and the names near 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -16,13 +17,15 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pocketllava.errors import BundleError, InputError, ModelNotFound
+from pocketllava.errors import BundleError, InputError, ModelNotFound, UnsupportedOption
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import MANIFEST
 from pocketllava.models.files import cache_folder, expanded
+from pocketllava.models.gguf_header import MAGIC
 from pocketllava.models.store import Store, is_name
 from pocketllava.settings import nearest
 
+logger = logging.getLogger("pocketllava")
 DEMO = "demo"
 DEMO_QUANT, DEMO_MMPROJ = "Q4_K_M", "F16"
 WEIGHTS = "model.safetensors"
@@ -30,11 +33,87 @@ SHOWN = 5  # bundles that lie beside one that is missing
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def open_bundle(name: str | PathLike[str]) -> Bundle:
-    """Open a bundle by its folder, or by its name in the store. A folder comes before a name, "demo" included.
+def open_bundle(
+    name: str | PathLike[str],
+    *,
+    mmproj: str | PathLike[str] | None = None,
+    template: str | None = None,
+    pad: bool | None = None,
+) -> Bundle:
+    """Open a bundle by its folder or by its name in the store, or a text model as it is.
 
+    A folder comes before a name, "demo" included. mmproj, template and pad: of a text model without bundle.json.
     Raises InputError for other types; ModelNotFound, BundleError; ConvertError if the demo cannot be converted.
     """
+    model = _text_model(name)
+    if model is not None:
+        return _open_pair(model, mmproj, template, pad)
+    for option, value in (("mmproj", mmproj), ("template", template), ("pad", pad)):
+        if value is not None:
+            raise UnsupportedOption(
+                f"{option}: {name} is a bundle, whose bundle.json says it; expected a GGUF text model, or its folder"
+            )
+    return _open(name)
+
+
+def _text_model(name: str | PathLike[str]) -> Path | None:
+    """The text model of a pair without bundle.json; None for everything else. Raises InputError, ModelNotFound."""
+    if not isinstance(name, str | PathLike) or not os.fspath(name):
+        return None
+    path = expanded(name)
+    try:
+        if path.is_file():
+            return None if name == DEMO else _in_llamafile(path)
+        pair = path.is_dir() and not (path / MANIFEST).exists() and any(path.glob("*.[gG][gG][uU][fF]"))
+    except (OSError, ValueError):
+        return None
+    if not pair:
+        return None
+    from pocketllava.convert.foreign import only_text_model  # takes half a second to import
+
+    return only_text_model(path)
+
+
+def _in_llamafile(path: Path) -> Path:
+    """The text model in a llamafile; any other file itself. Raises BundleError, DiskFull, InputError."""
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(4) == MAGIC:
+            return path
+    from pocketllava.convert.foreign import only_text_model
+    from pocketllava.convert.llamafile import extracted, is_llamafile
+
+    return only_text_model(extracted(path)) if is_llamafile(path) else path
+
+
+def _open_pair(
+    model: Path, mmproj: str | PathLike[str] | None, template: str | None, pad: bool | None
+) -> Bundle:
+    """A text model with the projector that was named, or lies beside it; what had to be assumed is said once."""
+    alone = mmproj is None and template is None and pad is None
+    if alone and (bundle := _around(model)) is not None:
+        return bundle
+    from pocketllava.convert import foreign
+    from pocketllava.convert.pair import style
+
+    foreign.text_model(model)  # what it is, before anything is looked for
+    projectors = [expanded(mmproj)] if mmproj is not None else foreign.beside(model)
+    pair = foreign.pair(model, projectors)
+    how = style(pair.text, pair.projector.info, template, pad)
+    bundle, fresh = foreign.remembered(pair, how)
+    if fresh:
+        logger.warning("%s", foreign.said(pair, how))
+    return bundle
+
+
+def _around(model: Path) -> Bundle | None:
+    """The bundle whose text model a file is."""
+    with suppress(ModelNotFound, BundleError):
+        bundle = Bundle.open(model.parent)
+        return bundle if bundle.model.samefile(model) else None
+    return None
+
+
+def _open(name: str | PathLike[str]) -> Bundle:
     if not isinstance(name, str | PathLike) or not os.fspath(name):
         raise InputError(f"model: found {name!r}, expected a bundle's folder or {DEMO!r}")
     folder = expanded(name)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from pocketllava.errors import InputError
 
 T = TypeVar("T")
-Kind = Literal["whole", "number", "choice", "switch", "folder", "text", "texts", "several", "schema"]
+Kind = Literal["whole", "number", "choice", "switch", "folder", "file", "text", "texts", "several", "schema"]
 KEY = "setting"
 
 
@@ -53,6 +53,7 @@ class Setting:
             "switch": "True or False",
             "folder": "a folder's path",
             "text": "a text of whole characters",
+            "file": "a file's path",
             "texts": "a text or a sequence of texts, none of them empty",
             "several": "a sequence of different texts, none of them empty",
             "schema": "a JSON schema, as a dict",
@@ -148,7 +149,7 @@ def _choice(value: object) -> str:
     return value
 
 
-def _folder(value: Any) -> Path:
+def _path(value: Any) -> Path:
     if not isinstance(value, str | PathLike) or not str(value):
         raise TypeError
     return Path(value).expanduser()
@@ -189,7 +190,8 @@ _TYPES: dict[Kind, Callable[[Any], Any]] = {
     "number": _number,
     "choice": _choice,
     "switch": _switch,
-    "folder": _folder,
+    "folder": _path,
+    "file": _path,
     "text": _text,
     "texts": _texts,
     "several": _several,

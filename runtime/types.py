@@ -28,6 +28,8 @@ Truncation = Literal["oldest"]
 Bytes = bytes  # under a name that a field `bytes` does not hide
 ROLES = ("system", "user", "assistant")
 KV_TYPES = ("auto", "f16", "q8_0")
+TEMPLATES = ("vicuna_v1", "llava-hf", "mistral", "llama-3", "chatml")  # prompts; convert/pair.py has them
+PAIR = ("mmproj", "template", "pad")  # options of a text model without bundle.json
 WEIGHTS = ("auto", "memory", "mapped")
 FLASH_ATTENTION = ("auto", "on", "off")
 GIGA = 1_000_000_000
@@ -221,6 +223,10 @@ class LoadOptions:
         cache_dir: A folder to keep encoded images in, for the next time they are shown.
         cache_bytes: The oldest files in cache_dir go beyond this.
         keep_prefixes: Keep evaluated images in cache_dir too, 0.3 GB each for a 7B model.
+        mmproj: The vision part of a GGUF text model. None: the one that lies beside it.
+        template: Prompt of a GGUF text model: "vicuna_v1", "llava-hf", "mistral", "llama-3" or "chatml". None: its
+            own, or what its vocabulary lets one assume.
+        pad: Pad the pictures of a GGUF text model to a square (True), or crop them (False). None: as its kind does.
 
     Raises:
         UnsupportedOption: a value of another type or outside its range.
@@ -270,6 +276,18 @@ class LoadOptions:
     keep_prefixes: bool = option(
         False, "switch", "--keep-prefixes", "Keep evaluated images in DIR too, 0.3 GB each for a 7B model."
     )
+    mmproj: str | PathLike[str] | None = option(
+        None, "file", "--mmproj", "The vision part of a GGUF text model.",
+        optional=True, default_text="beside it", metavar="FILE",
+    )  # fmt: skip
+    template: str | None = option(
+        None, "choice", "--template", "Prompt of a GGUF text model.",
+        choices=TEMPLATES, optional=True, default_text="its own, or its kind's",
+    )  # fmt: skip
+    pad: bool | None = option(
+        None, "switch", "--pad/--crop", "Pad the pictures of a GGUF text model to a square, or crop them.",
+        optional=True, default_text="as its kind does",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self, UnsupportedOption)

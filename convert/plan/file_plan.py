@@ -18,8 +18,8 @@ from pocketllava.convert.plan.quantize import dequantize, n_bytes
 from pocketllava.convert.read.checkpoint import UNINDEXED
 from pocketllava.convert.read.sources import SourceTensor
 from pocketllava.errors import TensorMismatch, UnsupportedCheckpoint
-from pocketllava.models.gguf_header import ALIGNMENT, Header, TensorInfo
-from pocketllava.models.gguf_writer import ARCHITECTURE, Key
+from pocketllava.models.gguf_header import ALIGNMENT, ARCHITECTURE, Header, TensorInfo
+from pocketllava.models.gguf_writer import Key
 
 CHUNK_VALUES = 1 << 19  # rows are read and quantized about 2 MB of float32 at a time
 FLOAT_TYPES = ("F32", "F16", "BF16")

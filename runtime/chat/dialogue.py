@@ -228,7 +228,7 @@ def bundle_id(bundle: Bundle) -> str:
     """A bundle's source, types and the beginning of its text model's SHA-256."""
     m = bundle.manifest
     types = f"{m.types.model}+{m.types.mmproj}"
-    return f"{m.source.id} {types} {m.files['model.gguf'].sha256[:12]}"
+    return f"{m.source.id} {types} {m.files['model.gguf'].digest[:12]}"
 
 
 def _user_message(turn: Turn) -> Message:

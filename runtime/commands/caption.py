@@ -17,6 +17,7 @@ from pocketllava.commands.common import (
     Place,
     Text,
     load_options,
+    pair_of,
     quiet_option,
     sampling_options,
 )
@@ -160,7 +161,7 @@ def caption(
     run = _Flags(**flags)
     walk = Walk(tuple(str(expanded(path)) for path in paths), run.recursive)
     count = Count(walk)
-    bundle = open_bundle(model)
+    bundle = open_bundle(model, **pair_of(load))
     texts = read_prompts(expanded(prompts)) if prompts else [*dict.fromkeys(prompt)] or [DEFAULT_PROMPT]
     options = Options(**sampling)
     plan = Plan(

@@ -21,6 +21,7 @@ from pocketllava.commands.common import (
     color,
     complain,
     load_options,
+    pair_of,
     quiet_option,
     sampling_options,
 )
@@ -78,7 +79,7 @@ def chat(
 
     options = Options(**sampling)
     on_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
-    bundle = open_bundle(model)
+    bundle = open_bundle(model, **pair_of(load))
     dialogue = Dialogue(Gallery(examination(bundle, load["max_pixels"])), bundle_id(bundle))
     lines = list(load_conversation(dialogue, expanded(saved)).lines) if saved else []
     dialogue.system = dialogue.system if system is None else system
@@ -86,7 +87,7 @@ def chat(
     welcome = on_terminal and not quiet
     if welcome:
         note(f"loading {bundle.folder.name} ...")
-    with Llava.load(bundle.folder, **load) as llava:
+    with Llava.load(model, **load) as llava:
         for line in [WELCOME, *lines] if welcome else lines:
             note(line)
         Chat(llava, dialogue, options, stats, on_terminal).run()

@@ -23,7 +23,7 @@ from pocketllava.commands.waiting import Waiting, shown
 from pocketllava.errors import InputError
 from pocketllava.models.files import expanded, read_text, utf8
 from pocketllava.settings import Setting, nearest, settings
-from pocketllava.types import LoadOptions, Options
+from pocketllava.types import PAIR, LoadOptions, Options
 
 if TYPE_CHECKING:
     from pocketllava import Llava, Message
@@ -140,6 +140,16 @@ def load_options(command: Command) -> Command:
     return verbose_option(_with_options(LoadOptions, tuple(settings(LoadOptions)), "load", check)(command))
 
 
+def pair_options(command: Command) -> Command:
+    """The options of a text model without bundle.json, handed to the command as one dictionary, `pair`."""
+    return _with_options(LoadOptions, PAIR, "pair")(command)
+
+
+def pair_of(load: dict[str, Any]) -> dict[str, Any]:
+    """Those among the options of Llava.load."""
+    return {name: load[name] for name in PAIR}
+
+
 def sampling_options(*without: str) -> Callable[[Command], Command]:
     """How tokens are chosen, handed to the command as one dictionary of Options' fields, `sampling`."""
     named = (name for name, setting in settings(Options).items() if setting.flags)
@@ -164,6 +174,8 @@ def setting_option(options: type, name: str) -> Callable[[Command], Command]:
     default = getattr(options, name)
     text = setting.help
     more: dict[str, Any] = {"type": SettingType(setting)} if setting.kind != "switch" else {"is_flag": True}
+    if setting.kind == "switch" and setting.optional:
+        more["default"] = None
     if setting.kind == "texts":
         more |= {"multiple": True, "type": Text("one that can appear")}
     elif setting.kind == "schema":

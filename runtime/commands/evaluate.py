@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import Place, load_options, quiet_option
+from pocketllava.commands.common import Place, load_options, pair_of, quiet_option
 from pocketllava.commands.completion import Model
 from pocketllava.commands.show import summary_lines
 from pocketllava.models.files import expanded
@@ -63,7 +63,7 @@ def evaluate(
     from pocketllava.measure.accuracy import header, items, run, summary
     from pocketllava.names import open_bundle
 
-    bundle = open_bundle(model)
+    bundle = open_bundle(model, **pair_of(load))
     chosen = list(items(questions, limit))
     with (
         _results(results, bundle, questions, header(bundle, questions)) as file,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import Place, Text, image_argument, refuse, setting_option
+from pocketllava.commands.common import Place, Text, image_argument, pair_options, refuse, setting_option
 from pocketllava.commands.completion import Model
 from pocketllava.commands.show import memory_line, trace_lines, tree
 from pocketllava.errors import InputError
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Compare both files' SHA-256 with the recorded ones.")
 @setting_option(LoadOptions, "n_ctx")
 @setting_option(LoadOptions, "kv_type")
+@pair_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
     model: str,
@@ -48,6 +49,7 @@ def inspect(
     n_ctx: int | None,
     kv_type: str,
     as_json: bool,
+    pair: dict[str, Any],
 ) -> None:
     """Show a bundle's three parts with shapes and types and the memory that it takes, or follow one picture."""
     from pocketllava.models.machine import available_bytes
@@ -58,13 +60,13 @@ def inspect(
         refuse("without --image IMAGE", "question", "image_tokens", "save")
     else:
         refuse("with --image: it shows the memory that a context takes", "n_ctx", "kv_type")
-    bundle = open_bundle(model)
+    bundle = open_bundle(model, **pair)
     if check:
         bundle.check_hashes()
     if image is not None:
         from pocketllava import Llava
 
-        with Llava.load(model, n_gpu_layers=0) as llava:
+        with Llava.load(model, n_gpu_layers=0, **pair) as llava:
             source = image_argument(image)
             trace = llava.trace(source, question, image_tokens=image_tokens)
             if save is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import load_options
+from pocketllava.commands.common import load_options, pair_of
 from pocketllava.commands.completion import Model
 from pocketllava.errors import InputError, UnsupportedOption
 
@@ -81,7 +81,7 @@ def serve(
     key = _key(api_key_file)
     if key is None and not is_loopback(host):
         raise click.UsageError(f"--host {host} is open to other machines: give --api-key-file FILE as well")
-    bundle = open_bundle(model)
+    bundle = open_bundle(model, **pair_of(load))
     loading = partial(_load, model, Path(model).name or model, bundle, load)
     supervisor = Supervisor(loading, queue=queue, idle_s=idle * 60 if idle else None)
     served = Served(

@@ -40,4 +40,4 @@ def show(name: str, as_json: bool) -> None:
     for key, value in about.items():
         click.echo(f"{key + ':':<14}{value}")
     for path, record in files.items():
-        click.echo(f"{path}  {size(record['bytes'])}  sha256:{record['sha256']}")
+        click.echo(f"{path}  {size(record['bytes'])}  sha256:{record['sha256'] or 'not known'}")

@@ -25,8 +25,11 @@ def verify(name: str | None) -> int:
     damaged = 0
     for each in [store.find(name)] if name is not None else store.names():
         try:
-            Bundle.open(store.folder(each)).check_hashes()
-            click.echo(f"{each}: as recorded")
+            bundle = Bundle.open(store.folder(each))
+            bundle.check_hashes()
+            unread = [str(bundle.path_of(n)) for n, r in bundle.manifest.files.items() if r.sha256 is None]
+            known = f"; of {', '.join(unread)} only size and header are recorded" if unread else ""
+            click.echo(f"{each}: as recorded{known}")
         except PocketLlavaError as error:
             damaged += 1
             complain("error", str(error))

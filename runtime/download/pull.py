@@ -228,7 +228,7 @@ def _mended(mmproj: Path) -> bool:
 
 
 def _check_digest(bundle: Bundle, name: str, sha256: str) -> None:
-    found = bundle.manifest.files[name].sha256
+    found = bundle.manifest.files[name].digest
     if found != sha256:
         raise DownloadError(
             f"{name}: SHA-256 is {found[:12]}... on this disk, expected {sha256[:12]}...; check the disk, pull"

@@ -36,7 +36,7 @@ from pocketllava.llamacpp.children import (
 )
 from pocketllava.llamacpp.guard import Interrupted, ShouldStop
 from pocketllava.models import Bundle
-from pocketllava.types import Chunk, ImageSource, LoadOptions, Message, Options, Progress, Trace
+from pocketllava.types import PAIR, Chunk, ImageSource, LoadOptions, Message, Options, Progress, Trace
 from pocketllava.vision.decoding import MAX_PIXELS
 from pocketllava.vision.image_processor import ImageProcessor
 
@@ -172,7 +172,7 @@ class ProcessEngine:
     ) -> None:
         """Starts a child and loads the bundle there. Raises what loading raises."""
         self._bundle, self._command = bundle, worker_command
-        fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+        fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in PAIR}
         if options.cache_dir is not None:
             fields["cache_dir"] = str(Path(options.cache_dir).absolute())
         self._options = json.loads(json.dumps(fields))

@@ -396,7 +396,8 @@ class Session:
         """A file's SHA-256 where the bundle records it, else what tells it from others without reading it."""
         bundle = self.bundle
         if bundle and path in (bundle.model, bundle.mmproj):
-            return bundle.manifest.files[MODEL if path == bundle.model else MMPROJ].sha256
+            known = bundle.manifest.files[MODEL if path == bundle.model else MMPROJ].sha256
+            return known or file_identity(path, header)
         return file_identity(path, header)
 
 

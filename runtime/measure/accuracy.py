@@ -74,7 +74,7 @@ def items(questions: str, limit: int | None) -> Iterator[Item]:
 
 def header(bundle: Bundle, questions: str) -> dict[str, Any]:
     """The first line of a results file: the hashes of both model files and of the set of questions."""
-    files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    files = {name: record.digest for name, record in bundle.manifest.files.items()}
     return {"model": files, "set": questions if questions == SCENES else sha256(expanded(questions))}
 
 
