@@ -369,3 +369,46 @@ def test_the_walk_takes_regular_files_only_and_ends(tmp_path: Path, monkeypatch:
     ]
     monkeypatch.setattr("pocketllava.models.catalog.MAX_ENTRIES", 3)
     assert len(list(walk(tmp_path))) <= 3
+
+
+def test_the_prompt_that_ollama_gives_is_taken(home: Path, bundle: Bundle, make_bundle: MakeBundle) -> None:
+    ollama(home / ".ollama" / "models", bundle)
+    for mark, expected in (("[INST] {{ .Prompt }} [/INST]", "mistral"), ("{{ .Prompt }}", None)):
+        path = next((home / ".ollama").rglob("7b"))
+        document = json.loads(path.read_text("utf-8"))
+        layer = blob(home / ".ollama" / "models" / "blobs", mark.encode())
+        document["layers"][2] = {"mediaType": "application/vnd.ollama.image.template", **layer}
+        path.write_text(json.dumps(document), "utf-8")
+        pair = found("ollama:llava:7b", None, mine(home))
+        assert pair.template == expected
+        assert (
+            style(pair.text, pair.projector.info, likely=pair.template).name == "its own"
+        )  # a file's own comes first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8")
+def test_a_path_that_is_no_utf8_can_be_referred_to(home: Path, bundle: Bundle, store: Store) -> None:
+    folder = home / os.fsdecode(b"mod\xe8les")
+    put(folder, bundle)
+    run(str(folder), "--as", "mine")
+    assert Bundle.open(store.folder("mine")).model == folder / MODEL_NAME
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        {},
+        [],
+        {"other.gguf": {"path": "/x", "owner": None}},
+        *({MODEL: {"path": p, "owner": None}} for p in ("x", "../x", "", 5, "/x\0")),
+    ],
+    ids=str,
+)
+def test_references_are_absolute_paths_of_a_bundles_files(
+    bundle: Bundle, tmp_path: Path, references: Any
+) -> None:
+    folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    values = json.loads((folder / "bundle.json").read_text("utf-8"))
+    (folder / "bundle.json").write_text(json.dumps({**values, "references": references}), "utf-8")
+    with pytest.raises(BundleError, match=r"bundle\.json: references.* is .*, expected "):
+        Bundle.open(folder)
