@@ -29,7 +29,7 @@ def questions(
         f"load.{name}": value for name, value in _changed(loaded, LoadOptions()).items() if name in LOAD
     }
     files = bundle.manifest.files
-    model = f"{files[MODEL].sha256} {files[MMPROJ].sha256}"
+    model = f"{files[MODEL].digest} {files[MMPROJ].digest}"
     name = bundle.folder.resolve().name
     return tuple(Question(prompt, prompt, given, name, model) for prompt in prompts)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketllava.commands.common import Place, Text, pair_options
-from pocketllava.commands.show import size
+from pocketllava.models.plan_text import size
 
 if TYPE_CHECKING:
     from pocketllava.convert.adopt import Row
