@@ -258,7 +258,7 @@ def test_places_without_a_bundle(make_checkpoint: Any, bundle: Bundle, tmp_path:
         Llava.load(bundle.folder.parent / "bundel")
     with pytest.raises(ModelNotFound, match="it is a checkpoint: run `pocketllava convert"):
         Llava.load(make_checkpoint())
-    with pytest.raises(ModelNotFound, match="found a file"):
-        Llava.load(bundle.model)
+    with Llava.load(bundle.model) as llava:  # a text model as it lies, which here is a bundle's
+        assert llava.bundle.folder == bundle.folder
     with pytest.raises(ModelNotFound, match=r"no bundle\.json"):
         Llava.load(tmp_path)

@@ -124,7 +124,11 @@ def check(
     fields, text = read(headers.get("content-type", ""), body)
     if "text" in recorded:
         assert text.strip() if recorded["text"] == ANY else text == answers[recorded["text"]]
-    if "json" in recorded:
+    if (
+        "json" in recorded and fields.get("done_reason") == "length"
+    ):  # sampled with no seed: it may fill the context
+        assert text.startswith("{")
+    elif "json" in recorded:
         assert set(json.loads(text)) >= set(recorded["json"])
     for path, expected in recorded.get("has", {}).items():
         found = field(fields, path)

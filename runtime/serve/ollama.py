@@ -277,7 +277,9 @@ def _options(asked: Asked) -> Options:
     """Ollama's names -> ours. Others, num_ctx included, change nothing here. Raises Fault, InputError."""
     options = asked.options or {}
     given = sampled(options)
-    limit = options.get("num_predict")
+    limit = options.get(
+        "num_predict", -1 if asked.format else None
+    )  # a record ends by itself, where there is room
     if limit is not None:
         given["max_tokens"] = MAX_INT if isinstance(limit, int) and limit < 0 else limit
     if stop := options.get("stop"):
