@@ -25,6 +25,8 @@ from pocketllava.types import LoadOptions
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# enum llama_split_mode NONE, and no device: else weights lie in a GPU's pinned memory, and long batches run on it
+CPU_ALONE = {"split_mode": 0, "main_gpu": -1}
 
 Q8_0 = 8  # enum ggml_type
 
@@ -138,6 +140,8 @@ def _load_text(bundle: Bundle, fitted: Plan, options: LoadOptions) -> tuple[Text
         "flash_attn": fitted.flash_attention,
         "n_gpu_layers": -1 if fitted.n_gpu_layers == fitted.n_layers else fitted.n_gpu_layers,
     }
+    if not fitted.n_gpu_layers:
+        settings |= CPU_ALONE
     if fitted.kv_type == "q8_0":
         settings |= {"type_k": Q8_0, "type_v": Q8_0}
     with _explained(fitted):
