@@ -39,12 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # What takes longest, left out by `make test-fast`: whole conversions, children, every type of quantization.
 SLOW = (
-    "answers", "attack_files", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat", "chat_template",
-    "children", "cli", "convert", "damage", "demo", "docs", "evaluation", "examples", "hostile_pictures",
-    "image_tokens", "imatrix", "interrupts", "limits", "manifest", "mmproj_contract", "odd_checkpoints", "original",
-    "pickled", "places", "prefixes", "quantize", "repair", "scale", "serve", "streams", "structured", "text_contract",
-    "tiled", "isolated",
-    "tiled_convert", "usage", "variants",
+    "album", "answers", "attack_files", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat",
+    "chat_template", "children", "cli", "completion", "convert", "damage", "demo", "docs", "doctor",
+    "download", "evaluation", "examples", "exports", "foreign", "hostile_pictures", "image_tokens", "imatrix",
+    "import", "interrupts", "isolated", "limits", "manifest", "mmproj_contract", "odd_checkpoints", "openapi",
+    "original", "page", "page_odd", "pickled", "places", "plan", "prefixes", "pull", "quantize", "ray",
+    "recorded_bodies", "repair", "scale", "serve", "serve_faults", "store", "streams", "structured",
+    "text_contract", "tiled", "tiled_convert", "usage", "variants",
 )  # fmt: skip
 
 
