@@ -38,7 +38,8 @@ def load_test(model_path: str, mmproj_path: str, large_bytes: str = str(LARGE_BY
         Path(mmproj_path), min(_size(mmproj_path), int(large_bytes)), _size(model_path), threads=THREADS
     )
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers, params.split_mode, params.main_gpu = 0, 0, -1  # no device takes part (engine/loading.py)
+    # no device takes part (engine/loading.py)
+    params.n_gpu_layers, params.split_mode, params.main_gpu = 0, 0, -1
     params.use_extra_bufts = False  # the file as mapped: no repacking, little memory
     model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
     if not model:
