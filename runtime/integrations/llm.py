@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 ALIAS = "llava"  # of the first model in the store
 ELSEWHERE = ("schema", "choices", "top_logprobs")  # llm has schemas of its own, and no place for the others
-TYPES: dict[str, Any] = {"whole": int, "number": float, "choice": str, "texts": str | list[str]}
+TYPES: dict[str, Any] = {"whole": int, "number": float, "choice": str, "text": str, "texts": str | list[str]}
 KINDS = ("png", "jpeg", "webp", "gif", "bmp", "tiff", "avif", "heic", "heif")
 
 
