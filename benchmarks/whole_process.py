@@ -65,7 +65,7 @@ def commands(bundle: Bundle, image: str, tokens: int) -> dict[str, list[str]]:
     if peer := os.environ.get(MTMD):
         found[PEER] = [
             peer, "-m", model, "--mmproj", mmproj, "--image", image, "-p", FIRST, "-n", str(tokens), "-t", threads,
-            "-tb", threads, "-c", str(CONTEXT), "--temp", "0", "--offline",
+            "-tb", threads, "-c", str(CONTEXT), "--temp", "0", "--offline", "--jinja",
         ]  # fmt: skip
     return found
 
