@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 COUNT_S = 0.6  # the first line comes within a second, whatever there is to be counted
 SOME_FAILED = 3
 INTERRUPTED = 130
-MAX_AT_ONCE = 256
 
 
 class ShardType(ParamType):
@@ -60,6 +59,8 @@ class BatchType(ParamType):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pocketllava.engine.many import MAX_AT_ONCE
+
         if str(value).lower() == "auto":
             return "auto"
         if str(value).isdecimal() and 1 <= int(value) <= MAX_AT_ONCE:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pocketllava.engine.answer_text import AnswerText
 from pocketllava.engine.generation import settings
-from pocketllava.engine.local import ROOM
+from pocketllava.engine.local import begun_by, room_for
 from pocketllava.engine.logprobs import token_logprob
 from pocketllava.engine.session import Composed, Session
 from pocketllava.errors import InputError, PocketLlavaError
@@ -25,7 +25,7 @@ from pocketllava.llamacpp.guard import translated
 from pocketllava.llamacpp.sampling import Sampler
 from pocketllava.llamacpp.sequences import Sequences
 from pocketllava.prompt.items import ImageSpan, PromptItem, n_positions, runs, shared
-from pocketllava.types import Answer, Beginning, FinishReason, Message, Options, Timings, TokenLogprob
+from pocketllava.types import Answer, FinishReason, Message, Options, Timings, TokenLogprob
 
 Job = tuple[int, Sequence[Message] | PocketLlavaError]  # a number, and a conversation, or why there is none
 Logits = npt.NDArray[np.float32]
@@ -126,9 +126,8 @@ class Batched:
     def _prefilled(self, sequence: int, number: int, messages: Sequence[Message]) -> _Answering:
         """Evaluate a conversation and sample its answer's first token."""
         session, options, start = self._session, self._options, time.perf_counter()
-        if begun := (options.prefill or "").strip():
-            messages = [*messages, Beginning(options.prefill or "")]
-        room = min(options.max_tokens, session.text.n_ctx // ROOM) if options.truncate else None
+        messages, begun = begun_by(messages, options)
+        room = room_for(options, session.text.n_ctx)
         composed = session.compose(messages, room, options.image_tokens or session.image_tokens)
         composed_s = time.perf_counter() - start
         held, self._held[sequence] = self._held[sequence], []
@@ -147,12 +146,12 @@ class Batched:
         answering = _Answering(
             number, composed, session.text.sampler(seed=seed, **settings(options)),
             min(options.max_tokens, self._sequences.n_ctx - n_prompt, session.text.n_ctx - n_prompt),
-            AnswerText(options.stop, bool(begun)),
+            AnswerText(options.stop, begun),
             Timings(
                 devices=self._devices, preprocess_s=composed_s, encode_s=encoded_s - composed_s,
                 prompt_s=time.perf_counter() - start - encoded_s, prompt_tokens=n_prompt,
                 image_tokens=n_positions([item for item in composed.prompt if isinstance(item, ImageSpan)]),
-                all_image_tokens=composed.all_image_tokens, cached_tokens=first,
+                all_image_tokens=composed.all_image_tokens, cached_tokens=first, left_out=composed.left_out,
             ),
             start,
         )  # fmt: skip

@@ -100,6 +100,17 @@ class Engine(Protocol):
         """Free the model for good."""
 
 
+def begun_by(messages: Sequence[Message], options: Options) -> tuple[Sequence[Message], bool]:
+    """The conversation with the beginning of its answer, and whether there is one."""
+    begun = bool((options.prefill or "").strip())
+    return ([*messages, Beginning(options.prefill or "")] if begun else messages), begun
+
+
+def room_for(options: Options, n_ctx: int) -> int | None:
+    """What Options.truncate makes free for an answer; None without it."""
+    return min(options.max_tokens, n_ctx // ROOM) if options.truncate else None
+
+
 class LocalEngine:
     """An Engine in this process."""
 
@@ -121,9 +132,8 @@ class LocalEngine:
         from pocketllava.engine.session import PrefillInterrupted
 
         options = call.options
-        if begun := (options.prefill or "").strip():
-            messages = [*messages, Beginning(options.prefill or "")]
-        room = min(options.max_tokens, self.n_ctx // ROOM) if options.truncate else None
+        messages, begun = begun_by(messages, options)
+        room = room_for(options, self.n_ctx)
         constraint, start = self.session.constraint(options), time.perf_counter()
         try:
             prefilled = self.session.prefill(
@@ -139,7 +149,7 @@ class LocalEngine:
         if options.choices is not None:
             yield from self._choice(prefilled, call, start)
         else:
-            yield from self._sampled(prefilled, call, start, constraint, bool(begun))
+            yield from self._sampled(prefilled, call, start, constraint, begun)
 
     def _choice(self, prefilled: Prefilled, call: Call, start: float) -> Generator[Chunk, None, None]:
         """The likeliest of the choices."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pocketllava.engine.choices import Scored, scored
 from pocketllava.engine.generation import Token, constrained, free
 from pocketllava.engine.kv_cache import KvCache
+from pocketllava.engine.local import ROOM
 from pocketllava.engine.prefix_cache import PrefixCache
 from pocketllava.engine.structured import Constraint, Grammars
 from pocketllava.errors import ContextOverflow, InputError
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_TOKEN = "<image>"
-ROOM = 4  # the part of the context that an answer should have
 # Other special tokens that a chat template may name, and their keys in the text model's file.
 NAMED_TOKENS = {
     "pad_token": "tokenizer.ggml.padding_token_id",
