@@ -18,8 +18,9 @@ from pocketllava.album.asking import Job, Reply, replies, together
 from pocketllava.album.database import database_errors
 from pocketllava.album.journal import Album, Given, Picture, Question
 from pocketllava.album.quality import mark_of
-from pocketllava.album.reading import Read, ahead, read, state
+from pocketllava.album.reading import AHEAD, Read, read, state
 from pocketllava.album.walk import Shard, Walk
+from pocketllava.engine.many import results_ahead
 from pocketllava.llava import Llava
 from pocketllava.types import Options
 
@@ -144,7 +145,7 @@ class _Run:
         return done
 
     def _jobs(self) -> Generator[Job, None, None]:
-        with closing(ahead(self.looked(), self._read)) as pictures:
+        with closing(results_ahead(self.looked(), self._read, AHEAD)) as pictures:
             for looked, content in pictures:
                 if self.finish() or self.should_stop():
                     return

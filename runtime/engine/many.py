@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -65,10 +66,22 @@ def answers_at_once(bundle: Bundle, n_ctx: int, on_gpu: bool) -> int:
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], None]) -> Generator[T, None, None]:
-    """The items, after read(item) is done for each in a thread; AHEAD of them are under way. To be closed."""
-    waiting: deque[tuple[T, Future[None]]] = deque()
+    """The items, after read(item) is done for each in a thread. To be closed."""
+    with closing(results_ahead(items, read)) as results:
+        for item, _ in results:
+            yield item
+
+
+def results_ahead(
+    items: Iterable[T], work: Callable[[T], R], ahead: int = AHEAD
+) -> Generator[tuple[T, R], None, None]:
+    """Each item and work(item), in order; threads work so many ahead of what is asked for. To be closed.
+
+    What the items' iterator raises comes after what it gave.
+    """
+    waiting: deque[tuple[T, Future[R]]] = deque()
     following, error = iter(items), None
-    with ThreadPoolExecutor(READERS, "pocketllava read ahead") as pool:
+    with ThreadPoolExecutor(READERS, "pocketllava reader") as pool:
         try:
             while error is None:
                 try:
@@ -76,8 +89,8 @@ def read_ahead(items: Iterable[T], read: Callable[[T], None]) -> Generator[T, No
                 except Exception as stopped:  # the end, or the caller's own: what was taken comes first
                     error = stopped
                 else:
-                    waiting.append((item, pool.submit(read, item)))
-                    if len(waiting) > AHEAD:
+                    waiting.append((item, pool.submit(work, item)))
+                    if len(waiting) > ahead:
                         yield _first(waiting)
             while waiting:
                 yield _first(waiting)
@@ -100,10 +113,9 @@ def one_by_one(
         yield result
 
 
-def _first(waiting: deque[tuple[T, Future[None]]]) -> T:
+def _first(waiting: deque[tuple[T, Future[R]]]) -> tuple[T, R]:
     item, future = waiting.popleft()
-    future.result()
-    return item
+    return item, future.result()
 
 
 def in_order(numbered: Iterable[tuple[int, R]]) -> Iterator[R]:
