@@ -116,9 +116,7 @@ def test_one_card_of_several_and_the_towers_own(bundle: Bundle) -> None:
         ({"main_gpu": 0, "tensor_split": (1, 1)}, r"^tensor_split: expected several GPUs to split over"),
     ],
 )
-def test_devices_that_are_not_there_are_named(
-    bundle: Bundle, options: dict[str, Any], message: str
-) -> None:
+def test_devices_that_are_not_there_are_named(bundle: Bundle, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedOption, match=message):
         plan(bundle, LoadOptions(**options), two_cards())
 

@@ -33,7 +33,14 @@ def tested(bundle: Bundle, options: LoadOptions, here: Machine) -> Machine:
     if not taken:
         return here
     exact = is_exact(bundle, options)
-    here = _changed(here, {d.name: measured(d, exact=exact) for d in here.devices if d.name in taken})
+    here = _changed(
+        here,
+        {
+            d.name: measured(d, bundle.manifest.types.mmproj, exact=exact)
+            for d in here.devices
+            if d.name in taken
+        },
+    )
     wanted = _wanted(plan(bundle, options, here))
     return _changed(here, {d.name: offered(d, wanted[d.name]) for d in here.devices if wanted.get(d.name)})
 
@@ -102,11 +109,14 @@ def _has_room(device: Device, fitted: Plan, options: LoadOptions) -> bool:
     return False
 
 
-def device_beside(header: Header, *, exact: bool) -> Device | None:
-    """The first device that has room for a vision tower, and sums as exactly as was asked; None for the CPU."""
-    wanted = vision_bytes(header, check_mmproj(header))
+def device_beside(header: Header, kind: str, *, exact: bool) -> Device | None:
+    """The first device that has room for a vision tower, and sums as exactly as was asked; None for the CPU.
+
+    kind: the type of its weights.
+    """
     for device in devices():
-        tried = measured(device, exact=exact)
+        wanted = vision_bytes(header, check_mmproj(header))
+        tried = measured(device, kind, exact=exact)
         if (tried.sums_in_f32 or not exact) and allocatable(tried, wanted) == wanted:
             return tried
     return None

@@ -133,7 +133,8 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
         bundle = self.bundle
         exact = bundle is not None and bundle.manifest.types.model in EXACT
         header = bundle.mmproj_header if bundle else Header.read(mmproj)
-        device = device_beside(header, exact=exact) if self.use_gpu else None
+        kind = bundle.manifest.types.mmproj if bundle else "F16"
+        device = device_beside(header, kind, exact=exact) if self.use_gpu else None
         kinds = repr([d.kind for d in devices()]) if on_gpu else ""
         return {"vision_device": device, "exact": exact, "text_kind": kinds}
 

@@ -11,8 +11,10 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pocketllava.llamacpp.devices import address_of
 from pocketllava.llamacpp.library import InitParams, ggml
@@ -20,6 +22,9 @@ from pocketllava.llamacpp.log import unremarked
 from pocketllava.models.gguf_header import F16, F32
 from pocketllava.models.machine import Device
 
+Floats = npt.NDArray[np.float32]
+BF16 = 30  # enum ggml_type
+KINDS = {"F32": F32, "F16": F16, "BF16": BF16}  # others are computed with as F16
 HALVINGS = 7  # a hundredth
 WIDTH, ROWS, COLUMNS = 1024, 128, 640  # a product like those of a vision tower
 TEST_BYTES = 24 << 20  # more than the product takes, the backend's own memory included
@@ -47,12 +52,16 @@ def offered(device: Device, n_bytes: int) -> Device:
     return device if n == n_bytes else replace(device, free=min(device.free, n), total=min(device.total, n))
 
 
-def measured(device: Device, *, exact: bool) -> Device:
-    """The device, and whether it sums in F32. exact: switch that on where it can be, for the rest of the process."""
+def measured(device: Device, kind: str, *, exact: bool) -> Device:
+    """The device, and whether products of weights of this type are as exact there as the CPU's.
+
+    exact: have them so where that can be switched on, for the rest of the process.
+    """
     if exact:
         os.environ.setdefault(*CUDA_SWITCH)
     with _switched(*VULKAN_SWITCH) if exact else contextlib.nullcontext():
-        return replace(device, sums_in_f32=_sums_in_f32(device.short_name, os.environ.get(CUDA_SWITCH[0])))
+        switch = os.environ.get(CUDA_SWITCH[0])
+        return replace(device, sums_in_f32=_sums_in_f32(device.short_name, KINDS.get(kind, F16), switch))
 
 
 def _gives(device: Device, n_bytes: int) -> bool:
@@ -87,28 +96,39 @@ def _switched(name: str, value: str) -> Iterator[None]:
 
 
 @functools.lru_cache
-def _sums_in_f32(name: str, _switch: str | None) -> bool:
-    """Whether a product of F16 weights is as exact as F32 sums are."""
+def _sums_in_f32(name: str, kind: int, _switch: str | None) -> bool:
+    """Whether a product of numbers that the type holds is as exact as F32 sums are."""
     address = address_of(name)
     with unremarked():
         if not _gives(Device(name, 0, 0), TEST_BYTES):
             return False
         random = np.random.default_rng(0)
-        weights = random.standard_normal((ROWS, WIDTH)).astype(np.float16)
-        inputs = random.standard_normal((COLUMNS, WIDTH)).astype(np.float16).astype(np.float32)
-        product = _product(address, weights, inputs)
+        weights, stored = _held(random.standard_normal((ROWS, WIDTH)), kind)
+        inputs, _ = _held(random.standard_normal((COLUMNS, WIDTH)), kind)
+        product = _product(address, stored, kind, inputs)
     right = inputs.astype(np.float64) @ weights.astype(np.float64).T
     return product is not None and bool(np.linalg.norm(product - right) < MOST_ERROR * np.linalg.norm(right))
 
 
-def _product(address: int, weights: np.ndarray, inputs: np.ndarray) -> np.ndarray | None:
+def _held(values: npt.NDArray[np.float64], kind: int) -> tuple[Floats, npt.NDArray[Any]]:
+    """Values as a type holds them: as float32, and as they are stored."""
+    floats = values.astype(np.float32)
+    if kind == BF16:
+        stored = (floats.view(np.uint32) >> 16).astype(np.uint16)
+        return (stored.astype(np.uint32) << 16).view(np.float32), stored
+    if kind == F16:
+        return floats.astype(np.float16).astype(np.float32), floats.astype(np.float16)
+    return floats, floats
+
+
+def _product(address: int, weights: npt.NDArray[Any], kind: int, inputs: Floats) -> Floats | None:
     """inputs (columns, width) times weights (rows, width), on a device: (columns, rows); None if it cannot."""
     lib = ggml()
     backend = lib.ggml_backend_dev_init(address, None)
     if not backend:
         return None
     context = lib.ggml_init(InitParams(1 << 20, None, True))
-    a = lib.ggml_new_tensor_2d(context, F16, WIDTH, ROWS)
+    a = lib.ggml_new_tensor_2d(context, kind, WIDTH, ROWS)
     b = lib.ggml_new_tensor_2d(context, F32, WIDTH, COLUMNS)
     out, graph = lib.ggml_mul_mat(context, a, b), lib.ggml_new_graph(context)
     lib.ggml_build_forward_expand(graph, out)

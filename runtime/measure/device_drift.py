@@ -34,8 +34,9 @@ def device_drift(session: Session, image: ImageSource) -> list[DeviceDrift]:
     from pocketllava.llamacpp.device_tests import measured
     from pocketllava.llamacpp.devices import devices
 
-    exact = session.is_exact
-    return [_drift(session, image, measured(device, exact=exact), exact=exact) for device in devices()]
+    exact, bundle = session.is_exact, session.bundle
+    kind = bundle.manifest.types.mmproj if bundle else "F16"
+    return [_drift(session, image, measured(device, kind, exact=exact), exact=exact) for device in devices()]
 
 
 def _drift(session: Session, image: ImageSource, device: Device, *, exact: bool) -> DeviceDrift:
