@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pocketllava.engine.placing import device_shortage, tested, text_kind, vision_device
+from pocketllava.engine.placing import device_shortage, has_room_to_work, tested, text_kind, vision_device
 from pocketllava.engine.session import Session
 from pocketllava.errors import BackendError, OutOfMemory, UnsupportedOption
 from pocketllava.llamacpp.devices import gpus, machine
@@ -59,7 +59,7 @@ def planned(bundle: Bundle, options: LoadOptions) -> Plan:
 def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
     """Raises UnsupportedOption for what this build cannot do, BundleError, OutOfMemory, BackendError."""
     first = planned(bundle, options)
-    asked = options.n_gpu_layers if first.n_gpu_layers else 0
+    asked = options.n_gpu_layers if first.n_gpu_layers or first.vision_device else 0
 
     def load(layers: int) -> Loaded:
         without = replace(options, n_gpu_layers=0, main_gpu=None, tensor_split=None)
@@ -75,6 +75,7 @@ def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
 def _load(bundle: Bundle, fitted: Plan, options: LoadOptions) -> Loaded:
     text, device = _load_text(bundle, fitted, options)
     try:
+        text.has_room = lambda: has_room_to_work(fitted, options)
         vision = vision_device(fitted, options)
         exact = is_exact(bundle, options)
         with _explained(fitted):

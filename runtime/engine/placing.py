@@ -89,11 +89,16 @@ def vision_device(fitted: Plan, options: LoadOptions) -> Device | None:
     for device in fitted.machine.devices:
         if device.name == fitted.vision_device and _has_room(device, fitted, options):
             return device
-    work = sum(part.n_bytes for part in fitted.parts if part.name == "work memory")
-    for device in text_devices(options, fitted.machine) if work else ():
-        if allocatable(device, work) < work:
-            raise BackendError(f"{device.name}: no {size(work)} left to work with, expected after loading")
+    if not has_room_to_work(fitted, options):
+        raise BackendError(f"{fitted.model}: the device has no memory left to compute with")
     return None
+
+
+def has_room_to_work(fitted: Plan, options: LoadOptions) -> bool:
+    """Whether the text model's devices have what a context takes by itself while it computes."""
+    work = sum(part.n_bytes for part in fitted.parts if part.name == "work memory")
+    devices = text_devices(options, fitted.machine) if work else ()
+    return all(allocatable(device, work) == work for device in devices)
 
 
 def _has_room(device: Device, fitted: Plan, options: LoadOptions) -> bool:

@@ -26,8 +26,8 @@ Floats = npt.NDArray[np.float32]
 BF16 = 30  # enum ggml_type
 KINDS = {"F32": F32, "F16": F16, "BF16": BF16}  # others are computed with as F16
 HALVINGS = 7  # a hundredth
-WIDTH, ROWS, COLUMNS = 1024, 128, 640  # a product like those of a vision tower
-TEST_BYTES = 24 << 20  # more than the product takes, the backend's own memory included
+WIDTH, ROWS, COLUMNS = 1024, 128, 256  # a product like those of a vision tower, of many columns
+TEST_BYTES = 8 << 20  # more than the product takes, the backend's own memory included
 MOST_ERROR = 1e-4  # F32 sums have 1e-6, F16 sums 1e-3
 # ggml-cuda.cu (of ROCm too) reads it with every product; ggml-vulkan.cpp once, when it opens the device.
 CUDA_SWITCH = ("GGML_CUDA_CUBLAS_COMPUTE_TYPE", "f32")
