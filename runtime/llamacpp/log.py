@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERR
 _recent: deque[str] = deque(maxlen=200)
 _readers: list[list[str]] = []
 _on_progress: list[Callable[[], None]] = []
+_unremarked = threading.local()
 PROGRESS = "."  # what llama.cpp's default progress callback logs
 
 
@@ -36,6 +38,8 @@ def capture_log() -> Any:
         if line == PROGRESS:
             for call in _on_progress:
                 call()
+        elif line.strip() and getattr(_unremarked, "inside", False):
+            logger.debug("tried: %s", line)
         elif line.strip():
             _recent.append(line)
             for lines in _readers:
@@ -59,6 +63,17 @@ def log_lines() -> Iterator[list[str]]:
         yield lines
     finally:
         _readers[:] = [reader for reader in _readers if reader is not lines]
+
+
+@contextlib.contextmanager
+def unremarked() -> Iterator[None]:
+    """Inside the block, what this thread makes llama.cpp complain about is an answer, no error."""
+    capture_log()
+    _unremarked.inside = True
+    try:
+        yield
+    finally:
+        _unremarked.inside = False
 
 
 @contextlib.contextmanager

@@ -39,6 +39,9 @@ class SecondContext:
         params.cb_eval, params.cb_eval_user_data = callback.function, None
         self.n_ctx, self._n_batch = int(params.n_ctx), int(params.n_batch)
         self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
+        if self._context and not text.has_room():
+            llama_cpp.llama_free(self._context)
+            self._context = None
         if not self._context:
             raise BackendError("llama.cpp: no second context could be made; free some memory")
 

@@ -33,6 +33,8 @@ class Sequences:
         params.kv_unified = False  # attention of one sequence does not pass over the others' positions
         self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
         text.adopt(self)
+        if self._context and not text.has_room():
+            self.close()
         if not self._context:
             raise BackendError(
                 f"llama.cpp: no context for {n} answers at once; use a smaller batch, or free some memory"
