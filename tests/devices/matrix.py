@@ -25,7 +25,8 @@ from devices.server import asked_of_a_server
 
 SIZES_MB = (1, 12, 24, 30, 48)
 LIMIT_S = 300.0
-SIGNAL = re.compile(r"\bSIG[A-Z]{3,4}\b|\bsignal \d+|exit code -\d+|GGML_ASSERT|Traceback")
+# Of a child whose end was caught: a message that names it is a fault, too.
+SIGNAL = re.compile(r"\bSIG[A-Z]{3,4}\b|\bsignal \d+|GGML_ASSERT|Traceback|still running")
 QUESTION = b"What is it?\n"
 
 
@@ -44,9 +45,9 @@ class Ending:
             return f"signal {abs(self.returncode) % 128}"
         if found := SIGNAL.search(self.messages):
             return found[0]
-        if self.returncode and len(self.errors) != 1:
+        if len(self.errors) > 1 or (self.returncode and not self.errors):
             return f"{len(self.errors)} lines"
-        return "" if self.returncode or self.out.strip() else "no answer"
+        return "" if self.errors or self.out.strip() else "no answer"
 
     @property
     def errors(self) -> list[str]:
@@ -56,7 +57,7 @@ class Ending:
     @property
     def word(self) -> str:
         """One word for the table."""
-        return self.fault or ("one line" if self.returncode else "answer")
+        return self.fault or ("one line" if self.errors else "answer")
 
 
 Run = Callable[[Setup, Path, dict[str, str]], Ending]
@@ -72,7 +73,7 @@ def command(name: str, answer: Callable[[str, Path], str]) -> Run:
                 program, input=QUESTION, capture_output=True, env=environment, cwd=folder, timeout=LIMIT_S, check=False
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return Ending(0, "", f"GGML_ASSERT: still running after {LIMIT_S:.0f} s")
+            return Ending(0, "", f"still running after {LIMIT_S:.0f} s")
         out = answer(done.stdout.decode(), folder) if done.returncode == 0 else ""
         return Ending(done.returncode, out, done.stderr.decode(errors="replace"))
 
