@@ -59,7 +59,7 @@ def _question(photo: Path) -> dict[str, Any]:
     uri = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
     content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What is it?"}]
     return {
-        "model": "local",
+        "model": "llava",
         "messages": [{"role": "user", "content": content}],
         "max_tokens": 2,
         "temperature": 0,

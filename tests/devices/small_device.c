@@ -1,6 +1,6 @@
 /* A Vulkan device with SMALL_DEVICE_MB megabytes, for LD_PRELOAD. Knows Vulkan's allocations; nothing of ggml.
 
-   ggml-vulkan takes every function from vkGetInstanceProcAddr, so this library's goes first and hands out its own
+   ggml-vulkan takes every function from vkGetInstanceProcAddr, so this library's comes first and hands out its own
    functions in place of those that allocate, free and report memory; all others are the loader's.
 
    SMALL_DEVICE_MB=24      an allocation that would pass 24 MB in all is refused as a full device refuses it
@@ -9,7 +9,6 @@
    SMALL_DEVICE_VERBOSE=1  refusals go to stderr, and at the end what is still held and the most that was
 
    cc -shared -fPIC -o small_device.so small_device.c -ldl */
-#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -128,6 +127,9 @@ static PFN_vkVoidFunction ours(const char *name, PFN_vkVoidFunction next) {
 
 VKAPI_ATTR PFN_vkVoidFunction VKAPI_CALL vkGetInstanceProcAddr(VkInstance instance, const char *name) {
     static PFN_vkGetInstanceProcAddr next;
-    if (!next) next = (PFN_vkGetInstanceProcAddr)dlsym(RTLD_NEXT, "vkGetInstanceProcAddr");
+    if (!next) { /* Python loads ggml privately, so RTLD_NEXT would not find the loader behind it */
+        void *loader = dlopen("libvulkan.so.1", RTLD_LAZY);
+        next = loader ? (PFN_vkGetInstanceProcAddr)dlsym(loader, "vkGetInstanceProcAddr") : NULL;
+    }
     return ours(name, next ? next(instance, name) : NULL);
 }
