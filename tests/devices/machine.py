@@ -61,7 +61,7 @@ def _cmake_package(name: str) -> bool:
 
 
 def environment(folder: Path, exact: bool = True) -> dict[str, str]:
-    """Variables for processes that are to see llvmpipe as their one GPU.
+    """Variables for processes that are to see llvmpipe as their one GPU; exact: which sums in F32 whatever is asked.
 
     Only that driver is loaded, so a real GPU stays out of it; naming device 0 has ggml show one of the type CPU.
     Compiled shaders stay in the folder, for tests have homes of their own.

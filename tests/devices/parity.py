@@ -1,6 +1,6 @@
 """How many greedy tokens equal transformers', and how far features are from its own and from the CPU's.
 
-    python -m devices.parity FOLDER      prints one JSON object; what computes is the environment's and the options'
+    python -m devices.parity FOLDER default|exact|fast      prints one JSON object
 
 Knows the recorded results (tests/recorded.py) and their checkpoints; not which device there is.
 """
@@ -20,6 +20,7 @@ from pocketllava import Bundle, Llava, Options
 from pocketllava.convert import convert
 from pocketllava.prompt.items import shared
 
+MODES = {"default": None, "exact": True, "fast": False}
 GREEDY = Options(max_tokens=recorded.N_TOKENS)
 
 
@@ -37,40 +38,38 @@ def bundles(folder: Path) -> dict[str, Bundle]:
     return found
 
 
-def compare(name: str, bundle: Bundle, **load: Any) -> dict[str, Any]:
-    """Tokens before the first that differs, of all; and the features of each picture."""
+def compare(name: str, bundle: Bundle, exact: bool | None) -> dict[str, Any]:
+    """Tokens up to the first that differs, of all; the features of each picture, and their errors from the CPU's."""
     expected = recorded.load()[f"answers, {name}"]
-    with Llava.load(bundle.folder, **load) as llava:
+    with Llava.load(bundle.folder, exact=exact) as llava:
         answers = [llava.ask(data, recorded.QUESTION, options=GREEDY).token_ids for data in pictures.four()]
         features = [llava.image_features(data) for data in pictures.four()]
         devices = llava.devices
+    with Llava.load(bundle.folder, n_gpu_layers=0) as llava:
+        on_cpu = [llava.image_features(data) for data in pictures.four()]
     equal = [shared(list(ids), wanted) for ids, wanted in zip(answers, expected, strict=True)]
+    errors = [recorded.relative_error(found, cpus) for found, cpus in zip(features, on_cpu, strict=True)]
     return {
         "equal": sum(equal),
         "of": sum(map(len, expected)),
         "features": features,
+        "from_cpu": max(errors),
         "devices": devices,
     }
 
 
-def figures(folder: Path) -> dict[str, Any]:
+def figures(folder: Path, exact: bool | None) -> dict[str, Any]:
     """Of all three checkpoints: counts of tokens, the worst error of features, and the devices."""
-    found, worst = {}, 0.0
-    for name, bundle in bundles(folder).items():
-        found[name] = compare(name, bundle)
-        on_cpu = compare(name, bundle, n_gpu_layers=0)["features"]
-        pairs = zip(found[name]["features"], on_cpu, strict=True)
-        worst = max(worst, *(recorded.relative_error(mine, cpus) for mine, cpus in pairs))
-    first = next(iter(found.values()))  # the one whose features are recorded
+    each = [compare(name, bundle, exact) for name, bundle in bundles(folder).items()]
+    recorded_rows = each[0]["features"][0][recorded.FEATURE_ROWS]  # of the first checkpoint and picture
     return {
-        "tokens": sum(it["equal"] for it in found.values()),
-        "of": sum(it["of"] for it in found.values()),
-        "each": [it["equal"] for it in found.values()],
-        "features": recorded.relative_error(first["features"][0][recorded.FEATURE_ROWS], recorded.features()),
-        "features_from_cpu": worst,
-        "devices": first["devices"],
+        "tokens": [it["equal"] for it in each],
+        "of": sum(it["of"] for it in each),
+        "features": recorded.relative_error(recorded_rows, recorded.features()),
+        "features_from_cpu": max(it["from_cpu"] for it in each),
+        "devices": each[0]["devices"],
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(figures(Path(sys.argv[1])), default=float))
+    print(json.dumps(figures(Path(sys.argv[1]), MODES[sys.argv[2]]), default=float))
