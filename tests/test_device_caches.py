@@ -16,10 +16,7 @@ from test_cache import logits
 from pocketllava import Bundle, Llava, Options
 from pocketllava.llamacpp.devices import gpus
 
-pytestmark = [
-    pytest.mark.skipif(not gpus(), reason="no device but the CPU"),
-    pytest.mark.xfail(strict=True, reason="cache keys do not know the device yet (issue 18, point 5)"),
-]
+pytestmark = pytest.mark.skipif(not gpus(), reason="no device but the CPU")
 DEVICES = {"device": -1, "cpu": 0}  # n_gpu_layers
 ORDERS = [("device", "cpu"), ("cpu", "device")]
 PICTURE = pictures.four()[0]
