@@ -1,4 +1,4 @@
-# make demo | test | test-fast | attack | check | docs | page | clients | pyright | reference: each sets up what it needs in .venv
+# make demo | test | test-fast | attack | devices | check | docs | page | clients | pyright | reference: each sets up what it needs in .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -8,13 +8,13 @@ WORKERS ?= $(CORES)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(CORES)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-fast attack check docs page clients pyright reference record clean
+.PHONY: demo test test-fast attack devices check docs page clients pyright reference record clean
 
 demo: .venv/core
 	$(BIN)/pocketllava demo
 
 # Bytecode is kept, whatever the shell says: else every child compiles the package again.
-test test-fast attack: export PYTHONDONTWRITEBYTECODE =
+test test-fast attack devices: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/dev
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not reference"
@@ -33,6 +33,10 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy examples docs/commands.py
+
+devices: export PYTHONPATH = $(CURDIR)/tests
+devices: # the tests on a software GPU; Linux only, builds a Vulkan wheel once (or POCKETLLAVA_DEVICE_WHEEL=FILE)
+	$(PYTHON) -m devices build/devices
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/docs

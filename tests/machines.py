@@ -1,7 +1,8 @@
-"""Machines to plan for, whatever this one is."""
+"""Machines to plan for, whatever this one is; and what this one calls the place of a whole text model."""
 
 from __future__ import annotations
 
+from pocketllava.llamacpp.devices import gpus
 from pocketllava.models.limits import Limit
 from pocketllava.models.machine import Device, Machine, rearranged_types
 
@@ -24,3 +25,8 @@ def machine(
     devices = (Device("GPU0 (a card)", gpu, gpu, unified),) if gpu is not None else ()
     limits = (Limit("RLIMIT_AS, ulimit -v", limit, True, True),) if limit is not None else ()
     return Machine(4, free, swap, limits, devices, rearranged_types(cpu), releases_pages)
+
+
+def text_place() -> str:
+    """How a timing line begins to say where a model's layers are, when nothing else was asked for."""
+    return f"{gpus()[0]}, " if gpus() else "CPU, "

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import machines
 import numpy as np
 import pictures
 import pytest
@@ -106,7 +107,7 @@ def test_a_stream_joins_to_the_answer(llava: Llava) -> None:
     assert timings.prompt_tokens > 576
     assert timings.answer_tokens == len(answer.token_ids) == GREEDY.max_tokens
     assert 0 < timings.encode_s + timings.prompt_s <= timings.first_token_s
-    assert timings.devices[0].startswith("CPU, ")
+    assert timings.devices[0].startswith(machines.text_place())
 
 
 def test_sampling_repeats_with_its_seed(llava: Llava) -> None:

@@ -29,7 +29,7 @@ def test_the_demo_answers_as_recorded() -> None:
     found = json.loads(done.output)
     assert (found["self_test"]["n_equal"], found["self_test"]["failure"]) == (len(QUESTIONS), "")
     assert found["library"]["free_bytes"] > 0
-    assert found["library"]["built"].startswith("CPU : ")
+    assert "CPU : " in found["library"]["built"]
     assert found["versions"]["llama-cpp-python"] == versions()["llama-cpp-python"]
     assert found["is_well"]
 

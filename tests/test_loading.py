@@ -78,6 +78,15 @@ def test_layers_on_a_gpu_that_is_not_there(bundle: Bundle) -> None:
         assert llava.devices[1] == "CPU"
 
 
+@pytest.mark.skipif(not gpus(), reason="this build has no GPU")
+def test_all_layers_on_a_device_or_none(bundle: Bundle) -> None:
+    with Llava.load(bundle.folder) as llava:
+        assert llava.devices[0].startswith(f"{gpus()[0]}, ")
+    with Llava.load(bundle.folder, n_gpu_layers=0) as llava:
+        assert llava.devices[0].startswith(f"CPU, {cores()} thread")
+        assert llava.devices[1] == "CPU"
+
+
 def test_every_private_name_of_llama_cpp_is_there() -> None:
     """The one list of what an upgrade of llama-cpp-python may break."""
     for module, names in private.MODULE_NAMES.items():

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import machines
 import psutil
 import pytest
 import uvicorn
@@ -585,7 +586,7 @@ def test_the_command_prints_three_lines_and_ends(tmp_path: Path) -> None:
         child.terminate()
         child.wait(20)
     assert [line.split(":")[0] for line in lines] == ["page", "clients", "model"]
-    assert " on CPU" in lines[2] or "GPU" in lines[2] or "CUDA" in lines[2]  # the device
+    assert f" on {machines.text_place()}" in lines[2]
 
 
 @pytest.mark.parametrize(
