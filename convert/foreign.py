@@ -37,13 +37,17 @@ _WORD = re.compile(r"[a-z]+|\d+")
 # clip.projector_type of other models' files, by the names that people know them by
 OTHERS = {
     "qwen2vl_merger": "Qwen2-VL", "qwen2.5vl_merger": "Qwen2.5-VL", "qwen3vl_merger": "Qwen3-VL", "gemma3": "Gemma 3",
-    "ldp": "MobileVLM", "ldpv2": "MobileVLM V2", "resampler": "MiniCPM-V", "adapter": "GLM-Edge",
-    "idefics3": "SmolVLM", "pixtral": "Pixtral", "internvl": "InternVL", "llama4": "Llama 4", "ultravox": "Ultravox",
+    "gemma3nv": "Gemma 3n", "gemma4v": "Gemma 4", "gemma4uv": "Gemma 4", "ldp": "MobileVLM", "ldpv2": "MobileVLM V2",
+    "resampler": "MiniCPM-V", "minicpmv4_6": "MiniCPM-V 4.6", "adapter": "GLM-Edge", "glm4v": "GLM-4V",
+    "cogvlm": "CogVLM", "idefics3": "SmolVLM", "pixtral": "Pixtral", "internvl": "InternVL", "llama4": "Llama 4",
+    "lfm2": "LFM2-VL", "kimivl": "Kimi-VL", "janus_pro": "Janus-Pro", "phi4": "Phi-4", "ultravox": "Ultravox",
+    "granite4_vision": "Granite Vision 4", "deepseekocr": "DeepSeek-OCR",
 }  # fmt: skip
 TEXTS = {
-    "qwen2vl": "Qwen2-VL", "qwen3vl": "Qwen3-VL", "gemma3": "Gemma 3", "llama4": "Llama 4",
-    "mllama": "Llama 3.2 Vision",
-    "minicpm": "MiniCPM", "phi2": "Phi-2", "phi3": "Phi-3", "qwen2": "Qwen2", "mamba": "Mamba",
+    "qwen2vl": "Qwen2-VL", "qwen25vl": "Qwen2.5-VL", "qwen3vl": "Qwen3-VL", "gemma3": "Gemma 3", "gemma3n": "Gemma 3n",
+    "gemma4": "Gemma 4", "llama4": "Llama 4", "mllama": "Llama 3.2 Vision", "minicpm": "MiniCPM", "phi2": "Phi-2",
+    "phi3": "Phi-3", "qwen2": "Qwen2", "qwen3": "Qwen3", "mamba": "Mamba", "granite": "Granite", "lfm2": "LFM2",
+    "deepseek2": "DeepSeek",
 }  # fmt: skip
 
 

@@ -158,6 +158,11 @@ def _wrong_keys(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[tupl
 
     yield from missing("clip.has_vision_encoder", True, V.BOOL, None, "so llama.cpp sees no vision tower")
     projector = keys.get("clip.projector_type", keys.get(PREFIX + "projector_type", "mlp"))
+    if projector == "mlp" and not any(name.startswith("mm.") for name in tensors):
+        raise ConvertError(
+            f"{header.path}: a vision tower without a projector, expected LLaVA's two layers mm.0 and mm.2 behind it;"
+            " it was converted without its projector's file"
+        )
     if "mm.3.weight" in tensors or "mm.2.weight" not in tensors or projector != "mlp":
         raise ConvertError(
             f"{header.path}: projector {projector!r} with {sum(n.startswith('mm.') for n in tensors)} tensors,"
