@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketllava.convert import foreign
-from pocketllava.convert.foreign import OTHERS, REFER, TEXTS, Pair, shared_words
+from pocketllava.convert.foreign import OTHERS, OWN, REFER, TEXTS, Pair, shared_words
+from pocketllava.convert.llamafile import extracted, is_llamafile
 from pocketllava.convert.pair import Style, type_name
 from pocketllava.errors import BundleError, InputError, ModelNotFound, PocketLlavaError
 from pocketllava.models import catalog
@@ -81,10 +82,11 @@ def found(text: str, mmproj: str | None, roots: Sequence[Root]) -> Pair:
         raise InputError(
             f"{folder}: a bundle already, with its own {MANIFEST}; its folder can be asked as it is"
         )
-    model = foreign.only_text_model(path) if path.is_dir() else path
+    place = extracted(path) if is_llamafile(path) else path
+    model = foreign.only_text_model(place) if place.is_dir() else place
     foreign.text_model(model)
     projectors = [expanded(mmproj)] if mmproj else foreign.beside(model)
-    return foreign.pair(model, projectors, owner=catalog.owner_of(model, roots))
+    return foreign.pair(model, projectors, owner=catalog.owner_of(path, roots))
 
 
 def adopt(pair: Pair, how: Style, name: str, *, files: str = REFER, store: Store | None = None) -> Bundle:
@@ -93,6 +95,14 @@ def adopt(pair: Pair, how: Style, name: str, *, files: str = REFER, store: Store
     with store.create(name) as staging:
         foreign.make(pair, staging, how, files=files)
     return Bundle.open(store.folder(name))
+
+
+def usual_files(source: str) -> str:
+    """What is done with files where nothing is said: those extracted from a llamafile become the store's."""
+    try:
+        return OWN if is_llamafile(expanded(source)) else REFER
+    except ValueError:
+        return REFER
 
 
 def default_name(pair: Pair) -> str:

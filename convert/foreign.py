@@ -30,7 +30,7 @@ from pocketllava.version import __version__
 
 PROJECTOR, TEXT = "clip", "llama"  # general.architecture
 PROJECTOR_TYPES = ("F16", "BF16", "Q8_0", "F32", "Q4_0")  # which of several is taken
-REFER, LINK, COPY = "refer", "link", "copy"
+REFER, LINK, COPY, OWN = "refer", "link", "copy", "own"
 MAX_BESIDE = 1000  # files of a folder that are looked at
 _HASH = re.compile(r"(?:sha256[-:])?([0-9a-f]{64})")  # a blob's name: Ollama's, and the hub's cache
 _WORD = re.compile(r"[a-z]+|\d+")
@@ -144,7 +144,7 @@ def make(pair: Pair, folder: Path, how: Style, *, sidecar: Path | None = None, f
     """Write a bundle into a folder. Raises ConvertError, BundleError.
 
     sidecar: where a mended projector is to lie, if not in the folder. files: REFER to them, LINK (hard links, where
-    the disk and their owner allow it) or COPY them.
+    the disk and their owner allow it), COPY them, or make them the bundle's OWN (links, else copies).
     """
     vision = pair.projector.header
     if pair.projector.faults:
@@ -223,11 +223,11 @@ def _own(header: Header, folder: Path) -> _Placed:
 
 def _place(header: Header, at: Path, files: str, owner: str | None) -> _Placed:
     source = header.path
-    if files == LINK:
+    if files in (LINK, OWN):
         with suppress(OSError):  # another disk, another user's file, a file system without links
             at.hardlink_to(source.resolve())
             return _Placed(describe_file(header, named_hash(source) or sha256(source)))
-    if files == COPY:
+    if files in (COPY, OWN):
         return _Placed(describe_file(header, _copied(source, at)))
     return _Placed(describe_file(header, named_hash(source)), Reference(str(source.absolute()), owner))
 
