@@ -60,8 +60,8 @@ def _take(
     from pocketllava.convert.pair import style
     from pocketllava.models.store import parsed
 
-    how_kept = files or usual_files(source)
     pair = found(source, options["mmproj"], known_roots())
+    how_kept = files or usual_files(pair)
     how = style(pair.text, pair.projector.info, options["template"], options["pad"], likely=pair.template)
     full = parsed(name) if name is not None else default_name(pair)
     click.echo(said(pair, how), err=True)

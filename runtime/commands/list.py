@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def row(store: Store, name: str) -> dict[str, Any]:
         return {**about, "source": f"damaged: {error}", "revision": None, "references": []}
     n_bytes = sum(record.bytes for record in manifest.files.values())
     references = [
-        {"file": name, **asdict(reference), "there": Path(reference.path).is_file()}
+        {"file": name, **reference.to_json(), "there": Path(reference.path).is_file()}
         for name, reference in manifest.references.items()
     ]
     return {
