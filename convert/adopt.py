@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketllava.convert import foreign
-from pocketllava.convert.foreign import OTHERS, REFER, TEXTS, Pair, shared_words
+from pocketllava.convert.foreign import OTHERS, OWN, REFER, TEXTS, Pair, shared_words
+from pocketllava.convert.llamafile import is_extracted, is_llamafile
 from pocketllava.convert.pair import Style, type_name
 from pocketllava.errors import BundleError, InputError, ModelNotFound, PocketLlavaError
 from pocketllava.models import catalog
@@ -81,10 +82,10 @@ def found(text: str, mmproj: str | None, roots: Sequence[Root]) -> Pair:
         raise InputError(
             f"{folder}: a bundle already, with its own {MANIFEST}; its folder can be asked as it is"
         )
-    model = foreign.only_text_model(path) if path.is_dir() else path
+    model = foreign.only_text_model(path) if path.is_dir() or is_llamafile(path) else path
     foreign.text_model(model)
     projectors = [expanded(mmproj)] if mmproj else foreign.beside(model)
-    return foreign.pair(model, projectors, owner=catalog.owner_of(model, roots))
+    return foreign.pair(model, projectors, owner=catalog.owner_of(path, roots))
 
 
 def adopt(pair: Pair, how: Style, name: str, *, files: str = REFER, store: Store | None = None) -> Bundle:
@@ -93,6 +94,11 @@ def adopt(pair: Pair, how: Style, name: str, *, files: str = REFER, store: Store
     with store.create(name) as staging:
         foreign.make(pair, staging, how, files=files)
     return Bundle.open(store.folder(name))
+
+
+def usual_files(pair: Pair) -> str:
+    """What is done with files where nothing is said: those extracted from a llamafile become the store's."""
+    return OWN if is_extracted(pair.text.path) else REFER
 
 
 def default_name(pair: Pair) -> str:
@@ -114,7 +120,7 @@ def _near(group: Group, model: Path) -> tuple[Path, ...]:
     """The projectors that may be a model's: where several models share a folder, those with a word of its name."""
     if not group.flat:
         return group.projectors
-    return tuple(path for path in group.projectors if shared_words(path, model))
+    return tuple(path for path in group.projectors if shared_words(path.name, model.name))
 
 
 def _of_group(group: Group, mmproj: str | None) -> Pair:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -17,12 +17,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pocketllava.convert.llamafile import copy_of, gguf_parts
 from pocketllava.convert.pair import Style, manifest, type_name, write_manifest
 from pocketllava.convert.repair import Repair, examine, repair
 from pocketllava.errors import BundleError, ConvertError, DiskFull, InputError, ModelNotFound
 from pocketllava.models.bundle import MMPROJ, MODEL, Bundle, describe_file, file_identity, sha256
 from pocketllava.models.files import atomic_write, cache_folder, utf8
-from pocketllava.models.gguf_header import ARCHITECTURE, Header, architecture
+from pocketllava.models.gguf_header import ARCHITECTURE, Header, Part, architecture
 from pocketllava.models.manifest import FileRecord, Reference, Source
 from pocketllava.models.mmproj_contract import check_mmproj
 from pocketllava.models.text_contract import check_text
@@ -30,20 +31,24 @@ from pocketllava.version import __version__
 
 PROJECTOR, TEXT = "clip", "llama"  # general.architecture
 PROJECTOR_TYPES = ("F16", "BF16", "Q8_0", "F32", "Q4_0")  # which of several is taken
-REFER, LINK, COPY = "refer", "link", "copy"
+REFER, LINK, COPY, OWN = "refer", "link", "copy", "own"
 MAX_BESIDE = 1000  # files of a folder that are looked at
 _HASH = re.compile(r"(?:sha256[-:])?([0-9a-f]{64})")  # a blob's name: Ollama's, and the hub's cache
 _WORD = re.compile(r"[a-z]+|\d+")
 # clip.projector_type of other models' files, by the names that people know them by
 OTHERS = {
     "qwen2vl_merger": "Qwen2-VL", "qwen2.5vl_merger": "Qwen2.5-VL", "qwen3vl_merger": "Qwen3-VL", "gemma3": "Gemma 3",
-    "ldp": "MobileVLM", "ldpv2": "MobileVLM V2", "resampler": "MiniCPM-V", "adapter": "GLM-Edge",
-    "idefics3": "SmolVLM", "pixtral": "Pixtral", "internvl": "InternVL", "llama4": "Llama 4", "ultravox": "Ultravox",
+    "gemma3nv": "Gemma 3n", "gemma4v": "Gemma 4", "gemma4uv": "Gemma 4", "ldp": "MobileVLM", "ldpv2": "MobileVLM V2",
+    "resampler": "MiniCPM-V", "minicpmv4_6": "MiniCPM-V 4.6", "adapter": "GLM-Edge", "glm4v": "GLM-4V",
+    "cogvlm": "CogVLM", "idefics3": "SmolVLM", "pixtral": "Pixtral", "internvl": "InternVL", "llama4": "Llama 4",
+    "lfm2": "LFM2-VL", "kimivl": "Kimi-VL", "janus_pro": "Janus-Pro", "phi4": "Phi-4", "ultravox": "Ultravox",
+    "granite4_vision": "Granite Vision 4", "deepseekocr": "DeepSeek-OCR",
 }  # fmt: skip
 TEXTS = {
-    "qwen2vl": "Qwen2-VL", "qwen3vl": "Qwen3-VL", "gemma3": "Gemma 3", "llama4": "Llama 4",
-    "mllama": "Llama 3.2 Vision",
-    "minicpm": "MiniCPM", "phi2": "Phi-2", "phi3": "Phi-3", "qwen2": "Qwen2", "mamba": "Mamba",
+    "qwen2vl": "Qwen2-VL", "qwen25vl": "Qwen2.5-VL", "qwen3vl": "Qwen3-VL", "gemma3": "Gemma 3", "gemma3n": "Gemma 3n",
+    "gemma4": "Gemma 4", "llama4": "Llama 4", "mllama": "Llama 3.2 Vision", "minicpm": "MiniCPM", "phi2": "Phi-2",
+    "phi3": "Phi-3", "qwen2": "Qwen2", "qwen3": "Qwen3", "mamba": "Mamba", "granite": "Granite", "lfm2": "LFM2",
+    "deepseek2": "DeepSeek",
 }  # fmt: skip
 
 
@@ -59,7 +64,7 @@ class Pair:
     source: Source
     owner: str | None = None
     template: str | None = None
-    others: tuple[Path, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def tiled(self) -> bool:
@@ -68,8 +73,8 @@ class Pair:
 
 
 def pair(
-    model: Path,
-    projectors: Iterable[Path],
+    model: Path | Part,
+    projectors: Iterable[Path | Part],
     *,
     source: Source | None = None,
     owner: str | None = None,
@@ -89,40 +94,40 @@ def pair(
             or f"{model}: a text model alone, found no mmproj beside it; give its vision part with --mmproj FILE"
         )
     best = _best(text, fitting)
-    others = tuple(each.path for each in fitting if each is not best)
-    return Pair(text, best, source or Source(_name(model), None, {}), owner, template, others)
+    others = tuple(each.header.name for each in fitting if each is not best)
+    return Pair(text, best, source or Source(_name(text.path), None, {}), owner, template, others)
 
 
-def beside(model: Path) -> list[Path]:
-    """The projectors in a text model's folder, else those called mmproj in the folder above it."""
+def beside(model: Path | Part) -> Sequence[Path | Part]:
+    """The projectors in a text model's folder or llamafile, else those called mmproj in the folder above it."""
+    if isinstance(model, Part):
+        return [part for part in gguf_parts(model.path) if architecture(part) == PROJECTOR]
     own = [path for path in _gguf_files(model.parent) if architecture(path) == PROJECTOR]
     above = (path for path in _gguf_files(model.parent.parent) if "mmproj" in path.name.lower())
     return own or [path for path in above if architecture(path) == PROJECTOR]
 
 
-def text_models(folder: Path) -> list[Path]:
-    """The text models in a folder that may be a LLaVA's."""
-    return [path for path in _gguf_files(folder) if architecture(path) == TEXT]
-
-
-def only_text_model(folder: Path) -> Path:
-    """The one text model in a folder. Raises InputError, ModelNotFound."""
-    models = text_models(folder)
+def only_text_model(folder: Path) -> Path | Part:
+    """The one text model in a folder, or in a llamafile. Raises InputError, ModelNotFound; what gguf_parts does."""
+    kinds = {
+        file: architecture(file) for file in (_gguf_files(folder) if folder.is_dir() else gguf_parts(folder))
+    }
+    models = [file for file, kind in kinds.items() if kind == TEXT]
     if len(models) == 1:
         return models[0]
     if models:
-        names = ", ".join(path.name for path in models[:5])
+        names = ", ".join(file.name for file in models[:5])
         raise InputError(f"{folder}: found {len(models)} text models ({names}); name one of the files")
-    kinds = {path.name: architecture(path) for path in _gguf_files(folder)}
-    found = ", ".join(f"{name} of architecture {kind!r}" for name, kind in islice(kinds.items(), 5))
+    found = ", ".join(f"{file.name} of architecture {kind!r}" for file, kind in islice(kinds.items(), 5))
     raise ModelNotFound(
         f"{folder}: found {found or 'no GGUF file'}, expected a LLaVA's text model and its mmproj"
     )
 
 
-def text_model(path: Path) -> Header:
+def text_model(place: Path | Part) -> Header:
     """A text model's header, checked. Raises BundleError, which says what another file is."""
-    header = Header.read(path)
+    header = Header.read(place)
+    path = header.path
     kind = header.keys.get(ARCHITECTURE)
     if kind == PROJECTOR:
         raise BundleError(
@@ -140,10 +145,10 @@ def make(pair: Pair, folder: Path, how: Style, *, sidecar: Path | None = None, f
     """Write a bundle into a folder. Raises ConvertError, BundleError.
 
     sidecar: where a mended projector is to lie, if not in the folder. files: REFER to them, LINK (hard links, where
-    the disk and their owner allow it) or COPY them.
+    the disk and their owner allow it), COPY them, or make them the bundle's OWN (links, else copies).
     """
     vision = pair.projector.header
-    if pair.projector.faults:
+    if pair.projector.faults or vision.part:  # libmtmd opens a path, not a place in a file
         vision = _mended(pair.projector, sidecar or folder / MMPROJ)
         placed = {MMPROJ: _own(vision, folder)}
     else:
@@ -169,9 +174,9 @@ def remembered(pair: Pair, how: Style) -> tuple[Bundle, bool]:
     """
     cache = cache_folder()
     identity = file_identity(pair.projector.path, pair.projector.header)
-    own = named_hash(pair.projector.path) or identity
+    own = (None if pair.projector.header.part else named_hash(pair.projector.path)) or identity
     sidecar = cache / "projectors" / f"{_slug(pair.projector.path)}-{_key(own)}.gguf"
-    text = pair.text.path.absolute(), file_identity(pair.text.path, pair.text)
+    text = pair.text.path.absolute(), pair.text.start, file_identity(pair.text.path, pair.text)
     parts = (__version__, *text, pair.projector.path.absolute(), identity, how, pair.source, pair.owner)
     folder = cache / "pairs" / f"{_slug(pair.text.path)}-{_key(*parts)}"
     with suppress(ModelNotFound, BundleError):
@@ -187,10 +192,8 @@ def remembered(pair: Pair, how: Style) -> tuple[Bundle, bool]:
 
 def said(pair: Pair, how: Style) -> str:
     """What was chosen, mended and assumed, in one line."""
-    chosen = f"{pair.text.path.name}: a LLaVA-1.{6 if pair.tiled else 5} with {pair.projector.path.name}"
-    others = (
-        f" ({type_name(pair.projector.header)}, rather than {', '.join(p.name for p in pair.others[:3])})"
-    )
+    chosen = f"{pair.text.name}: a LLaVA-1.{6 if pair.tiled else 5} with {pair.projector.header.name}"
+    others = f" ({type_name(pair.projector.header)}, rather than {', '.join(pair.others[:3])})"
     mended = "; mended in a copy: " + "; ".join(pair.projector.faults) if pair.projector.faults else ""
     pictures = "cut into tiles" if pair.tiled else "padded to a square" if how.pad else "cropped"
     return (
@@ -218,30 +221,30 @@ def _own(header: Header, folder: Path) -> _Placed:
 
 
 def _place(header: Header, at: Path, files: str, owner: str | None) -> _Placed:
-    source = header.path
-    if files == LINK:
+    source, known = header.path, None if header.part else named_hash(header.path)
+    if header.part is None and files in (LINK, OWN):
         with suppress(OSError):  # another disk, another user's file, a file system without links
             at.hardlink_to(source.resolve())
-            return _Placed(describe_file(header, named_hash(source) or sha256(source)))
-    if files == COPY:
-        return _Placed(describe_file(header, _copied(source, at)))
-    return _Placed(describe_file(header, named_hash(source)), Reference(str(source.absolute()), owner))
+            return _Placed(describe_file(header, known or sha256(source)))
+    if files in (COPY, OWN):
+        return _Placed(describe_file(header, _copied(header, known, at)))
+    return _Placed(describe_file(header, known), Reference(str(source.absolute()), owner, header.start))
 
 
-def _copied(source: Path, at: Path) -> str:
+def _copied(header: Header, expected: str | None, at: Path) -> str:
     """SHA-256 of the copy. Raises DiskFull, BundleError for a blob whose name it is not, ConvertError."""
-    needed, free = source.stat().st_size, shutil.disk_usage(at.parent).free
+    source, needed, free = header.path, header.file_bytes, shutil.disk_usage(at.parent).free
     if needed > free:
         raise DiskFull(
-            f"{at.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {source.name}; leave --copy out,"
+            f"{at.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {header.name}; leave --copy out,"
             " or make room",
             needed,
             free,
         )
     with _disk_errors(at), atomic_write(at) as part:
-        shutil.copyfile(source, part)
+        copy_of(header.place, part)
         digest = sha256(part)
-        if (expected := named_hash(source)) not in (None, digest):
+        if expected not in (None, digest):
             raise BundleError(
                 f"{source}: SHA-256 is {digest[:12]}..., expected {str(expected)[:12]}..., its name; it is damaged"
             )
@@ -257,19 +260,20 @@ def _mended(plan: Repair, target: Path) -> Header:
     return header
 
 
-def _fitting(text: Header, path: Path) -> Repair:
+def _fitting(text: Header, place: Path | Part) -> Repair:
     """Raises BundleError for a projector of another model."""
-    kind = Header.read(path).keys.get("clip.projector_type")
+    header = Header.read(place)
+    path, kind = header.path, header.keys.get("clip.projector_type")
     if isinstance(kind, str) and kind in OTHERS:
         raise BundleError(f"{path}: the projector of {OTHERS[kind]} ({kind!r}), expected a LLaVA's, 'mlp'")
     try:
-        found = examine(path)
+        found = examine(place)
     except ConvertError as error:
         raise BundleError(str(error)) from error
     width = text.keys["llama.embedding_length"]
     if found.info.projected_width != width:
         raise BundleError(
-            f"{path}: projects to width {found.info.projected_width}, {text.path.name} has {width}; it belongs to"
+            f"{path}: projects to width {found.info.projected_width}, {text.name} has {width}; it belongs to"
             " another model"
         )
     return found
@@ -277,15 +281,15 @@ def _fitting(text: Header, path: Path) -> Repair:
 
 def _best(text: Header, fitting: list[Repair]) -> Repair:
     """That with the most leading words of the text model's name, then by type. Raises InputError for 1.5 and 1.6."""
-    most = max(shared_words(text.path, each.path) for each in fitting)
-    alike = [each for each in fitting if shared_words(text.path, each.path) == most]
+    shared = [shared_words(text.name, each.header.name) for each in fitting]
+    alike = [each for each, words in zip(fitting, shared, strict=True) if words == max(shared)]
     if len({each.info.tiling is None for each in alike}) > 1:
-        names = ", ".join(each.path.name for each in alike[:5])
+        names = ", ".join(each.header.name for each in alike[:5])
         raise InputError(
             f"{text.path}: found projectors of LLaVA-1.5 and of 1.6 beside it ({names}); name the right one with"
             " --mmproj FILE"
         )
-    return min(alike, key=lambda each: (_rank(each.header), each.path.name))
+    return min(alike, key=lambda each: (_rank(each.header), each.header.name))
 
 
 def _rank(header: Header) -> int:
@@ -293,9 +297,9 @@ def _rank(header: Header) -> int:
     return PROJECTOR_TYPES.index(kind) if kind in PROJECTOR_TYPES else len(PROJECTOR_TYPES)
 
 
-def shared_words(one: Path, other: Path) -> int:
+def shared_words(one: str, other: str) -> int:
     """With how many words two files' names begin alike."""
-    words = (_WORD.findall(path.name.lower()) for path in (one, other))
+    words = (_WORD.findall(name.lower()) for name in (one, other))
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*words, strict=False)))
 
 

@@ -29,6 +29,10 @@ FILE_TYPE, TEMPLATE = "general.file_type", "tokenizer.chat_template"
 TOKENS, END = "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"
 DEFAULT_END = 2  # llama.cpp's own for SPM vocabularies
 HEADS, KV_HEADS = "llama.attention.head_count", "llama.attention.head_count_kv"
+ROPE_BASE, INSTRUCT_V2 = (
+    "llama.rope.freq_base",
+    1e6,
+)  # Mistral-Instruct 0.2, of LLaVA-1.6; BakLLaVA's 0.1 has 1e4
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 OWN = "its own"
 TEMPLATES = {
@@ -113,11 +117,9 @@ def style(
 
 def _likely_template(text: Header, info: MmprojInfo) -> str:
     keys = text.keys
-    if info.tiling is not None and keys.get(KV_HEADS, keys[HEADS]) != keys[HEADS]:
-        kind = {"model_type": "llava_mistral"}  # whose heads share keys; Vicuna's have their own
-    else:
-        kind = {}
-    likely = conversation(kind, keys[TOKENS])
+    shares = keys.get(KV_HEADS, keys[HEADS]) != keys[HEADS]  # Vicuna's heads have keys of their own
+    mistral = shares and (info.tiling is not None or keys.get(ROPE_BASE) == INSTRUCT_V2)
+    likely = conversation({"model_type": "llava_mistral"} if mistral else {}, keys[TOKENS])
     return next(name for name, template in TEMPLATES.items() if template == likely)
 
 

@@ -19,7 +19,7 @@ from pocketllava.errors import BundleError, ConvertError
 from pocketllava.models.bundle import MANIFEST, Manifest
 from pocketllava.models.contract import check_layout, shown
 from pocketllava.models.files import locked_write
-from pocketllava.models.gguf_header import ARCHITECTURE, Header, TensorInfo, architecture
+from pocketllava.models.gguf_header import ARCHITECTURE, Header, Part, TensorInfo, architecture
 from pocketllava.models.gguf_writer import Key, header_bytes, padding, stored_keys
 from pocketllava.models.mmproj_contract import NEWLINES, PREFIX, MmprojInfo, check_mmproj
 from pocketllava.models.preprocessing import CLIP_MEAN, CLIP_STD
@@ -68,10 +68,10 @@ def find_mmproj(path: Path) -> Path:
     return files[0]
 
 
-def examine(path: Path) -> Repair:
+def examine(place: Path | Part) -> Repair:
     """Find a file's faults. Raises ConvertError for one that is no LLaVA mmproj, or damaged beyond repair."""
     try:
-        return _examine(Header.read(path))
+        return _examine(Header.read(place))
     except BundleError as error:
         raise ConvertError(f"{error} (a repair does not help)") from error
 
@@ -104,7 +104,7 @@ def repair(
     if out.is_dir() or in_bundle(out):
         raise ConvertError(f"{out}: a folder, or a bundle's file; --out names the file to make")
     try:
-        mode = plan.path.stat().st_mode
+        mode = plan.path.stat().st_mode & (0o666 if plan.header.part else ~0)  # a llamafile is a program
         with locked_write(out) as part:
             digests = _write(plan, part)
             _check(plan, part, digests)
@@ -158,6 +158,11 @@ def _wrong_keys(header: Header, tensors: dict[str, TensorInfo]) -> Iterator[tupl
 
     yield from missing("clip.has_vision_encoder", True, V.BOOL, None, "so llama.cpp sees no vision tower")
     projector = keys.get("clip.projector_type", keys.get(PREFIX + "projector_type", "mlp"))
+    if projector == "mlp" and not any(name.startswith("mm.") for name in tensors):
+        raise ConvertError(
+            f"{header.path}: a vision tower without a projector, expected LLaVA's two layers mm.0 and mm.2 behind it;"
+            " it was converted without its projector's file"
+        )
     if "mm.3.weight" in tensors or "mm.2.weight" not in tensors or projector != "mlp":
         raise ConvertError(
             f"{header.path}: projector {projector!r} with {sum(n.startswith('mm.') for n in tensors)} tensors,"

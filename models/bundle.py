@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
 from pocketllava.errors import BundleError, ModelNotFound
-from pocketllava.models.gguf_header import Header
+from pocketllava.models.gguf_header import Header, Part
 from pocketllava.models.manifest import FORMAT, MANIFEST, MMPROJ, MODEL, FileRecord, Manifest
 from pocketllava.models.mmproj_contract import MmprojInfo, check_mmproj
 from pocketllava.models.preprocessing import Preprocessing
@@ -84,15 +85,22 @@ class Bundle:
             return Path(reference.path)
         return self.folder / self.manifest.file_names.get(name, name)
 
+    def place_of(self, name: str) -> Path | Part:
+        """The same, or the place inside a larger file."""
+        path, reference = self.path_of(name), self.manifest.references.get(name)
+        if reference is None or not reference.start:
+            return path
+        return Part(path, reference.start, self.manifest.files[name].bytes, path.name)
+
     @cached_property
     def model_header(self) -> Header:
         """The text model's keys and tensors, parsed once. Raises BundleError."""
-        return Header.read(self.model)
+        return Header.read(self.place_of(MODEL))
 
     @cached_property
     def mmproj_header(self) -> Header:
         """The mmproj's keys and tensors, parsed once. Raises BundleError."""
-        return Header.read(self.mmproj)
+        return Header.read(self.place_of(MMPROJ))
 
     @cached_property
     def text_info(self) -> TextInfo:
@@ -132,20 +140,22 @@ class Bundle:
         for name in (MODEL, MMPROJ):
             if (expected := self.manifest.files[name].sha256) is None:
                 continue
-            if (actual := sha256(self.path_of(name))) != expected:
+            if (actual := sha256(self.place_of(name))) != expected:
                 raise BundleError(
                     f"{self.path_of(name)}: SHA-256 is {actual[:12]}..., expected {expected[:12]}...;"
                     f" the file changed since it was converted: {self._advice(name)}"
                 )
 
     def _check_file(self, name: str) -> None:
-        path, record = self.path_of(name), self.manifest.files[name]
+        place, path, record = self.place_of(name), self.path_of(name), self.manifest.files[name]
+        start = place.start if isinstance(place, Part) else 0
         if not path.is_file():
             raise BundleError(f"{path}: missing, though {MANIFEST} names it; {self._advice(name)}")
-        if (size := path.stat().st_size) != record.bytes:
-            raise BundleError(f"{path}: found {size} bytes, expected {record.bytes}; {self._advice(name)}")
+        size, whole = path.stat().st_size, start + record.bytes
+        if size < whole or (size > whole and not start):
+            raise BundleError(f"{path}: found {size} bytes, expected {whole}; {self._advice(name)}")
         try:
-            digest = header_sha256(path, record.header_bytes)
+            digest = header_sha256(path, record.header_bytes, start)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
         if digest != record.header_sha256:
@@ -175,8 +185,8 @@ class Bundle:
 
 def describe_file(header: Header, digest: str | None) -> FileRecord:
     """What the manifest records of a file with this header and SHA-256."""
-    n_bytes = header.data_start
-    return FileRecord(header.file_bytes, n_bytes, header_sha256(header.path, n_bytes), digest)
+    n_bytes = header.header_bytes
+    return FileRecord(header.file_bytes, n_bytes, header_sha256(header.path, n_bytes, header.start), digest)
 
 
 def file_identity(path: Path, header: Header | None = None) -> str:
@@ -186,21 +196,26 @@ def file_identity(path: Path, header: Header | None = None) -> str:
     """
     header = header or Header.read(path)
     status = path.stat()
-    return f"{header_sha256(path, header.data_start)} {status.st_size} {status.st_mtime_ns}"
+    digest = header_sha256(path, header.header_bytes, header.start)
+    return f"{digest} {status.st_size} {status.st_mtime_ns}"
 
 
-def header_sha256(path: Path, n_bytes: int) -> str:
-    """SHA-256 of the first n_bytes: keys and tensor list, without tensor data."""
+def header_sha256(path: Path, n_bytes: int, start: int = 0) -> str:
+    """SHA-256 of n_bytes from the GGUF file's start: keys and tensor list, without tensor data."""
     with path.open("rb") as file:
+        file.seek(start)
         return hashlib.sha256(file.read(n_bytes)).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a whole file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
+def sha256(place: Path | Part) -> str:
+    """SHA-256 of a whole file, or of the part of one, in hexadecimal."""
+    part = place if isinstance(place, Part) else None
+    digest, left = hashlib.sha256(), part.n_bytes if part else sys.maxsize
+    with (part.path if part else Path(str(place))).open("rb") as file:
+        file.seek(part.start if part else 0)
+        while block := file.read(min(CHUNK_BYTES, left)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

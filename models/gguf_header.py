@@ -7,6 +7,8 @@ Everything is checked first, because llama.cpp aborts the process on much of wha
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,10 +39,21 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A GGUF file that is stored as it is inside another: where it begins, its bytes, and its name there."""
+
+    path: Path
+    start: int
+    n_bytes: int
+    name: str
+
+
+@dataclass(frozen=True)
 class Header:
     """Keys (with their GGUF value types, and the types of arrays' items) and tensors of one file.
 
-    not_utf8: keys whose name or text holds bytes that are no UTF-8, U+FFFD in their place here.
+    not_utf8: keys whose name or text holds bytes that are no UTF-8, U+FFFD in their place here. part: the place inside
+    the file under `path`, which data_start counts from the beginning of; file_bytes is the part's.
     """
 
     path: Path
@@ -51,32 +64,70 @@ class Header:
     file_bytes: int
     item_types: dict[str, int] = field(default_factory=dict)
     not_utf8: frozenset[str] = frozenset()
+    part: Part | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Header:
+    def read(cls, place: Path | Part) -> Header:
         """Read and check the header. Raises BundleError naming the file and what is wrong with it."""
         try:
-            file_bytes = path.stat().st_size
-            with open_regular(path) as file:
-                return _Reader(path, file, file_bytes).header()
+            with _opened(place) as reader:
+                return reader.header()
         except OSError as error:
+            path = place.path if isinstance(place, Part) else place
             raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
 
+    @property
+    def place(self) -> Path | Part:
+        """Where it was read."""
+        return self.part or self.path
 
-def architecture(path: Path) -> str | None:
+    @property
+    def name(self) -> str:
+        """The file's name, inside an archive the one that it has there."""
+        return self.part.name if self.part else self.path.name
+
+    @property
+    def start(self) -> int:
+        """Where the GGUF file begins in the file under `path`."""
+        return self.part.start if self.part else 0
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the tensor data."""
+        return self.data_start - self.start
+
+
+def architecture(place: Path | Part) -> str | None:
     """A file's general.architecture, without reading what comes after it; None for what is no GGUF file."""
     try:
-        with open_regular(path) as file:
-            return _Reader(path, file, path.stat().st_size).architecture()
+        with _opened(place) as reader:
+            return reader.architecture()
     except (OSError, BundleError):
         return None
 
 
-class _Reader:
-    """A cursor over the file that refuses to read past its end."""
+@contextmanager
+def _opened(place: Path | Part) -> Iterator[_Reader]:
+    """Raises OSError; BundleError for a part that its file does not hold."""
+    part = place if isinstance(place, Part) else None
+    path = part.path if part else place
+    assert isinstance(path, Path)
+    n_bytes = path.stat().st_size
+    with open_regular(path) as file:
+        if part is not None:
+            if part.start + part.n_bytes > n_bytes:
+                raise BundleError(
+                    f"{path}: found {n_bytes} bytes, expected {part.start + part.n_bytes}; download it again"
+                )
+            file.seek(part.start)
+        yield _Reader(path, file, part.n_bytes if part else n_bytes, part)
 
-    def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
-        self.path, self.file, self.file_bytes = path, file, file_bytes
+
+class _Reader:
+    """A cursor over the file, or a part of it, that refuses to read past its end."""
+
+    def __init__(self, path: Path, file: BinaryIO, file_bytes: int, part: Part | None) -> None:
+        self.path, self.file, self.file_bytes, self.part = path, file, file_bytes, part
         self.at = 0  # counted here: asking a file where it is takes longer than reading a token from it
         self.item_type = 0  # of the array read last
         self.replaced = False  # whether a text was no UTF-8
@@ -173,7 +224,15 @@ class _Reader:
         for info in infos:
             self.check(info, start, alignment)
         return Header(
-            self.path, keys, key_types, tensors, start, self.file_bytes, item_types, frozenset(not_utf8)
+            self.path,
+            keys,
+            key_types,
+            tensors,
+            start + (self.part.start if self.part else 0),
+            self.file_bytes,
+            item_types,
+            frozenset(not_utf8),
+            self.part,
         )
 
     def tensor(self) -> TensorInfo:

@@ -68,10 +68,18 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Reference:
-    """A file outside the bundle's folder: its absolute path, and the program that it belongs to."""
+    """A file outside the bundle's folder: its absolute path, and the program that it belongs to.
+
+    start: where the GGUF file begins in it, as in a llamafile; 0 for a GGUF file.
+    """
 
     path: str
     owner: str | None = None
+    start: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As bundle.json has it."""
+        return {"path": self.path, "owner": self.owner, **({"start": self.start} if self.start else {})}
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class Manifest:
         if self.file_names:
             data["file_names"] = dict(self.file_names)
         if self.references:
-            data["references"] = {name: asdict(reference) for name, reference in self.references.items()}
+            data["references"] = {name: reference.to_json() for name, reference in self.references.items()}
         if self.quantized_from is not None:
             origin = self.quantized_from
             data["quantized_from"] = {"types": asdict(origin.types), "sha256": dict(origin.sha256)}
@@ -267,9 +275,15 @@ def _references(top: _Section) -> dict[str, Reference]:
         name: Reference(
             section.section(name).get("path", _absolute, "an absolute path"),
             section.section(name).get("owner", _optional(_text), "text or null"),
+            _start(section.section(name)),
         )
         for name in sorted(names)
     }
+
+
+def _start(section: _Section) -> int:
+    most = MAX_FILE_BYTES
+    return int(section.get("start", _size, f"1 to {most}")) if "start" in section.value else 0
 
 
 def _quantized_from(top: _Section) -> QuantizedFrom | None:

@@ -214,7 +214,8 @@ def _expected(
     patch, grid = dims["patch_size"], dims["image_size"] // dims["patch_size"]
     yield CLASS_EMBEDDING if class_token else PATCH_BIAS, (width,), (F32,), True
     yield "v.patch_embd.weight", (width, 3, patch, patch), (F32, F16), True
-    yield "v.position_embd.weight", (grid * grid + class_token, width), (F32, F16), True
+    # llama.cpp's first tool for quantizing these files takes this matrix, too: Mozilla's llamafile has it in Q4_0
+    yield "v.position_embd.weight", (grid * grid + class_token, width), MATRIX_TYPES, True
     if class_token:
         yield from _norm("v.pre_ln", width)
     for name in (POST_NORM + kind for kind in ("weight", "bias")):

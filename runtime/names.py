@@ -21,7 +21,7 @@ from pocketllava.errors import BundleError, InputError, ModelNotFound, Unsupport
 from pocketllava.models import Bundle
 from pocketllava.models.bundle import MANIFEST
 from pocketllava.models.files import cache_folder, expanded
-from pocketllava.models.gguf_header import MAGIC
+from pocketllava.models.gguf_header import MAGIC, Part
 from pocketllava.models.store import Store, is_name
 from pocketllava.settings import nearest
 
@@ -56,7 +56,7 @@ def open_bundle(
     return _open(name)
 
 
-def _text_model(name: str | PathLike[str]) -> Path | None:
+def _text_model(name: str | PathLike[str]) -> Path | Part | None:
     """The text model of a pair without bundle.json; None for everything else. Raises InputError, ModelNotFound."""
     if not isinstance(name, str | PathLike) or not os.fspath(name):
         return None
@@ -74,23 +74,23 @@ def _text_model(name: str | PathLike[str]) -> Path | None:
     return only_text_model(path)
 
 
-def _in_llamafile(path: Path) -> Path:
+def _in_llamafile(path: Path) -> Path | Part:
     """The text model in a llamafile; any other file itself. Raises BundleError, DiskFull, InputError."""
     with suppress(OSError), path.open("rb") as file:
         if file.read(4) == MAGIC:
             return path
     from pocketllava.convert.foreign import only_text_model
-    from pocketllava.convert.llamafile import extracted, is_llamafile
+    from pocketllava.convert.llamafile import is_llamafile
 
-    return only_text_model(extracted(path)) if is_llamafile(path) else path
+    return only_text_model(path) if is_llamafile(path) else path
 
 
 def _open_pair(
-    model: Path, mmproj: str | PathLike[str] | None, template: str | None, pad: bool | None
+    model: Path | Part, mmproj: str | PathLike[str] | None, template: str | None, pad: bool | None
 ) -> Bundle:
     """A text model with the projector that was named, or lies beside it; what had to be assumed is said once."""
     alone = mmproj is None and template is None and pad is None
-    if alone and (bundle := _around(model)) is not None:
+    if alone and isinstance(model, Path) and (bundle := _around(model)) is not None:
         return bundle
     from pocketllava.convert import foreign
     from pocketllava.convert.pair import style

@@ -40,10 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
 # What takes longest, left out by `make test-fast`: whole conversions, children, every type of quantization.
 SLOW = (
     "album", "answers", "attack_files", "attack_gguf", "bad_checkpoints", "bench", "cache", "chat",
-    "chat_template", "children", "cli", "completion", "convert", "damage", "demo", "device_caches", "docs", "doctor",
-    "download", "evaluation", "examples", "exports", "foreign", "hostile_pictures", "image_tokens", "imatrix",
-    "import", "interrupts", "isolated", "limits", "manifest", "mmproj_contract", "odd_checkpoints", "openapi",
-    "original", "page", "page_odd", "pickled", "places", "plan", "prefixes", "pull", "quantize", "ray",
+    "chat_template", "children", "cli", "completion", "convert", "damage", "demo", "device_caches", "docs",
+    "doctor", "download", "evaluation", "examples", "exports", "foreign", "foreign_commands",
+    "hostile_pictures", "image_tokens", "imatrix", "import", "interrupts", "isolated", "limits",
+    "llamafile", "manifest", "mmproj_contract", "odd_checkpoints", "openapi", "original", "page",
+    "page_odd", "pickled", "places", "plan", "prefixes", "published", "pull", "quantize", "ray",
     "recorded_bodies", "repair", "scale", "serve", "serve_faults", "store", "streams", "structured",
     "text_contract", "tiled", "tiled_convert", "usage", "variants",
 )  # fmt: skip

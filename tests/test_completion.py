@@ -74,8 +74,8 @@ def test_zsh_and_fish_get_whole_names_and_folders(environment: dict[str, str]) -
         "plain",
         "llava-1.5-7b:q8_0",
     ]
-    assert answers("pocketllava ask m", "zsh", environment, "2") == ["plain", "mine", "_", "dir", "m", "_"]
-    assert answers("pocketllava ask m", "fish", environment, "m") == ["plain,mine", "dir,m"]
+    assert answers("pocketllava ask m", "zsh", environment, "2") == ["plain", "mine", "_", "file", "m", "_"]
+    assert answers("pocketllava ask m", "fish", environment, "m") == ["plain,mine", "file,m"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

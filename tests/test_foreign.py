@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -304,37 +303,3 @@ def test_the_commands_take_a_pair(lying: Path) -> None:
     talked = run.invoke(cli, ["chat", model, *pair], input="Hello\n")
     assert talked.exit_code == 0, talked.output
     assert Bundle.open(open_bundle(model).folder).path_of(MMPROJ) == Path(mmproj)
-
-
-def packed(path: Path, *files: Path, method: int = zipfile.ZIP_STORED, before: str = "") -> Path:
-    """A llamafile: a program, then a ZIP archive."""
-    path.write_bytes(b"MZqFpD=" + b"program" * 100)
-    with zipfile.ZipFile(path, "a", method) as archive:
-        archive.writestr(".args", "-m")
-        for file in files:
-            archive.write(file, before + file.name)
-    return path
-
-
-def test_a_llamafile_is_extracted_once(
-    lying: Path, tmp_path: Path, cache: Path, bundle: Bundle, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole = packed(tmp_path / "llava.llamafile", *lying.iterdir(), before="../../")
-    for _ in range(2):
-        opened = open_bundle(whole)
-        assert opened.model.read_bytes() == bundle.model.read_bytes()
-        assert cache / "llamafiles" in opened.mmproj.parents
-    assert caplog.text.count("llava.llamafile: its files are extracted once, which takes 0.0") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "files", "llava.llamafile"]
-    pressed = packed(tmp_path / "pressed.llamafile", *lying.iterdir(), method=zipfile.ZIP_DEFLATED)
-    with pytest.raises(BundleError, match="is not stored as it is"):
-        open_bundle(pressed)
-    with pytest.raises(BundleError, match="a ZIP archive with 0 GGUF files"):
-        open_bundle(packed(tmp_path / "empty.llamafile"))
-    data = bytearray(whole.read_bytes())
-    data[len(data) // 2] ^= 1
-    (tmp_path / "bad.llamafile").write_bytes(data)
-    shutil.rmtree(cache)
-    with pytest.raises(BundleError, match=r"cannot be extracted .*; download it again"):
-        open_bundle(tmp_path / "bad.llamafile")
-    assert len(list(cache.rglob("*.partial"))) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf import GGUFValueType as V
 
 from pocketllava import Bundle, BundleError, ConvertError
@@ -34,8 +34,9 @@ def rewritten(
     put: dict[str, tuple[Any, V]] | None = None,
     swap: bool = False,
     rename: dict[str, str] | None = None,
+    data: dict[str, tuple[np.ndarray[Any, Any], GGMLQuantizationType]] | None = None,
 ) -> Path:
-    """A copy of an mmproj with other keys and tensor names."""
+    """A copy of an mmproj with other keys, tensor names and tensors' data with their types."""
     reader, writer = GGUFReader(source), GGUFWriter(out, "clip")
     for field in reader.fields.values():
         if not field.name.startswith(("GGUF.", "general.architecture", *drop)) and field.name not in (
@@ -49,8 +50,8 @@ def rewritten(
         name = next(
             (tensor.name.replace(a, b) for a, b in SWAP.items() if swap and a in tensor.name), tensor.name
         )
-        data = np.array(tensor.data)
-        writer.add_tensor((rename or {}).get(name, name), data, raw_dtype=tensor.tensor_type)
+        values, kind = (data or {}).get(name, (np.array(tensor.data), tensor.tensor_type))
+        writer.add_tensor((rename or {}).get(name, name), values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

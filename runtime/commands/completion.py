@@ -47,7 +47,7 @@ add_completion_class(Bash)
 
 
 class Model(Place):
-    """A model: a name of the store, or a bundle's folder."""
+    """A model: a name of the store, a bundle's folder, or a GGUF text model."""
 
     name = "NAME"
 
@@ -57,13 +57,13 @@ class Model(Place):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Names that begin with the text; folders where a bundle's folder may be given."""
+        """Names that begin with the text; files and folders where a bundle or a GGUF file may be given."""
         del ctx, param
         names = [DEMO] if self._folders else []
         with suppress(InputError):
             names += Store.default().names()
         items = [CompletionItem(name) for name in names if name.startswith(incomplete.lower())]
-        return [*items, CompletionItem(incomplete, type="dir")] if self._folders else items
+        return [*items, CompletionItem(incomplete, type="file")] if self._folders else items
 
 
 @click.command()

@@ -35,8 +35,9 @@ def import_model(
 ) -> None:
     """Take a LLaVA that is on this disk already into the store, without copying it.
 
-    PATH is a GGUF text model with its mmproj beside it, or their folder; ollama:NAME is a model of Ollama's. --scan
-    lists what lies in the folders of Ollama, LM Studio, llama.cpp, the Hugging Face cache, Jan and GPT4All.
+    PATH is a GGUF text model with its mmproj beside it, their folder, or a llamafile; ollama:NAME is a model of
+    Ollama's. --scan lists what lies in the folders of Ollama, LM Studio, llama.cpp, the Hugging Face cache, Jan and
+    GPT4All.
 
     \b
     pocketllava import --scan
@@ -54,24 +55,25 @@ def import_model(
 def _take(
     source: str, name: str | None, files: str | None, options: dict[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
-    from pocketllava.convert.adopt import adopt, default_name, found, known_roots
-    from pocketllava.convert.foreign import REFER, said
+    from pocketllava.convert.adopt import adopt, default_name, found, known_roots, usual_files
+    from pocketllava.convert.foreign import said
     from pocketllava.convert.pair import style
     from pocketllava.models.store import parsed
 
     pair = found(source, options["mmproj"], known_roots())
+    how_kept = files or usual_files(pair)
     how = style(pair.text, pair.projector.info, options["template"], options["pad"], likely=pair.template)
     full = parsed(name) if name is not None else default_name(pair)
     click.echo(said(pair, how), err=True)
     if not dry_run:
-        adopt(pair, how, full, files=files or REFER)
+        adopt(pair, how, full, files=how_kept)
     about = {
         "name": full,
         "model": str(pair.text.path),
         "mmproj": str(pair.projector.path),
         "owner": pair.owner,
         "faults": pair.projector.faults,
-        "files": files or REFER,
+        "files": how_kept,
         "template": how.name,
         "pad": how.pad,
         "imported": not dry_run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,7 +26,9 @@ def list_models(as_json: bool) -> None:
     widths = [max((len(str(row[key])) for row in rows), default=0) for key in ("name", "types", "size")]
     for row_ in rows:
         cells = zip((row_["name"], row_["types"], row_["size"]), widths, strict=True)
-        click.echo("  ".join([*(f"{cell:<{width}}" for cell, width in cells), row_["source"]]))
+        click.echo(
+            "  ".join([*(f"{cell:<{width}}" for cell, width in cells), f"{row_['source']}{elsewhere(row_)}"])
+        )
     unfinished(store)
 
 
@@ -39,8 +42,12 @@ def row(store: Store, name: str) -> dict[str, Any]:
     try:
         manifest = Manifest.read(folder / MANIFEST)
     except PocketLlavaError as error:
-        return {**about, "source": f"damaged: {error}", "revision": None}
+        return {**about, "source": f"damaged: {error}", "revision": None, "references": []}
     n_bytes = sum(record.bytes for record in manifest.files.values())
+    references = [
+        {"file": name, **reference.to_json(), "there": Path(reference.path).is_file()}
+        for name, reference in manifest.references.items()
+    ]
     return {
         **about,
         "types": f"{manifest.types.model} + {manifest.types.mmproj}",
@@ -48,7 +55,19 @@ def row(store: Store, name: str) -> dict[str, Any]:
         "size": size(n_bytes),
         "source": manifest.source.id,
         "revision": manifest.source.revision,
+        "references": references,
     }
+
+
+def elsewhere(row: dict[str, Any]) -> str:
+    """Whose files a model only refers to, and whether one is gone."""
+    references = row["references"]
+    if not references:
+        return ""
+    owners = sorted({reference["owner"] or str(Path(reference["path"]).parent) for reference in references})
+    gone = [reference["path"] for reference in references if not reference["there"]]
+    missing = f"; missing: {', '.join(gone)}" if gone else ""
+    return f"  (refers to files of {' and '.join(owners)}{missing})"
 
 
 def unfinished(store: Store) -> None:

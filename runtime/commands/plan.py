@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import Place, setting_option
+from pocketllava.commands.common import pair_options, setting_option
+from pocketllava.commands.completion import Model
 from pocketllava.types import LoadOptions
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ TOO_LARGE = 1
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE", type=Place())
+@click.argument("model", metavar="BUNDLE", type=Model())
 @setting_option(LoadOptions, "n_ctx")
 @setting_option(LoadOptions, "kv_type")
 @setting_option(LoadOptions, "flash_attn")
@@ -30,8 +31,9 @@ TOO_LARGE = 1
 @setting_option(LoadOptions, "n_threads")
 @setting_option(LoadOptions, "weights")
 @setting_option(LoadOptions, "image_tokens")
+@pair_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are in bytes.")
-def plan(model: str, as_json: bool, **load: Any) -> None:
+def plan(model: str, as_json: bool, pair: dict[str, Any], **load: Any) -> None:
     """Show what loading takes, part by part, and whether it fits this machine. Loads nothing.
 
     Give it the options that you would give to `ask`. Where the model does not fit, the changes that would make it fit
@@ -39,7 +41,7 @@ def plan(model: str, as_json: bool, **load: Any) -> None:
     """
     from pocketllava import Llava
 
-    planned = Llava.plan(model, **load)
+    planned = Llava.plan(model, **load, **pair)
     click.echo(json.dumps(fields(planned), ensure_ascii=False) if as_json else str(planned))
     if planned.verdict == "too large":
         click.get_current_context().exit(TOO_LARGE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pocketllava.commands.common import OneOf, Place, quiet_option
+from pocketllava.commands.common import OneOf, Place, quiet_option, setting_option
 from pocketllava.commands.completion import Model
 from pocketllava.commands.progress import (
     imatrix_option,
@@ -15,6 +15,7 @@ from pocketllava.commands.progress import (
     text_types,
     threads_option,
 )
+from pocketllava.types import LoadOptions
 
 
 @click.command()
@@ -40,6 +41,14 @@ from pocketllava.commands.progress import (
     type=OneOf(mmproj_types),
     help="Type of the vision tower: F32, F16, BF16, Q8_0 [default: copied].",
 )
+@click.option(
+    "--mmproj-file",
+    metavar="FILE",
+    type=Place(),
+    help="Vision part of a GGUF text model [default: beside it].",
+)
+@setting_option(LoadOptions, "template")
+@setting_option(LoadOptions, "pad")
 @imatrix_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace the bundle that is there, once the new one is whole.")
@@ -50,6 +59,9 @@ def quantize(
     out: str,
     quants: tuple[str, ...],
     mmproj: str | None,
+    mmproj_file: str | None,
+    template: str | None,
+    pad: bool | None,
     imatrix: str | None,
     threads: int | None,
     force: bool,
@@ -57,6 +69,8 @@ def quantize(
     quiet: bool,
 ) -> None:
     """Make bundles of other types from an F32, F16 or BF16 bundle, without its checkpoint.
+
+    BUNDLE may be a GGUF text model of floats, as it lies, too; what is assumed of it is printed.
 
     An F32 bundle gives what converting the checkpoint gives; so does a BF16 bundle of a BF16 checkpoint, or
     an F16 one of an F16 checkpoint. Other bundles of F16 and BF16 have been rounded once already.
@@ -66,7 +80,7 @@ def quantize(
 
     with progress_bar(quiet) as progress:
         bundles = requantize(
-            open_bundle(bundle),
+            open_bundle(bundle, mmproj=mmproj_file, template=template, pad=pad),
             targets(out, quants),
             mmproj=mmproj,
             imatrix=imatrix,

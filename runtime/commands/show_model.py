@@ -33,6 +33,7 @@ def show(name: str, as_json: bool) -> None:
         "made with": f"pocketllava {manifest.version}",
         "files": {str(bundle.path_of(key)): asdict(record) for key, record in manifest.files.items()},
     }
+    owners = {str(bundle.path_of(key)): reference.owner for key, reference in manifest.references.items()}
     if as_json:
         click.echo(json.dumps(about, ensure_ascii=False, indent=2))
         return
@@ -40,4 +41,5 @@ def show(name: str, as_json: bool) -> None:
     for key, value in about.items():
         click.echo(f"{key + ':':<14}{value}")
     for path, record in files.items():
-        click.echo(f"{path}  {size(record['bytes'])}  sha256:{record['sha256'] or 'not known'}")
+        owner = f"  (refers to {owners[path]}'s)" if owners.get(path) else ""
+        click.echo(f"{path}  {size(record['bytes'])}  sha256:{record['sha256'] or 'not known'}{owner}")

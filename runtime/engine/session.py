@@ -148,7 +148,7 @@ class Session:
             BlobCache(Path(options.cache_dir), options.cache_bytes) if options.cache_dir is not None else None
         )
         self._features = FeatureCache(store=store)
-        settings = repr((self._identity(text.path), encoder, *text.settings)) + text_kind
+        settings = repr((self._identity(text.path, text.header), encoder, *text.settings)) + text_kind
         self._prefixes = PrefixCache(store=store if options.keep_prefixes else None, settings=settings)
         self.cache = KvCache(text, self.image_id, self._prefixes)
         self._grammars: Grammars | None = None

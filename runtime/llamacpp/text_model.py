@@ -25,6 +25,7 @@ from pocketllava.llamacpp.guard import ShouldStop, deferred_interrupts, interrup
 from pocketllava.llamacpp.load_log import missing_part
 from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
 from pocketllava.llamacpp.mapped_pages import released_pages
+from pocketllava.llamacpp.part_of_file import loaded_from
 from pocketllava.llamacpp.private import check_llama
 from pocketllava.llamacpp.sampling import Sampler
 from pocketllava.llamacpp.token_rows import TokenRows
@@ -109,6 +110,7 @@ class TextModel:
             translated(f"{path}: loading the text model"),
             log_lines() as lines,
             released_pages(path) if releases_pages else nullcontext(),
+            loaded_from(header.part) if header.part else nullcontext(),
             keep_file_descriptors(),
             deferred_interrupts(),
         ):
@@ -118,6 +120,11 @@ class TextModel:
     def path(self) -> Path:
         """The GGUF file."""
         return Path(self._llama.model_path)
+
+    @property
+    def header(self) -> Header | None:
+        """The file's header, if it was read when the model was loaded."""
+        return self._header
 
     @property
     def metadata(self) -> dict[str, str]:
