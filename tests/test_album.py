@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from hypothesis import strategies as st
 from pocketllava import ContextOverflow, InputError, Llava, Options
 from pocketllava.album import alike, database
 from pocketllava.album.captioner import Event, Plan, run
+from pocketllava.album.export import Export
+from pocketllava.album.exporting import Exported
+from pocketllava.album.exports.captions import Style
 from pocketllava.album.journal import Album, Given, Picture, Question
 from pocketllava.album.merge import merge
 from pocketllava.album.prompts import questions
@@ -492,6 +496,66 @@ def test_the_commands(photos: Path) -> None:
     assert "6 answers, 1 failed" in listed
     dry = invoke("caption", "demo", str(photos), "-r", "--dry-run", "-p", COUNT)
     assert "to be asked: 7 pictures; nothing was done" in dry.stderr
+
+
+def exporting(
+    demo: Llava, folder: Path, to: str, style: Style | None = None, every_s: float | None = None, n: int = 99
+) -> tuple[Exported, list[Event]]:
+    """n events of a run with an export, and what was reported."""
+    wanted, exported = plan(folder), Exported(Export(to, style or Style()), every_s)
+    with Album(folder.parent / "test.album", root=wanted.walk.root) as album:
+        return exported, list(islice(exported.events(demo, album, wanted), n))
+
+
+def test_sidecars_are_written_as_captions_come(demo: Llava, photos: Path) -> None:
+    _, events = exporting(demo, photos, "txt", n=2)  # and no further: killed
+    assert {e.path: (photos / e.path).with_suffix(".txt").read_text() for e in events} == {
+        e.path: e.given.text for e in events
+    }
+    (photos / "b.txt").unlink()  # as if it had been killed before that
+    exported, events = exporting(demo, photos, "txt")
+    assert (exported.report.written, exported.report.kept, exported.report.left_out["failed"]) == (5, 1, 1)
+    assert len(list(photos.rglob("*.txt"))) == 6
+    assert not list(photos.rglob("*.partial"))
+    again, _ = exporting(demo, photos, "txt", Style(existing="prepend", prefix="ohwx, "))
+    assert again.report.written == 6
+    assert (photos / "a.txt").read_text().startswith("ohwx, ")
+
+
+def test_one_file_for_all_is_written_every_so_often(demo: Llava, photos: Path) -> None:
+    exporting(demo, photos, "metadata.jsonl", Style(existing="overwrite"), every_s=1e-9, n=4)
+    written = (photos / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in written] == ["a.png", "b.jpg", "c.webp", "d.bmp"]
+    exported, _ = exporting(demo, photos, "metadata.jsonl", Style(existing="overwrite"), every_s=1e9)
+    assert exported.report.written == 6
+    with pytest.raises(InputError, match="it replaces its file each time; give it --existing overwrite"):
+        Exported(Export("jsonl", Style()), 5)
+    for to in ("txt", "webdataset"):
+        with pytest.raises(InputError, match=f"found 5 s with {to}, which is written"):
+            Exported(Export(to, Style(existing="overwrite")), 5)
+
+
+def test_what_is_there_already_is_told_before_the_start(photos: Path) -> None:
+    (photos / "metadata.jsonl").write_text("mine")
+    done = invoke("caption", "demo", str(photos), "-r", "--to", "metadata.jsonl", "-t", "1")
+    assert "exists; --existing overwrite" in str(done.exception)
+    assert not (photos.parent / "photos.album").exists()
+    done = invoke(
+        "caption",
+        "demo",
+        str(photos),
+        "-r",
+        "--to",
+        "metadata.jsonl",
+        "--existing",
+        "overwrite",
+        "-t",
+        "1",
+        "--every",
+        "9",
+    )
+    assert done.return_value == 3
+    assert "metadata.jsonl: 6 written" in done.stderr
 
 
 def test_sidecars_that_would_be_one_file_are_refused_before_the_start(photos: Path) -> None:

@@ -17,7 +17,9 @@ from pocketllava.errors import BackendError, ContextOverflow, ImageError, InputE
 from pocketllava.llava import Llava
 from pocketllava.types import Answer, Message, Options
 
-MAX_FAILURES = 3  # of the engine, or of a prompt's length, in a row, after which it is not the picture's fault
+MAX_FAILURES = (
+    3  # of the engine, or of a prompt's length, in a row, after which it is not the picture's fault
+)
 ShouldStop = Callable[[], bool]
 
 

@@ -42,7 +42,6 @@ class Export:
                 f"out: found {self.target}, expected none: {self.format} lies beside each picture"
             )
 
-
     @property
     def file_suffix(self) -> str:
         """What a sidecar's name ends in."""

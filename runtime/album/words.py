@@ -1,6 +1,6 @@
 """{name}, {directory} and {tags} in a prompt, a prefix or a suffix -> a picture's own words. Opens sidecars only.
 
-Tags are what a tagger left beside the picture, as kohya's trainers and TagGUI keep them: photo.txt, else photo.caption.
+Tags are what a tagger left beside the picture, where kohya's trainers and TagGUI keep them: photo.txt, photo.caption.
 """
 
 from __future__ import annotations

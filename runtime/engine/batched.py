@@ -7,6 +7,7 @@ holds of the next prompt's beginning stays, such as a system message. Equal prom
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections import OrderedDict
@@ -78,7 +79,7 @@ class Batched:
         self._devices, self._should_stop = devices, call.should_stop
         self._held: dict[int, list[PromptItem]] = {n: [] for n in range(sequences.n)}
         self._running: dict[int, _Answering] = {}
-        self._remembered: OrderedDict[tuple[PromptItem, ...], Answer] = OrderedDict()
+        self._remembered: OrderedDict[bytes, Answer] = OrderedDict()
         self._error: Exception | None = None
         self._everything = np.arange(session.text.n_vocab, dtype=np.int32)
 
@@ -151,7 +152,7 @@ class Batched:
                 if answering.composed.prompt == composed.prompt:
                     answering.numbers.append(number)
                     return None
-            if (answer := self._remembered.get(tuple(composed.prompt))) is not None:
+            if (answer := self._remembered.get(_digest(composed.prompt))) is not None:
                 return answer
         sequence = min(self._held.keys() - self._running.keys())
         self._running[sequence] = self._prefilled(sequence, number, composed, begun, start)
@@ -173,8 +174,8 @@ class Batched:
                     yield number, answer
 
     def _remember(self, prompt: Sequence[PromptItem], answer: Answer) -> None:
-        if self._repeatable:
-            self._remembered[tuple(prompt)] = answer
+        if self._repeatable and self._options.top_logprobs is None:  # which would take megabytes
+            self._remembered[_digest(prompt)] = answer
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
 
@@ -237,3 +238,8 @@ class Batched:
             answering.finish = "stop"
         elif len(answering.ids) == answering.limit:
             answering.finish = "length"
+
+
+def _digest(prompt: Sequence[PromptItem]) -> bytes:
+    """What tells a prompt, images included, from others."""
+    return hashlib.sha256(repr(list(prompt)).encode()).digest()

@@ -94,5 +94,7 @@ def done_paths(output: Path) -> set[str]:
         try:
             done.update(parquet.read_table(file, columns=["path"])["path"].to_pylist())
         except ArrowInvalid:
-            logger.warning("%s: cut short by a job that was killed; its pictures are asked again, remove it", file)
+            logger.warning(
+                "%s: cut short by a job that was killed; its pictures are asked again, remove it", file
+            )
     return done

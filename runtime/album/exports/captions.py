@@ -102,7 +102,11 @@ class Beside(ABC):
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.report.remarks += self.end()
+
+    def end(self) -> list[str]:
+        """After the last: remarks for the report."""
+        return []
 
 
 def check_target(target: Path, style: Style) -> None:

@@ -1,4 +1,4 @@
-"""Tar shards as webdataset and img2dataset lay them out: 00000.tar with 000000000.jpg, .txt and .json; 00000.parquet."""
+"""Tar shards as img2dataset lays them out: 00000.tar with 000000000.jpg, .txt and .json, and 00000.parquet."""
 
 from __future__ import annotations
 

@@ -50,15 +50,16 @@ class XmpSidecars(Beside):
             return
         self.report.written += 1
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> list[str]:
         self._tool.close()
-        if self._left_alone:
-            reason = "only exiftool merges them, and it is not installed"
-            if self._tool.found:
-                reason = "exiftool refused them"
-            self.report.remarks.append(
-                f"{self._left_alone} sidecars that exist were left alone: {reason}"
-            )
+        if not self._left_alone:
+            return []
+        why = (
+            "exiftool refused them"
+            if self._tool.found
+            else "only exiftool merges them, and it is not installed"
+        )
+        return [f"{self._left_alone} sidecars that exist were left alone: {why}"]
 
 
 def sidecar(picture: Path, naming: Naming) -> Path:
