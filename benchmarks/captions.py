@@ -1,4 +1,4 @@
-"""`pocketllava caption` on thousands of drawn pictures: equality with ask, kill -9, memory, shards, search, likeness.
+"""`pocketllava caption` on thousands of drawn pictures: equality with ask, kills, memory, shards, a full disk, search.
 
     python benchmarks/captions.py build/captions -n 10000            # all of it
     python benchmarks/captions.py build/captions -n 2000 --only kills shards
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pocketllava import Llava
+from pocketllava import Answer, Llava
 from pocketllava.album import alike
 from pocketllava.album.captioner import Plan, run
 from pocketllava.album.journal import Album
@@ -97,6 +97,37 @@ def whole(folder: Path, work: Path) -> dict[str, object]:
         "pictures": n + 1, "failed": n_failed, "seconds": round(time.monotonic() - start, 1),
         "MB after 500": rss[0] // 10**6, "MB grown": (max(rss) - rss[0]) / 1e6, "descriptors": sorted(set(files)),
     }  # fmt: skip
+
+
+def many(batch: int | str) -> dict[str, object]:
+    """2,000 different pictures through ask_many, its memory watched after the first 500."""
+    process, rss = psutil.Process(), list[int]()
+    pictures = (scenes.scene(FIRST + k).draw() for k in range(2000))
+    with Llava.load("demo", n_threads=1) as llava:
+        answers = llava.ask_many(pictures, DEFAULT_PROMPT, batch=batch)  # type: ignore[arg-type]
+        for n, answer in enumerate(answers):
+            assert isinstance(answer, Answer)
+            if n >= 500 and n % 50 == 0:
+                rss.append(process.memory_info().rss)
+    return {"pictures": n + 1, "batch": batch, "MB after 500": rss[0] // 10**6,
+            "MB grown": (max(rss) - rss[0]) / 1e6}  # fmt: skip
+
+
+def full_disk(folder: Path, work: Path, limit: int) -> dict[str, object]:
+    """A run whose files may have `limit` bytes, as if the disk were full there; then one that goes on."""
+    import resource
+
+    path = fresh(work / "full.album")
+    arguments = command(folder / "00", path, "--limit", "500")
+    done = subprocess.run(
+        arguments, stderr=subprocess.PIPE, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    before = content(path)
+    again = subprocess.run(arguments, stderr=subprocess.DEVNULL, check=False).returncode
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("warning:", "500 pictures"))]
+    return {"exit code": done.returncode, "lines": lines[1:], "answers": len(before), "then": again,
+            "kept": before == [row for row in content(path) if row[0] in {row[0] for row in before}]}  # fmt: skip
 
 
 def equal(work: Path, n: int) -> dict[str, object]:
@@ -252,6 +283,10 @@ def checks(folder: Path, work: Path, names: list[str], kill: int) -> Iterator[tu
     for name in names:
         if name == "whole":
             yield name, whole(folder, work)
+        elif name == "many":
+            yield from ((name, many(batch)) for batch in (1, "auto"))
+        elif name == "full":
+            yield name, full_disk(folder, work, 200_000)
         elif name == "equal":
             yield name, equal(work, 10**6)
         elif name == "kills":
@@ -266,7 +301,7 @@ def checks(folder: Path, work: Path, names: list[str], kill: int) -> Iterator[tu
             yield from ((name, likeness(work, 100_000, n_embd)) for n_embd in (256, 4096))
 
 
-ALL = ("whole", "equal", "kills", "shards", "search", "listing", "likeness")
+ALL = ("whole", "equal", "many", "kills", "shards", "full", "search", "listing", "likeness")
 
 
 def main() -> None:

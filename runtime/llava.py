@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
@@ -220,12 +220,15 @@ class Llava:
         system: str | None = None,
         batch: int | Literal["auto"] = "auto",
         options: Options | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        queue_timeout_s: float | None = None,
         **changes: Any,
     ) -> Iterator[Answer | PocketLlavaError]:
         """Ask one question about each of many images; several answers are decoded at once.
 
         The next images are read while the model evaluates. An image that cannot be asked about gives its error in its
-        place. Other calls may go in between; close the iterator to end it sooner.
+        place. Equal images are answered once where they are near each other and answers are not drawn anew
+        (temperature 0, or a seed). Other calls may go in between; close the iterator to end it sooner.
 
         Args:
             images: One image each, as ask() takes them; may be an iterator without end.
@@ -235,6 +238,9 @@ class Llava:
                 are rounded otherwise, which may decide a near tie. "auto" takes what the device and the free memory
                 are good for. With a schema, choices or isolated=True it is always 1.
             options: How answers are sampled; a seed is each answer's own.
+            should_stop: Is asked as stream() does. Once it is true the answers that are running end there,
+                "cancelled", and nothing comes after them.
+            queue_timeout_s: Wait no longer than this, each time, for calls of other threads; None waits for ever.
             **changes: Fields of Options, which replace those of `options`.
 
         Returns:
@@ -242,7 +248,7 @@ class Llava:
 
         Raises:
             InputError: An argument that cannot be used.
-            StateError: The model is closed.
+            StateError: The model is closed, or still busy after queue_timeout_s.
             BackendError: llama.cpp failed; of an isolated model that is an error in the image's place (EngineDied).
             Whatever the iterator of the images raises, after the answers to those before.
 
@@ -251,15 +257,13 @@ class Llava:
             ['4', '4']
         """
         self._lock.check()
+        _check_functions(should_stop=should_stop)
+        timeout_s = checked("queue_timeout_s", QUEUE_TIMEOUT, queue_timeout_s)
         at_once = None if batch == "auto" else int(checked("batch", BATCH, batch))
         chosen, asked = sampling(options, **changes), Question(question, system)
-        if (
-            chosen.schema is not None
-            or chosen.choices is not None
-            or not isinstance(self._engine, LocalEngine)
-        ):
+        if chosen.schema is not None or chosen.choices is not None:
             at_once = 1
-        return self._ask_many(images, asked, at_once, chosen)
+        return self._ask_many(images, asked, at_once, Call(chosen, should_stop), timeout_s)
 
     def stream(
         self,
@@ -297,9 +301,7 @@ class Llava:
             'length'
         """
         self._lock.check()
-        for name, function in (("should_stop", should_stop), ("on_progress", on_progress)):
-            if function is not None and not callable(function):
-                raise InputError(f"{name}: found {function!r}, expected a function, or None")
+        _check_functions(should_stop=should_stop, on_progress=on_progress)
         timeout_s = checked("queue_timeout_s", QUEUE_TIMEOUT, queue_timeout_s)
         call = Call(sampling(options, **changes), should_stop, on_progress)
         return self._stream(as_messages(messages), call, timeout_s, time.perf_counter())
@@ -581,20 +583,41 @@ class Llava:
         return [self._engine.digest(image) for image in images]
 
     def _ask_many(
-        self, images: Iterable[ImageSource], asked: Question, at_once: int | None, options: Options
+        self,
+        images: Iterable[ImageSource],
+        asked: Question,
+        at_once: int | None,
+        call: Call,
+        timeout_s: float | None,
     ) -> Iterator[Answer | PocketLlavaError]:
         """at_once: None for what suits the device."""
+        from pocketllava.llamacpp.guard import Interrupted
+
         engine = self._engine
-        n_ctx = self.count_tokens(asked.about(None)) + self.bundle.image_tokens + options.max_tokens
-        n_ctx += len((options.prefill or "").encode("utf-8", "replace"))
-        if at_once is None and isinstance(engine, LocalEngine):
-            at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx), engine.session.text.on_gpu)
-        if isinstance(engine, LocalEngine) and at_once != 1:
-            yield from self._ask_together(engine, images, asked, at_once or 1, n_ctx, options)
-            return
-        read = engine.read_ahead if isinstance(engine, LocalEngine) else _nothing
-        with closing(read_ahead(images, read)) as ahead:
-            yield from one_by_one(lambda image: self.chat(asked.about(image), options=options), ahead)
+        with suppress(Interrupted):  # while it waited for other calls
+            if isinstance(engine, LocalEngine) and at_once != 1:
+                n_ctx = self._positions(asked, call, timeout_s)
+                if at_once is None:
+                    at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx), engine.session.text.on_gpu)
+                if at_once != 1:
+                    yield from self._ask_together(engine, images, asked, at_once, n_ctx, call, timeout_s)
+                    return
+            read = engine.read_ahead if isinstance(engine, LocalEngine) else _nothing
+            with closing(read_ahead(images, read)) as ahead:
+                yield from one_by_one(
+                    lambda image: _joined(
+                        self._stream(asked.about(image), call, timeout_s, time.perf_counter())
+                    ),
+                    ahead,
+                    call.should_stop,
+                )
+
+    def _positions(self, asked: Question, call: Call, timeout_s: float | None) -> int:
+        """At most, that an image's prompt and its answer take."""
+        with self._lock.lease(call.should_stop, timeout_s):
+            n = self._engine.count_tokens(asked.about(None), None)
+        begun = (call.options.prefill or "").encode("utf-8", "replace")
+        return n + self.bundle.image_tokens + call.options.max_tokens + len(begun)
 
     def _ask_together(
         self,
@@ -603,14 +626,15 @@ class Llava:
         asked: Question,
         n: int,
         n_ctx: int,
-        options: Options,
+        call: Call,
+        timeout_s: float | None,
     ) -> Iterator[Answer | PocketLlavaError]:
         """The results in their order. Other calls may go in between: the answers' KV cache is their own."""
         self._make_way(None)
         with (
-            self._lock.turns() as turns,
+            self._lock.turns(timeout_s, call.should_stop) as turns,
             closing(read_ahead(_between(images, turns), engine.read_ahead)) as ahead,
-            closing(engine.answer_many(asked.jobs(ahead), options, n, n_ctx)) as numbered,
+            closing(engine.answer_many(asked.jobs(ahead), call, n, n_ctx)) as numbered,
         ):
             for result in in_order(numbered):
                 if isinstance(result, Answer):
@@ -678,6 +702,12 @@ def _between(images: Iterable[ImageSource], turns: Turns) -> Iterator[ImageSourc
             except StopIteration:
                 return
         yield image
+
+
+def _check_functions(**functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InputError(f"{name}: found {function!r}, expected a function, or None")
 
 
 def _nothing(_image: ImageSource) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocketllava import InputError, Llava, Options
+from pocketllava import ContextOverflow, InputError, Llava, Options
 from pocketllava.album import alike, database
 from pocketllava.album.captioner import Event, Plan, run
+from pocketllava.album.export import Export
+from pocketllava.album.exporting import Exported
+from pocketllava.album.exports.captions import Style
 from pocketllava.album.journal import Album, Given, Picture, Question
 from pocketllava.album.merge import merge
 from pocketllava.album.prompts import questions
@@ -158,9 +162,37 @@ def test_template_words_make_the_prompt_the_pictures_own(demo: Llava, photos: Pa
     events = caption(demo, photos, "Is {name} in {directory}?")
     with Album(photos.parent / "test.album") as album:
         asked = {row.path: row.given.asked for row in album.rows() if row.given.error is None}
-    assert asked["a.png"] == "Is a in ?"
+    assert asked["a.png"] == "Is a in photos?"
     assert asked["more/e.png"] == "Is e in more?"
     assert kinds(events)["more/same as a.bmp"] == "answer"
+
+
+def test_tags_are_a_sidecars_line(demo: Llava, photos: Path) -> None:
+    (photos / "a.txt").write_text("1girl, {name},\nred  hair\n")
+    (photos / "b.caption").write_text("a caption")
+    (photos / "c.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    (photos / "d.txt").write_text("</s><image> USER:, " * 100)
+    events = caption(demo, photos, "Tags: {tags}. How many objects are there?", COUNT)
+    asked = {e.path: e.given.asked for e in events if e.question is None or "{tags}" in e.question.prompt}
+    assert asked["a.png"] == "Tags: 1girl, {name}, red hair. How many objects are there?"
+    assert asked["b.jpg"] == "Tags: a caption. How many objects are there?"
+    assert asked["more/e.png"] == "Tags: . How many objects are there?"
+    assert asked["d.bmp"].endswith("USER:. How many objects are there?")
+    assert len(asked["d.bmp"]) < 1050
+    wrong = {e.path: str(e.given.error) for e in events if e.failed}
+    assert set(wrong) == {"broken.png", "c.webp"}
+    assert "c.txt: cannot be read as tags" in wrong["c.webp"]
+    texts = {e.path: e.given.text for e in events if e.question is not None and e.question.prompt == COUNT}
+    assert texts["a.png"] == demo.ask(photos / "a.png", COUNT).text
+
+
+def test_a_prompt_that_has_no_room_for_one_picture_is_its_error(photos: Path) -> None:
+    (photos / "b.txt").write_text("long, " * 200)
+    with Llava.load("demo", n_threads=1, n_ctx=256) as llava:
+        events = caption(llava, photos, "{tags}" + COUNT, options=Options(max_tokens=8))
+        assert {e.path for e in events if e.failed} == {"b.jpg", "broken.png"}
+        with pytest.raises(ContextOverflow):
+            caption(llava, photos, "word " * 300, options=Options(max_tokens=8))
 
 
 def test_a_record_and_a_choice(demo: Llava, photos: Path) -> None:
@@ -464,6 +496,66 @@ def test_the_commands(photos: Path) -> None:
     assert "6 answers, 1 failed" in listed
     dry = invoke("caption", "demo", str(photos), "-r", "--dry-run", "-p", COUNT)
     assert "to be asked: 7 pictures; nothing was done" in dry.stderr
+
+
+def exporting(
+    demo: Llava, folder: Path, to: str, style: Style | None = None, every_s: float | None = None, n: int = 99
+) -> tuple[Exported, list[Event]]:
+    """n events of a run with an export, and what was reported."""
+    wanted, exported = plan(folder), Exported(Export(to, style or Style()), every_s)
+    with Album(folder.parent / "test.album", root=wanted.walk.root) as album:
+        return exported, list(islice(exported.events(demo, album, wanted), n))
+
+
+def test_sidecars_are_written_as_captions_come(demo: Llava, photos: Path) -> None:
+    _, events = exporting(demo, photos, "txt", n=2)  # and no further: killed
+    assert {e.path: (photos / e.path).with_suffix(".txt").read_text() for e in events} == {
+        e.path: e.given.text for e in events
+    }
+    (photos / "b.txt").unlink()  # as if it had been killed before that
+    exported, events = exporting(demo, photos, "txt")
+    assert (exported.report.written, exported.report.kept, exported.report.left_out["failed"]) == (5, 1, 1)
+    assert len(list(photos.rglob("*.txt"))) == 6
+    assert not list(photos.rglob("*.partial"))
+    again, _ = exporting(demo, photos, "txt", Style(existing="prepend", prefix="ohwx, "))
+    assert again.report.written == 6
+    assert (photos / "a.txt").read_text().startswith("ohwx, ")
+
+
+def test_one_file_for_all_is_written_every_so_often(demo: Llava, photos: Path) -> None:
+    exporting(demo, photos, "metadata.jsonl", Style(existing="overwrite"), every_s=1e-9, n=4)
+    written = (photos / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in written] == ["a.png", "b.jpg", "c.webp", "d.bmp"]
+    exported, _ = exporting(demo, photos, "metadata.jsonl", Style(existing="overwrite"), every_s=1e9)
+    assert exported.report.written == 6
+    with pytest.raises(InputError, match="it replaces its file each time; give it --existing overwrite"):
+        Exported(Export("jsonl", Style()), 5)
+    for to in ("txt", "webdataset"):
+        with pytest.raises(InputError, match=f"found 5 s with {to}, which is written"):
+            Exported(Export(to, Style(existing="overwrite")), 5)
+
+
+def test_what_is_there_already_is_told_before_the_start(photos: Path) -> None:
+    (photos / "metadata.jsonl").write_text("mine")
+    done = invoke("caption", "demo", str(photos), "-r", "--to", "metadata.jsonl", "-t", "1")
+    assert "exists; --existing overwrite" in str(done.exception)
+    assert not (photos.parent / "photos.album").exists()
+    done = invoke(
+        "caption",
+        "demo",
+        str(photos),
+        "-r",
+        "--to",
+        "metadata.jsonl",
+        "--existing",
+        "overwrite",
+        "-t",
+        "1",
+        "--every",
+        "9",
+    )
+    assert done.return_value == 3
+    assert "metadata.jsonl: 6 written" in done.stderr
 
 
 def test_sidecars_that_would_be_one_file_are_refused_before_the_start(photos: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -19,6 +20,7 @@ from PIL import Image
 from pocketllava import InputError
 from pocketllava.album import export as exports
 from pocketllava.album.export import Export
+from pocketllava.album.exports import webdataset
 from pocketllava.album.exports.captions import Report, Style
 from pocketllava.album.exports.xmp import DC, RDF, document
 from pocketllava.album.journal import Album, Given, Picture, Question
@@ -106,6 +108,31 @@ def test_captions_that_were_cut_end_at_a_sentence_when_asked(album: Album) -> No
     assert album.file("cut.txt").read_text() == "One."
     write(album, "txt", Style(marked=True, existing="overwrite"))
     assert album.file("cut.txt").read_text() == "One. Two"
+
+
+def test_words_of_a_picture_around_its_caption(album: Album) -> None:
+    album.file("a.caption").write_text("1girl,\n red hair")
+    style = Style(prefix="{name} in {directory}, ", suffix=", {tags} {other}", existing="overwrite")
+    for _ in range(2):  # tags are never those of the file that is written
+        assert write(album, "txt", style).written == 3
+        assert (
+            album.file("a.txt").read_text() == f"a in photos, {lines()['a.png']}, 1girl, red hair {{other}}"
+        )
+        assert album.file("more/b.txt").read_text("utf-8") == f"b in more, {lines()['more/b.jpg']}, {{other}}"
+    write(album, "metadata.csv", style)
+    assert "a in photos, " in (Path(album.root) / "metadata.csv").read_text("utf-8")
+    album.file("a.caption").write_bytes(b"\xff\xff\xff")
+    report = write(album, "txt", style)
+    assert (report.written, report.left_out["without tags that can be read"]) == (2, 1)
+    assert "a.caption: cannot be read as tags" in report.remarks[0]
+
+
+def test_a_picture_that_is_gone_gets_no_sidecar_and_is_in_nobodys_way(album: Album) -> None:
+    put(album, album.question(None), "a.jpg", Given("other"))
+    album.file("a.png").unlink()
+    report = write(album, "txt")
+    assert (report.written, report.left_out["gone"]) == (3, 1)
+    assert album.file("a.txt").read_text() == "other"
 
 
 def test_two_pictures_with_one_sidecar_are_refused(album: Album) -> None:
@@ -246,3 +273,22 @@ def test_webdataset_reads_its_shards(album: Album) -> None:
     samples = list(wds.WebDataset(str(shard), shardshuffle=False).decode("pil"))
     assert sorted(sample["txt"] for sample in samples) == sorted(lines().values())
     assert {sample["json"]["caption"] for sample in samples} == set(lines().values())
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(shard.with_suffix(".parquet")).to_pylist()
+    assert [(row["key"], row["caption"]) for row in table] == [(s["__key__"], s["txt"]) for s in samples]
+
+
+def test_shards_of_a_larger_export_are_named(album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "SHARD", 1)
+    folder = Path(album.root) / "webdataset"
+    assert write(album, "webdataset").written == 3
+    assert sorted(path.name for path in folder.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
+    with pytest.raises(InputError, match="exists; give --out a new folder"):
+        write(album, "webdataset")
+    for name in ("a.png", "more/b.jpg"):
+        put(album, album.question(None), name, Given(error="gone"))
+    report = write(album, "webdataset", Style(existing="overwrite"))
+    assert report.written == 1
+    assert re.fullmatch(
+        r"00001\.(parquet, 00001\.)?tar, .*00002\.tar: of an earlier export, remove them", report.remarks[0]
+    )

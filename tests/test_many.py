@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +114,76 @@ def test_closing_it_frees_the_model(demo: Llava, asked: list[Answer]) -> None:
         assert demo.ask(SCENES[1], QUESTION).text == asked[1].text
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_stop_ends_the_answers_that_are_running(demo: Llava, asked: list[Answer], batch: int) -> None:
+    cancel = threading.Event()
+    results = demo.ask_many(
+        (scene for _ in range(1000) for scene in SCENES), QUESTION, batch=batch, should_stop=cancel.is_set
+    )
+    whole = [next(results) for _ in range(3)]
+    assert list(map(str, whole)) == [a.text for a in asked[:3]]
+    cancel.set()
+    rest = [r for r in results if isinstance(r, Answer)]
+    assert len(rest) <= batch + 1
+    assert {r.finish_reason for r in rest} <= {"stop", "cancelled"}
+    for result, alone in zip(rest, asked[3:], strict=False):
+        assert alone.text.startswith(result.text)
+    assert not list(demo.ask_many(SCENES, QUESTION, batch=batch, should_stop=lambda: True))
+    assert demo.ask(SCENES[1], QUESTION).text == asked[1].text
+
+
+@pytest.mark.parametrize("after", range(0, 60, 7))
+def test_a_stop_at_any_moment_gives_beginnings(demo: Llava, asked: list[Answer], after: int) -> None:
+    """While a picture is encoded, evaluated, or answers are decoded."""
+    looks = itertools.count()
+    results = demo.ask_many(SCENES, QUESTION, batch=3, should_stop=lambda: next(looks) >= after)
+    for result, alone in zip(results, asked, strict=False):
+        assert isinstance(result, Answer)
+        assert alone.text.startswith(result.text)
+        assert result.finish_reason == "cancelled" or result.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_it_waits_no_longer_for_others_than_is_said(demo: Llava, asked: list[Answer], batch: int) -> None:
+    taken, free = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        with demo.session():
+            taken.set()
+            free.wait(60)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    taken.wait(60)
+    try:
+        with pytest.raises(StateError, match="still busy with another call"):
+            next(demo.ask_many(SCENES, QUESTION, batch=batch, queue_timeout_s=0.1))
+        stops = demo.ask_many(SCENES, QUESTION, batch=batch, should_stop=taken.is_set)
+        assert not list(stops)
+    finally:
+        free.set()
+        thread.join()
+    assert str(next(demo.ask_many(SCENES, QUESTION, batch=batch, queue_timeout_s=60))) == asked[0].text
+
+
+@pytest.mark.parametrize("batch", [2, 5, "auto"])
+def test_equal_pictures_are_answered_once(demo: Llava, asked: list[Answer], batch: int) -> None:
+    chosen = [0, 0, 1, 0, 2, 2, 2, 1, 0, 3, 3, 3, 3, 3, 3, 4]
+    results = list(demo.ask_many([SCENES[n].copy() for n in chosen], QUESTION, batch=batch))
+    assert list(map(str, results)) == [asked[n].text for n in chosen]
+    assert len({r.timings for r in results if isinstance(r, Answer)}) == 5
+    drawn = {"temperature": 3.0, "max_tokens": 30}
+    several = list(demo.ask_many([SCENES[0]] * 6, QUESTION, batch=batch, **drawn))  # type: ignore[arg-type]
+    assert len(set(map(str, several))) > 1
+    seeded = list(demo.ask_many([SCENES[0]] * 6, QUESTION, batch=batch, seed=3, **drawn))  # type: ignore[arg-type]
+    assert len({r.timings for r in seeded if isinstance(r, Answer)}) == 1
+
+
+def test_one_picture_without_end_is_no_loop(demo: Llava, asked: list[Answer]) -> None:
+    results = demo.ask_many(itertools.repeat(SCENES[0]), QUESTION, batch=3)
+    assert {str(next(results)) for _ in range(50)} == {asked[0].text}
+
+
 def test_other_calls_may_go_in_between(demo: Llava, asked: list[Answer]) -> None:
     results = demo.ask_many(SCENES, QUESTION, batch=3)
     found = []
@@ -159,7 +231,8 @@ def test_the_iterator_of_the_images_may_use_the_model(demo: Llava, asked: list[A
 
 
 def test_wrong_arguments_are_told_at_once(demo: Llava) -> None:
-    for changes in ({"batch": 0}, {"batch": "many"}, {"batch": 2.5}, {"max_tokens": 0}):
+    for changes in ({"batch": 0}, {"batch": "many"}, {"batch": 2.5}, {"max_tokens": 0}, {"should_stop": 1},
+                    {"queue_timeout_s": -1}):  # fmt: skip
         with pytest.raises(InputError):
             demo.ask_many(SCENES, QUESTION, **changes)  # type: ignore[arg-type]
     with pytest.raises(InputError):

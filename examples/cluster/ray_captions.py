@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
-from pocketllava.integrations.ray import Captioner, done_paths
+from pocketllava.integrations.ray import Captioner, done_paths, picture_paths
 
 ACTORS = 2
 
@@ -16,7 +16,7 @@ ACTORS = 2
 def main(pictures: str, output: str, model: str = "demo") -> None:
     """Caption what the output does not hold yet."""
     done = done_paths(Path(output))
-    paths = [str(path) for path in sorted(Path(pictures).absolute().rglob("*.*")) if str(path) not in done]
+    paths = [path for path in picture_paths(Path(pictures)) if path not in done]
     print(f"{len(done)} done, {len(paths)} to do", flush=True)
     if not paths:
         return

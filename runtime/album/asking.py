@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pocketllava.album.quality import RETRY_PENALTY, LoopFinder
-from pocketllava.errors import BackendError, ImageError, InputError
+from pocketllava.errors import BackendError, ContextOverflow, ImageError, InputError
 from pocketllava.llava import Llava
 from pocketllava.types import Answer, Message, Options
 
-MAX_FAILURES = 3  # of the engine in a row, after which it is not the picture's fault
+MAX_FAILURES = (
+    3  # of the engine, or of a prompt's length, in a row, after which it is not the picture's fault
+)
 ShouldStop = Callable[[], bool]
 
 
@@ -42,6 +44,12 @@ class Reply:
     retried: bool = False
 
 
+def whole_text(text: str, options: Options) -> str:
+    """An answer with its beginning, where options.prefill gave one."""
+    begun = (options.prefill or "").strip()
+    return (options.prefill or "").rstrip() + text if begun else text
+
+
 def replies(
     llava: Llava, jobs: Iterable[Job], options: Options, should_stop: ShouldStop
 ) -> Iterator[tuple[Job, Reply | InputError | BackendError]]:
@@ -53,8 +61,8 @@ def replies(
     for job in jobs:
         try:
             reply = _asked(llava, job, options, should_stop)
-        except (ImageError, BackendError) as error:
-            failures = failures + 1 if isinstance(error, BackendError) else 0
+        except (ImageError, ContextOverflow, BackendError) as error:
+            failures = 0 if isinstance(error, ImageError) else failures + 1
             if failures >= MAX_FAILURES:
                 raise
             yield job, error
@@ -66,9 +74,14 @@ def replies(
 
 
 def together(
-    llava: Llava, jobs: Iterable[Job], question: str, options: Options, batch: int | Literal["auto"]
+    llava: Llava,
+    jobs: Iterable[Job],
+    question: str,
+    options: Options,
+    batch: int | Literal["auto"],
+    should_stop: ShouldStop,
 ) -> Iterator[tuple[Job, Reply | InputError | BackendError]]:
-    """The same of one question about all pictures, several answers decoded at once. Ends when the jobs do."""
+    """The same of one question about all pictures, several answers decoded at once."""
     pending: deque[Job] = deque()
 
     def images() -> Iterator[bytes]:
@@ -76,18 +89,25 @@ def together(
             pending.append(job)
             yield job.image
 
-    results = llava.ask_many(images(), question, batch=batch, options=options)
+    results = llava.ask_many(images(), question, batch=batch, options=options, should_stop=should_stop)
     with closing(results):  # type: ignore[type-var]
         for result in results:
             job = pending.popleft()
             if isinstance(result, Answer):
-                yield job, _checked(llava, job, result, options)
+                reply = _checked(llava, job, result, options, should_stop)
+                if reply is None:
+                    return
+                yield job, reply
             elif isinstance(result, InputError | BackendError):
                 yield job, result
 
 
-def _checked(llava: Llava, job: Job, answer: Answer, options: Options) -> Reply:
-    """An answer that runs in a loop is asked for once more, as _asked does."""
+def _checked(
+    llava: Llava, job: Job, answer: Answer, options: Options, should_stop: ShouldStop
+) -> Reply | None:
+    """An answer that runs in a loop is asked for once more, as _asked does. None if it was stopped."""
+    if answer.finish_reason == "cancelled":
+        return None
     timings = answer.timings
     seconds = timings.first_token_s + timings.decode_s
     loop = LoopFinder()
@@ -95,8 +115,9 @@ def _checked(llava: Llava, job: Job, answer: Answer, options: Options) -> Reply:
     first = Reply(answer.text, len(answer.token_ids), answer.finish_reason, seconds, looped)
     if not looped or options.repeat_penalty >= RETRY_PENALTY:
         return first
-    second = _streamed(llava, job, replace(options, repeat_penalty=RETRY_PENALTY), lambda: False)
-    assert second is not None  # nobody stops it
+    second = _streamed(llava, job, replace(options, repeat_penalty=RETRY_PENALTY), should_stop)
+    if second is None:
+        return None
     return replace(first if second.looped else second, seconds=seconds + second.seconds, retried=True)
 
 

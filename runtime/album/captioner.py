@@ -9,23 +9,22 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import PurePath
 from re import Pattern
 from typing import Any, Literal
 
 from pocketllava.album import alike
-from pocketllava.album.asking import Job, Reply, replies, together
+from pocketllava.album.asking import Job, Reply, replies, together, whole_text
 from pocketllava.album.database import database_errors
 from pocketllava.album.journal import Album, Given, Picture, Question
 from pocketllava.album.quality import mark_of
 from pocketllava.album.reading import AHEAD, Read, read, state
 from pocketllava.album.walk import Shard, Walk
+from pocketllava.album.words import TAGS, filled, has_words
 from pocketllava.engine.many import results_ahead
 from pocketllava.llava import Llava
 from pocketllava.types import Options
 
 Kind = Literal["answer", "copied", "skipped", "failed"]
-NAME, DIRECTORY = "{name}", "{directory}"
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,6 @@ class _Looked:
     picture: Picture
     questions: tuple[Question, ...] = ()
     event: Event | None = None
-
-
-def words(prompt: str, path: str) -> str:
-    """A prompt with {name} and {directory} replaced by the picture's."""
-    pure = PurePath(path)
-    return prompt.replace(NAME, pure.stem).replace(DIRECTORY, pure.parent.name)
 
 
 def run(
@@ -124,9 +117,8 @@ class _Run:
         with closing(self._jobs()) as jobs:
             for job, reply in self._replies(jobs):
                 yield from self._take()
-                picture, question, read = job.context
-                given = self._given(reply, read)
-                given = replace(given, asked=_asked(question, picture.path))
+                picture, question, read, asked = job.context
+                given = replace(self._given(reply, read), asked=asked)
                 self.album.put(picture, question, given)
                 if given.error is None:
                     self._keep_features(read.pixels, job.image)
@@ -136,9 +128,9 @@ class _Run:
     def _replies(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Reply | Exception]]:
         """One after another, or several at once where all are asked the same one question."""
         plan, prompt = self.plan, self.questions[0].prompt
-        if plan.batch == 1 or len(self.questions) > 1 or words(prompt, "a/b") != prompt:
+        if plan.batch == 1 or len(self.questions) > 1 or has_words(prompt):
             return replies(self.llava, jobs, plan.options, self.should_stop)
-        return together(self.llava, jobs, prompt, plan.options, plan.batch)
+        return together(self.llava, jobs, prompt, plan.options, plan.batch, self.should_stop)
 
     def _take(self) -> list[Event]:
         done, self._done = self._done, []
@@ -181,7 +173,10 @@ class _Run:
 
     def _read(self, looked: _Looked) -> Read:
         """In a thread of its own."""
-        return read(looked.path, self.llava.fingerprint) if looked.event is None else Read()
+        if looked.event is not None:
+            return Read()
+        with_tags = any(TAGS in question.prompt for question in looked.questions)
+        return read(looked.path, self.llava.fingerprint, with_tags=with_tags)
 
     def _unreadable(self, looked: _Looked, content: Read) -> None:
         """It is written down, but never in the place of what is known of it."""
@@ -195,10 +190,12 @@ class _Run:
     def _questions_about(self, looked: _Looked, content: Read) -> Iterator[Job]:
         picture = self.album.add_picture(replace(looked.picture, sha256=content.sha256))
         for question in looked.questions:
-            asked = _asked(question, picture.path)
+            asked = ""
+            if has_words(question.prompt):
+                asked = filled(question.prompt, self.album.file(picture.path), content.tags)
             given = self._known(question, content, asked)
             if given is None:
-                yield Job(content.data, asked or question.prompt, (picture, question, content))
+                yield Job(content.data, asked or question.prompt, (picture, question, content, asked))
                 continue
             self.album.put(picture, question, given)
             self._done.append(Event("failed" if given.error else "copied", picture.path, question, given))
@@ -216,9 +213,7 @@ class _Run:
         if not isinstance(reply, Reply):
             return Given(error=str(reply), pixels=content.pixels)
         options = self.plan.options
-        text = (
-            (options.prefill or "").rstrip() + reply.text if (options.prefill or "").strip() else reply.text
-        )
+        text = whole_text(reply.text, options)
         mark = mark_of(
             text, reply.finish_reason, looped=reply.looped, retried=reply.retried, deny=self.plan.deny
         )
@@ -243,9 +238,3 @@ class _Run:
     def _folder_failed(self, path: str, error: OSError) -> None:
         given = Given(error=f"cannot be read ({error.strerror or error})")
         self._done.append(Event("failed", self.album.relative(path), None, given))
-
-
-def _asked(question: Question, path: str) -> str:
-    """The prompt where it depends on the picture's name, else nothing."""
-    asked = words(question.prompt, path)
-    return asked if asked != question.prompt else ""

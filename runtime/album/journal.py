@@ -217,6 +217,11 @@ class Album:
             path = _path(path)
             yield Row(path, self.file(path), sha256, questions[asked], Given(*rest))
 
+    @property
+    def newest(self) -> int:
+        """The answer that was put last; rows with a greater a.id came after it."""
+        return int(self.database.execute("SELECT coalesce(max(id), 0) FROM answers").fetchone()[0])
+
     def count(self, question: Question, *, failed: bool = False) -> int:
         """How many pictures have an answer to a question; or failed."""
         found = self.database.execute(

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketllava.errors import ImageError
+from pocketllava.album.words import read_tags
+from pocketllava.errors import InputError
 from pocketllava.models.files import read_regular
 from pocketllava.types import MAX_FILE_BYTES
 
@@ -17,15 +18,19 @@ AHEAD = 3  # pictures
 
 @dataclass(frozen=True)
 class Read:
-    """A picture's bytes and their hash, or why there are none; pixels: its fingerprint, or why it has none."""
+    """A picture's bytes and their hash, or why there are none; pixels: its fingerprint, or why it has none.
+
+    tags: of its sidecar, where a prompt names them.
+    """
 
     data: bytes = b""
     sha256: str = ""
     pixels: str = ""
     error: str | None = None
+    tags: str = ""
 
 
-def read(path: str, fingerprint: Callable[[bytes], str]) -> Read:
+def read(path: str, fingerprint: Callable[[bytes], str], *, with_tags: bool = False) -> Read:
     """A picture. Never raises because of it."""
     try:
         data = read_regular(Path(path), MAX_FILE_BYTES)
@@ -33,8 +38,9 @@ def read(path: str, fingerprint: Callable[[bytes], str]) -> Read:
         return Read(error=f"cannot be read ({getattr(error, 'strerror', None) or error})")
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        return Read(data, sha256, fingerprint(data))
-    except ImageError as error:
+        tags = read_tags(Path(path)) if with_tags else ""
+        return Read(data, sha256, fingerprint(data), tags=tags)
+    except InputError as error:
         return Read(b"", sha256, error=str(error).removeprefix("image: "))
 
 

@@ -29,6 +29,7 @@ from pocketllava.models.plan_text import size
 if TYPE_CHECKING:
     from pocketllava.album.captioner import Plan
     from pocketllava.album.export import Export
+    from pocketllava.album.exporting import Exported
     from pocketllava.album.walk import Count, Shard, Walk
     from pocketllava.models import Bundle
 
@@ -82,6 +83,7 @@ class _Flags:
     as_json: bool
     quiet: bool
     batch: Any
+    every: float | None
 
 
 @click.command()
@@ -94,7 +96,7 @@ class _Flags:
     metavar="TEXT",
     type=Text("a question"),
     multiple=True,
-    help="The question; repeatable; {name}, {directory}: the picture's.  [default: Describe the image.]",
+    help="The question; repeatable; {name}, {directory}, {tags}: the picture's.  [default: Describe the image.]",
 )
 @click.option("--prompts", metavar="FILE", type=Place(), help="Questions, one a line, instead of --prompt.")
 @click.option(
@@ -121,6 +123,10 @@ class _Flags:
 @click.option(
     "--like/--no-like", default=True, help="Keep image features for `find --like`.  [default: like]"
 )
+@click.option(
+    "--every", metavar="SECONDS", type=click.FloatRange(1),
+    help="Write the export's file so often meanwhile, too; files beside pictures are written as captions come.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @export_options
 @sampling_options("truncate", "top_logprobs")
@@ -177,7 +183,7 @@ def caption(
         if run.dry_run:
             _show_dry(path, plan, show)
             return 0
-        return _captioned(model, path, plan, load, export, show)
+        return _captioned(model, path, plan, load, _exported(export, run.every), show)
     finally:
         count.stop()
 
@@ -191,31 +197,39 @@ def default_album(walk: Walk) -> Path:
     return Path("captions" + ALBUM_SUFFIX)
 
 
+def _exported(export: Export | None, every_s: float | None) -> Exported | None:
+    from pocketllava.album.exporting import Exported
+
+    if export is None and every_s is not None:
+        raise click.UsageError("--every needs --to FORMAT")
+    return Exported(export, every_s) if export is not None else None
+
+
 def _captioned(
-    model: str, path: Path, plan: Plan, load: dict[str, Any], export: Export | None, show: Show
+    model: str, path: Path, plan: Plan, load: dict[str, Any], exported: Exported | None, show: Show
 ) -> int:
     from pocketllava import Llava
-    from pocketllava.album import export as exports
     from pocketllava.album.captioner import run
+    from pocketllava.album.export import check
     from pocketllava.album.journal import Album
     from pocketllava.engine.background import in_background
 
-    if export is not None:
-        exports.check(export, plan.walk)
+    if exported is not None:
+        check(exported.export, plan.walk)
     with ExitStack() as stack:
         album = stack.enter_context(Album(path, root=plan.walk.root))
         llava = stack.enter_context(Llava.load(model, **load))
         finish = stack.enter_context(finish_on_interrupt(show))
-        events = in_background(run, llava, album, plan, finish=finish.is_set)
+        captioned = exported.events if exported is not None else run
+        events = in_background(captioned, llava, album, plan, finish=finish.is_set)
         stack.callback(events.close)
         for event in events:
             show.event(event)
         show.end(path, stopped=finish.is_set())
+        if exported is not None:
+            show_report(exported.report, exported.export)
         if finish.is_set():
             return INTERRUPTED
-        if export is not None:
-            column = album.add_question(plan.questions[0])
-            show_report(exports.write(album, column, export), export)
     return SOME_FAILED if show.failed else 0
 
 

@@ -2,13 +2,15 @@
 
 Knows prompts, Sequences and when an answer ends; not where the conversations come from. A weight that is read once
 serves every answer, so decoding speeds up; pictures are still encoded and evaluated one after another. What a sequence
-holds of the next prompt's beginning stays, such as a system message.
+holds of the next prompt's beginning stays, such as a system message. Equal prompts are answered once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,25 +19,26 @@ import numpy.typing as npt
 
 from pocketllava.engine.answer_text import AnswerText
 from pocketllava.engine.generation import settings
-from pocketllava.engine.local import begun_by, room_for
+from pocketllava.engine.local import Call, begun_by, room_for
 from pocketllava.engine.logprobs import token_logprob
 from pocketllava.engine.session import Composed, Session
 from pocketllava.errors import InputError, PocketLlavaError
-from pocketllava.llamacpp.guard import translated
+from pocketllava.llamacpp.guard import Interrupted, translated
 from pocketllava.llamacpp.sampling import Sampler
 from pocketllava.llamacpp.sequences import Sequences
 from pocketllava.prompt.items import ImageSpan, PromptItem, n_positions, runs, shared
-from pocketllava.types import Answer, FinishReason, Message, Options, Timings, TokenLogprob
+from pocketllava.types import Answer, FinishReason, Message, Timings, TokenLogprob
 
 Job = tuple[int, Sequence[Message] | PocketLlavaError]  # a number, and a conversation, or why there is none
 Logits = npt.NDArray[np.float32]
+REMEMBERED = 256  # answers, for equal prompts that come later
 
 
 @dataclass
 class _Answering:
-    """An answer that is being decoded, and what it took so far."""
+    """An answer that is being decoded, and what it took so far. numbers: of all whose prompt this is."""
 
-    number: int
+    numbers: list[int]
     composed: Composed
     sampler: Sampler
     limit: int
@@ -71,24 +74,29 @@ class _Answering:
 class Batched:
     """Answers of one Session's model, at most `sequences.n` at once. The Session's own KV cache is not touched."""
 
-    def __init__(
-        self, session: Session, sequences: Sequences, options: Options, devices: tuple[str, str]
-    ) -> None:
-        self._session, self._sequences, self._options = session, sequences, options
-        self._devices = devices
+    def __init__(self, session: Session, sequences: Sequences, call: Call, devices: tuple[str, str]) -> None:
+        self._session, self._sequences, self._options = session, sequences, call.options
+        self._devices, self._should_stop = devices, call.should_stop
         self._held: dict[int, list[PromptItem]] = {n: [] for n in range(sequences.n)}
         self._running: dict[int, _Answering] = {}
+        self._remembered: OrderedDict[bytes, Answer] = OrderedDict()
         self._error: Exception | None = None
         self._everything = np.arange(session.text.n_vocab, dtype=np.int32)
 
     def answers(self, jobs: Iterator[Job]) -> Iterator[tuple[int, Answer | PocketLlavaError]]:
-        """Each conversation's number and answer, or what is wrong with it, as they are done. Raises BackendError."""
+        """Each conversation's number and answer, or what is wrong with it, as they are done. Raises BackendError.
+
+        Once it is to stop, the answers that are running end there, "cancelled", and no other is begun.
+        """
         job = self._next(jobs)
         while job is not None or self._running:
-            while job is not None and len(self._running) < self._sequences.n:
-                if (error := self._begin(*job)) is not None:
-                    yield job[0], error
+            while job is not None and self._n_awaited < self._sequences.n:
+                if (result := self._begin(*job)) is not None:
+                    yield job[0], result
                 job = self._next(jobs)
+            if self._stopped:
+                job = None
+                self._cancel()
             yield from self._finished()
             if self._running:
                 with translated("decoding"):
@@ -100,51 +108,98 @@ class Batched:
     def _next(self, jobs: Iterator[Job]) -> Job | None:
         """The next conversation; what their iterator raises waits until the answers that are running are whole."""
         try:
-            return next(jobs, None)
+            return None if self._stopped else next(jobs, None)
         except Exception as error:
             self._error = error
             return None
 
-    def _begin(self, number: int, messages: Sequence[Message] | PocketLlavaError) -> PocketLlavaError | None:
-        """Give the first idle sequence a conversation: neighbors are evaluated together. Returns what is wrong."""
+    @property
+    def _n_awaited(self) -> int:
+        """Answers that are running, equal ones counted as often as they were asked for."""
+        return sum(len(answering.numbers) for answering in self._running.values())
+
+    @property
+    def _stopped(self) -> bool:
+        return self._should_stop is not None and self._should_stop()
+
+    def _cancel(self) -> None:
+        for answering in self._running.values():
+            answering.finish = answering.finish or "cancelled"
+
+    def _begin(
+        self, number: int, messages: Sequence[Message] | PocketLlavaError
+    ) -> Answer | PocketLlavaError | None:
+        """Take up a conversation. Returns an answer that is there already, or what is wrong."""
         if isinstance(messages, PocketLlavaError):
             return messages
-        sequence = min(self._held.keys() - self._running.keys())
+        start = time.perf_counter()
         try:
             with translated("evaluating the prompt"):
-                self._running[sequence] = self._prefilled(sequence, number, messages)
+                return self._taken_up(number, messages, start)
         except InputError as error:
             return error.with_traceback(None)
+        except Interrupted:
+            return Answer("", (), Timings(devices=self._devices), "cancelled")
+
+    def _taken_up(self, number: int, messages: Sequence[Message], start: float) -> Answer | None:
+        """Give the first idle sequence a conversation, unless an equal one is answered, or was."""
+        session, options = self._session, self._options
+        messages, begun = begun_by(messages, options)
+        room = room_for(options, session.text.n_ctx)
+        composed = session.compose(messages, room, options.image_tokens or session.image_tokens)
+        if self._repeatable:
+            for answering in self._running.values():
+                if answering.composed.prompt == composed.prompt:
+                    answering.numbers.append(number)
+                    return None
+            if (answer := self._remembered.get(_digest(composed.prompt))) is not None:
+                return answer
+        sequence = min(self._held.keys() - self._running.keys())
+        self._running[sequence] = self._prefilled(sequence, number, composed, begun, start)
         return None
+
+    @property
+    def _repeatable(self) -> bool:
+        """Whether equal prompts have equal answers."""
+        return self._options.temperature == 0 or self._options.seed is not None
 
     def _finished(self) -> Iterator[tuple[int, Answer]]:
         for sequence, answering in list(self._running.items()):
             if answering.finish is not None:
                 del self._running[sequence]
-                yield answering.number, answering.answer()
+                answer = answering.answer()
+                if answering.finish != "cancelled":
+                    self._remember(answering.composed.prompt, answer)
+                for number in answering.numbers:
+                    yield number, answer
 
-    def _prefilled(self, sequence: int, number: int, messages: Sequence[Message]) -> _Answering:
-        """Evaluate a conversation and sample its answer's first token."""
-        session, options, start = self._session, self._options, time.perf_counter()
-        messages, begun = begun_by(messages, options)
-        room = room_for(options, session.text.n_ctx)
-        composed = session.compose(messages, room, options.image_tokens or session.image_tokens)
+    def _remember(self, prompt: Sequence[PromptItem], answer: Answer) -> None:
+        if self._repeatable and self._options.top_logprobs is None:  # which would take megabytes
+            self._remembered[_digest(prompt)] = answer
+            if len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+
+    def _prefilled(
+        self, sequence: int, number: int, composed: Composed, begun: bool, start: float
+    ) -> _Answering:
+        """Evaluate a conversation and sample its answer's first token. Raises Interrupted."""
+        session, options = self._session, self._options
         composed_s = time.perf_counter() - start
         held, self._held[sequence] = self._held[sequence], []
         n_kept = min(shared(held, composed.prompt), len(composed.prompt) - 1)
         rest = composed.prompt[n_kept:]
         keys = {item.key for item in rest if isinstance(item, ImageSpan)}
-        features = {key: session.encoded(composed.images[key]) for key in keys}
+        features = {key: session.encoded(composed.images[key], self._should_stop) for key in keys}
         encoded_s = time.perf_counter() - start
         first = n_positions(composed.prompt[:n_kept])
         self._sequences.truncate(sequence, first)
         parts = [features[part.key] if isinstance(part, ImageSpan) else part for part in runs(rest)]
-        logits = self._sequences.prefill(sequence, first, parts)
+        logits = self._sequences.prefill(sequence, first, parts, self._should_stop)
         self._held[sequence] = composed.prompt
         n_prompt = n_positions(composed.prompt)
         seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
         answering = _Answering(
-            number, composed, session.text.sampler(seed=seed, **settings(options)),
+            [number], composed, session.text.sampler(seed=seed, **settings(options)),
             min(options.max_tokens, self._sequences.n_ctx - n_prompt, session.text.n_ctx - n_prompt),
             AnswerText(options.stop, begun),
             Timings(
@@ -183,3 +238,8 @@ class Batched:
             answering.finish = "stop"
         elif len(answering.ids) == answering.limit:
             answering.finish = "length"
+
+
+def _digest(prompt: Sequence[PromptItem]) -> bytes:
+    """What tells a prompt, images included, from others."""
+    return hashlib.sha256(repr(list(prompt)).encode()).digest()

@@ -198,7 +198,7 @@ class LocalEngine:
         yield Chunk(text.finish(), (), finish, self._timings(prefilled, first_s, last_s, n))
 
     def answer_many(
-        self, jobs: Iterator[Job], options: Options, n: int, n_ctx: int
+        self, jobs: Iterator[Job], call: Call, n: int, n_ctx: int
     ) -> Generator[tuple[int, Answer | PocketLlavaError], None, None]:
         """Conversations, answered n at once with n_ctx positions each, as they are done; to be closed.
 
@@ -207,7 +207,7 @@ class LocalEngine:
         from pocketllava.engine.batched import Batched
 
         with self._sequences(n, min(n_ctx, self.n_ctx)) as sequences:
-            yield from Batched(self.session, sequences, options, self.devices).answers(jobs)
+            yield from Batched(self.session, sequences, call, self.devices).answers(jobs)
 
     def _sequences(self, n: int, n_ctx: int) -> Sequences:
         from pocketllava.errors import BackendError

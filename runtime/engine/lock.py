@@ -30,16 +30,18 @@ class Lease:
 class Turns:
     """One lease after the other."""
 
-    def __init__(self, lock: ModelLock) -> None:
-        self._lock = lock
-        self._lease: Lease | None = lock.acquire()
+    def __init__(
+        self, lock: ModelLock, timeout_s: float | None, should_stop: Callable[[], bool] | None
+    ) -> None:
+        self._lock, self._timeout_s, self._should_stop = lock, timeout_s, should_stop
+        self._lease: Lease | None = lock.acquire(timeout_s, should_stop)
 
     @contextmanager
     def between(self) -> Iterator[None]:
-        """Calls of other threads, and of this one, may go in between. Raises StateError once the model is closed."""
+        """Calls of other threads, and of this one, may go in between. Raises as ModelLock.acquire() does."""
         self.give_back()
         yield
-        self._lease = self._lock.acquire()
+        self._lease = self._lock.acquire(self._timeout_s, self._should_stop)
 
     def give_back(self) -> None:
         """Harmless where there is no lease."""
@@ -120,18 +122,22 @@ class ModelLock:
                 self._changed.notify_all()
 
     @contextmanager
-    def lease(self, should_stop: Callable[[], bool] | None = None) -> Iterator[Lease]:
+    def lease(
+        self, should_stop: Callable[[], bool] | None = None, timeout_s: float | None = None
+    ) -> Iterator[Lease]:
         """A lease for a call that does not stream."""
-        lease = self.acquire(should_stop=should_stop)
+        lease = self.acquire(timeout_s, should_stop)
         try:
             yield lease
         finally:
             self.release(lease)
 
     @contextmanager
-    def turns(self) -> Iterator[Turns]:
+    def turns(
+        self, timeout_s: float | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> Iterator[Turns]:
         """Leases for a call that gives the model back now and then, and goes on with a state of its own."""
-        turns = Turns(self)
+        turns = Turns(self, timeout_s, should_stop)
         try:
             yield turns
         finally:

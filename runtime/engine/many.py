@@ -20,6 +20,7 @@ from pocketllava.types import Answer, ImageSource, Message, conversation
 
 if TYPE_CHECKING:
     from pocketllava.engine.batched import Job
+    from pocketllava.llamacpp.guard import ShouldStop
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,15 +103,19 @@ def results_ahead(
 
 
 def one_by_one(
-    ask: Callable[[ImageSource], Answer], images: Iterable[ImageSource]
+    ask: Callable[[ImageSource], Answer], images: Iterable[ImageSource], should_stop: ShouldStop | None
 ) -> Iterator[Answer | PocketLlavaError]:
-    """ask(image) of each, or what is wrong with it. Raises StateError, BackendError."""
+    """ask(image) of each, or what is wrong with it, until one is cancelled. Raises StateError, BackendError."""
     for image in images:
+        if should_stop is not None and should_stop():
+            return
         try:
             result: Answer | PocketLlavaError = ask(image)
         except (InputError, EngineDied) as error:
             result = error.with_traceback(None)  # which would keep the image
         yield result
+        if isinstance(result, Answer) and result.finish_reason == "cancelled":
+            return
 
 
 def _first(waiting: deque[tuple[T, Future[R]]]) -> tuple[T, R]:

@@ -6,20 +6,23 @@ with its error. Resuming: leave out the paths that `done_paths` finds in the out
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pocketllava.album.asking import Job, Reply, replies
+from pocketllava.album.asking import Job, Reply, replies, whole_text
 from pocketllava.album.quality import mark_of
+from pocketllava.album.walk import Walk
 from pocketllava.errors import InputError, UnsupportedOption
+from pocketllava.llamacpp.devices import cores
 from pocketllava.llava import Llava
 from pocketllava.types import sampling
 
 Batch = dict[str, Any]
+logger = logging.getLogger("pocketllava.ray")
 
 
 class Captioner:
@@ -45,7 +48,7 @@ class Captioner:
         if actors < 1:
             raise InputError(f"actors: found {actors}, expected at least 1")
         self.question, self.options = question, sampling(None, **(options or {}))
-        load.setdefault("n_threads", max(1, (os.cpu_count() or 1) // actors))
+        load.setdefault("n_threads", max(1, cores() // actors))
         self.llava = Llava.load(model, **load)
 
     def __call__(self, batch: Batch) -> Batch:
@@ -63,18 +66,35 @@ class Captioner:
         if not isinstance(reply, Reply):
             return {"path": str(job.context), "caption": None, "finish_reason": None, "tokens": 0, "mark": "",
                     "error": str(reply)}  # fmt: skip
-        mark = mark_of(reply.text, reply.finish_reason, looped=reply.looped, retried=reply.retried, deny=())
-        return {"path": str(job.context), "caption": reply.text, "finish_reason": reply.finish_reason,
+        text = whole_text(reply.text, self.options)
+        mark = mark_of(text, reply.finish_reason, looped=reply.looped, retried=reply.retried, deny=())
+        return {"path": str(job.context), "caption": text, "finish_reason": reply.finish_reason,
                 "tokens": reply.tokens, "mark": mark, "error": None}  # fmt: skip
 
 
+def picture_paths(folder: Path) -> Iterator[str]:
+    """All pictures in a folder and in those below it."""
+    return Walk((str(folder),), recursive=True).files()
+
+
 def done_paths(output: Path) -> set[str]:
-    """The paths that are in a folder of parquet files already; none where there is no folder."""
+    """The paths that are in a folder of parquet files already; none where there is no folder.
+
+    A file that a killed job left unfinished holds none, and is named in the log: other readers stumble over it.
+    """
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
         raise UnsupportedOption(
             'done_paths: it needs pyarrow; install it with pip install "pocketllava[parquet]"'
         ) from error
     files: Sequence[Path] = sorted(output.glob("*.parquet")) if output.is_dir() else ()
-    return {path for file in files for path in parquet.read_table(file, columns=["path"])["path"].to_pylist()}
+    done: set[str] = set()
+    for file in files:
+        try:
+            done.update(parquet.read_table(file, columns=["path"])["path"].to_pylist())
+        except ArrowInvalid:
+            logger.warning(
+                "%s: cut short by a job that was killed; its pictures are asked again, remove it", file
+            )
+    return done

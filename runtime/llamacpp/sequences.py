@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.batch import decode_features, decode_next, decode_tokens
-from pocketllava.llamacpp.guard import interruptible
+from pocketllava.llamacpp.guard import ShouldStop, interruptible
 from pocketllava.llamacpp.text_model import Features, TextModel
 from pocketllava.models.memory import CONTEXT_STEP
 
@@ -61,17 +61,21 @@ class Sequences:
             raise BackendError(f"KV cache: sequence {sequence} cannot be cut at position {n}")
 
     def prefill(
-        self, sequence: int, first: int, parts: Sequence[list[int] | Features]
+        self,
+        sequence: int,
+        first: int,
+        parts: Sequence[list[int] | Features],
+        should_stop: ShouldStop | None = None,
     ) -> npt.NDArray[np.float32]:
         """Evaluate ids and (n, n_embd) rows from a position on; the logits after the last, (n_vocab,) float32.
 
-        Raises BackendError.
+        Raises BackendError, and Interrupted once should_stop() is true.
         """
         rows = [self._text.rows(part) if isinstance(part, list) else part for part in parts]
         whole: list[list[int] | Features] = list(parts)
         if all(part is not None for part in rows):
             whole = [np.concatenate([part for part in rows if part is not None])]
-        with interruptible(self._context, None):
+        with interruptible(self._context, should_stop):
             for part in whole:
                 decode: Any = decode_tokens if isinstance(part, list) else decode_features
                 decode(self._context, part, first, self._text.n_batch, logits="last", sequence=sequence)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from pocketllava.album.exports.captions import Report, Style
+from pocketllava.album.exports.captions import Beside, Style
 from pocketllava.album.journal import Row
 from pocketllava.errors import InputError
 from pocketllava.models.files import atomic_write, read_text
@@ -26,23 +26,26 @@ def check_collisions(folders: Iterable[tuple[str, Iterable[str]]]) -> None:
             seen[stem] = name
 
 
-def write(rows: Iterable[Row], style: Style, suffix: str) -> Report:
-    """suffix: ".txt" or ".caption". Raises InputError where one cannot be written."""
-    report = Report()
-    for row, caption in report.chosen(rows, style):
-        path = row.file.with_suffix(suffix)
+class Sidecars(Beside):
+    """Text files of one suffix, ".txt" or ".caption"."""
+
+    def __init__(self, style: Style, suffix: str) -> None:
+        super().__init__(style)
+        self._suffix = suffix
+
+    def put(self, row: Row, caption: str) -> None:
+        path = row.file.with_suffix(self._suffix)
         if path.exists():
-            if style.existing == "skip":
-                report.kept += 1
-                continue
-            caption = _with_old(path, caption, style)
+            if self.style.existing == "skip":
+                self.report.kept += 1
+                return
+            caption = _with_old(path, caption, self.style)
         try:
             with atomic_write(path) as part:
                 part.write_text(caption, "utf-8", newline="")
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-        report.written += 1
-    return report
+        self.report.written += 1
 
 
 def _with_old(path: Path, caption: str, style: Style) -> str:

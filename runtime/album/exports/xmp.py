@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 from xml.etree import ElementTree as ET
 
-from pocketllava.album.exports.captions import Report, Style
+from pocketllava.album.exports.captions import Beside, Style
 from pocketllava.album.journal import Row
 from pocketllava.errors import InputError
 from pocketllava.models.files import atomic_write
@@ -32,27 +31,35 @@ LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 READY = "{ready}"
 
 
-def xmp(rows: Iterable[Row], style: Style, naming: Naming) -> Report:
+class XmpSidecars(Beside):
     """naming: photo.jpg.xmp (digiKam, darktable, Immich) or photo.xmp (Lightroom, Capture One)."""
-    report, left_alone = Report(), 0
-    with _ExifTool() as tool:
-        for row, caption in report.chosen(rows, style):
-            path = sidecar(row.file, naming)
-            if not path.exists():
-                _write(path, caption, subjects(row))
-            elif style.existing == "skip":
-                report.kept += 1
-                continue
-            elif not tool.merge(path, caption, subjects(row)):
-                left_alone += 1
-                continue
-            report.written += 1
-    if left_alone:
-        reason = (
-            "exiftool refused them" if tool.found else "only exiftool merges them, and it is not installed"
+
+    def __init__(self, style: Style, naming: Naming) -> None:
+        super().__init__(style)
+        self._naming, self._tool, self._left_alone = naming, _ExifTool(), 0
+
+    def put(self, row: Row, caption: str) -> None:
+        path = sidecar(row.file, self._naming)
+        if not path.exists():
+            _write(path, caption, subjects(row))
+        elif self.style.existing == "skip":
+            self.report.kept += 1
+            return
+        elif not self._tool.merge(path, caption, subjects(row)):
+            self._left_alone += 1
+            return
+        self.report.written += 1
+
+    def end(self) -> list[str]:
+        self._tool.close()
+        if not self._left_alone:
+            return []
+        why = (
+            "exiftool refused them"
+            if self._tool.found
+            else "only exiftool merges them, and it is not installed"
         )
-        report.remarks.append(f"{left_alone} sidecars that exist were left alone: {reason}")
-    return report
+        return [f"{self._left_alone} sidecars that exist were left alone: {why}"]
 
 
 def sidecar(picture: Path, naming: Naming) -> Path:
@@ -110,9 +117,6 @@ class _ExifTool:
         self._process: subprocess.Popen[str] | None = None
         self.found = self._command is not None
 
-    def __enter__(self) -> _ExifTool:
-        return self
-
     def merge(self, path: Path, caption: str, words: Sequence[str]) -> bool:
         """Whether the description and the words were set; everything else in the file stays."""
         name = str(path.absolute())
@@ -142,8 +146,7 @@ class _ExifTool:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
         )  # fmt: skip
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End it, where it was started."""
         if self._process is not None:
             self._process.communicate("-stay_open\nFalse\n")
