@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from pictures import png, scene
 
 from pocketllava import Llava, Options
+from pocketllava.album.gallery import Gallery
 from pocketllava.cli import cli
 from pocketllava.names import open_bundle
 from pocketllava.serve.app import build
@@ -116,10 +117,12 @@ def parts(*, image_first: bool = False) -> list[dict[str, Any]]:
     return both[::-1] if image_first else both
 
 
-def running(access: Access, limits: Limits = Limits(), **options: Any) -> Iterator[Server]:  # noqa: B008
+def running(
+    access: Access, limits: Limits = Limits(), gallery: Gallery | None = None, **options: Any  # noqa: B008
+) -> Iterator[Server]:  # fmt: skip
     """A server until the test ends."""
     supervisor = Supervisor(partial(load_engine, "demo", {}), **options)
-    app = build(supervisor, Served("demo", open_bundle("demo"), limits=limits), access)
+    app = build(supervisor, Served("demo", open_bundle("demo"), limits=limits), access, gallery)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="error", access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
