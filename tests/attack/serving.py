@@ -94,6 +94,7 @@ def kills(seed: int, cases: int, folder: Path, number: int = signal.SIGKILL) -> 
     with served() as server:
         for n in range(cases):
             counts.cases += 1
+            _wait(lambda: bool(server.process.children()), 10)
             engine, restarts = server.engine, _restarts(server)
             with server.ask(long_request(rng, 96, stream=bool(n % 2))):
                 time.sleep(rng.uniform(0, 0.3))
@@ -104,7 +105,8 @@ def kills(seed: int, cases: int, folder: Path, number: int = signal.SIGKILL) -> 
                 counts.crashes += 1
                 counts.failures.append(f"case {n}: the server ended")
                 return counts
-            _judge(server.right(), f"case {n}: the next answer", counts)  # asked once
+            found = server.chat()  # asked once
+            _judge(found == (200, server.answer), f"case {n}: the next answer, {found},", counts)
     return counts
 
 
