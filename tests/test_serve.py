@@ -596,6 +596,40 @@ def test_the_command_prints_three_lines_and_ends(tmp_path: Path) -> None:
     assert " on CPU" in lines[2] or "GPU" in lines[2] or "CUDA" in lines[2]  # the device
 
 
+def can_listen(host: str) -> bool:
+    """Whether this machine has IPv6."""
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host", "shown", "reached"),
+    [("::1", "[::1]", ["::1"]), ("::", "localhost", ["::1", "127.0.0.1"])],
+)
+def test_ipv6(host: str, shown: str, reached: list[str], tmp_path: Path) -> None:
+    if not can_listen(host):
+        pytest.skip(f"this machine has no {host}")
+    key = tmp_path / "key"
+    key.write_text(KEY)
+    options = ["--port", "0", "--host", host, "--api-key-file", str(key)]
+    command = [sys.executable, "-m", "pocketllava", "serve", "demo", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        page, port = child.stdout.readline().strip().rsplit(":", 1)
+        assert page == f"page: http://{shown}"
+        for address in reached:
+            with closing(http.client.HTTPConnection(address, int(port), timeout=60)) as connection:
+                named = f"[{address}]" if ":" in address else address
+                for origin, status in ((f"http://{named}:{port}", 200), ("http://[::2]", 403)):
+                    connection.request("GET", "/v1/models", headers={"x-api-key": KEY, "origin": origin})
+                    reply = connection.getresponse()
+                    assert (reply.status, bool(reply.read())) == (status, True)
+        child.terminate()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [(["--host", "0.0.0.0"], "--api-key-file"), (["--api-key-file", "none"], "cannot be read as an API key")],

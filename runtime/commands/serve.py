@@ -115,8 +115,9 @@ def serve(
 def _listening(host: str, port: int) -> socket.socket:
     """A socket that listens; the connections wait there until the server takes them. Raises InputError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # IPv4's addresses as well
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port}: cannot listen there ({reason}); take another --port") from error
