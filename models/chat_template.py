@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes, pass_context
+from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -36,8 +36,6 @@ MAX_INDENT = 16  # of tojson
 MAX_S = 1.0  # of this thread's computing, however busy the machine is
 STEP = 8  # what any operation counts, beside the size that it makes
 MAX_REASON = 300  # characters of an error that are shown
-FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError,
-            TypeError, ValueError)  # fmt: skip
 GROWING = {"replace", "join", "center", "indent", "format", "batch", "slice", "wordwrap", "truncate"}
 # Methods of texts and lists that a template may call: none of them takes a width, and none is a format.
 METHODS = {
@@ -87,7 +85,9 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[s
     """
     try:
         return _rendered(source, messages, tokens)
-    except FAILURES as error:
+    except InputError:
+        raise
+    except Exception as error:  # Jinja makes Python of it, which may raise anything: 1e999 is a NameError
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise BundleError(f"chat template: cannot be rendered ({reason})") from error
 

@@ -61,6 +61,9 @@ BOMBS = {
     "blocks in blocks": "{% if a %}" * 300 + "{% endif %}" * 300,
     "loops in loops": "{% for a in [1] %}" * 60 + "{% endfor %}" * 60,
     "a growing list": "{% set l = [1] %}{% for x in l %}{{ l.append(1) }}{% endfor %}",
+    "infinity": "{{ 1e999 }}",
+    "a date's width": "{{ strftime_now('%999999999d' * 9999) }}",
+    "a long chain": "{{ a" + " < a" * 12000 + " }}",
     "size": "{# " + "x" * MAX_SOURCE + " #}",
 }  # fmt: skip
 

@@ -115,6 +115,19 @@ def test_a_preparation_that_is_cancelled_ends_alone(isolated: Llava, picture: by
     assert child_of(isolated) == child
 
 
+@pytest.mark.skipif(os.name == "nt", reason="SIGSTOP")
+def test_a_child_that_never_began_with_a_call_is_replaced(isolated: Llava, picture: bytes) -> None:
+    """It was ending when the call came: the call cannot be what ended it, so it is not lost."""
+    expected = isolated.ask(picture, QUESTION, max_tokens=8).token_ids
+    child = child_of(isolated)
+    child.suspend()
+    killer = threading.Timer(0.3, child.kill)
+    killer.start()
+    assert isolated.ask(picture, QUESTION, max_tokens=8).token_ids == expected
+    killer.join()
+    assert child_of(isolated) != child
+
+
 PROGRAM = """
 import os, sys
 import numpy as np

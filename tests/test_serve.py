@@ -26,6 +26,7 @@ from click.testing import CliRunner
 from pictures import png, scene
 
 from pocketllava import Llava, Options
+from pocketllava.album.gallery import Gallery
 from pocketllava.cli import cli
 from pocketllava.names import open_bundle
 from pocketllava.serve.app import build
@@ -42,6 +43,7 @@ BASE64 = base64.b64encode(PICTURE).decode()
 URI = f"data:image/png;base64,{BASE64}"
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-test"
+MAX_TOKENS_LATE = 20  # of an answer whose client left: on their way, or one that was being evaluated
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -117,10 +119,12 @@ def parts(*, image_first: bool = False) -> list[dict[str, Any]]:
     return both[::-1] if image_first else both
 
 
-def running(access: Access, limits: Limits = Limits(), **options: Any) -> Iterator[Server]:  # noqa: B008
+def running(
+    access: Access, limits: Limits = Limits(), gallery: Gallery | None = None, **options: Any  # noqa: B008
+) -> Iterator[Server]:  # fmt: skip
     """A server until the test ends."""
     supervisor = Supervisor(partial(load_engine, "demo", {}), **options)
-    app = build(supervisor, Served("demo", open_bundle("demo"), limits=limits), access)
+    app = build(supervisor, Served("demo", open_bundle("demo"), limits=limits), access, gallery)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="error", access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -431,8 +435,12 @@ def long_request(server: Server, stream: bool) -> socket.socket:
 def test_a_client_that_leaves_frees_the_engine(server: Server, stream: bool, answer: str) -> None:
     connection = long_request(server, stream)
     server.until(lambda: server.supervisor.busy)
+    job = server.supervisor._running
+    assert job is not None
     connection.close()
-    server.until(lambda: not server.supervisor.busy, 1)
+    server.until(lambda: not server.supervisor.busy)
+    assert job.cancelled()
+    assert job._events.qsize() <= MAX_TOKENS_LATE  # nobody took them; the answer has hundreds
     assert server.chat().json["choices"][0]["message"]["content"] == answer
 
 
@@ -587,6 +595,40 @@ def test_the_command_prints_three_lines_and_ends(tmp_path: Path) -> None:
         child.wait(20)
     assert [line.split(":")[0] for line in lines] == ["page", "clients", "model"]
     assert f" on {machines.text_place()}" in lines[2]
+
+
+def can_listen(host: str) -> bool:
+    """Whether this machine has IPv6."""
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host", "shown", "reached"),
+    [("::1", "[::1]", ["::1"]), ("::", "localhost", ["::1", "127.0.0.1"])],
+)
+def test_ipv6(host: str, shown: str, reached: list[str], tmp_path: Path) -> None:
+    if not can_listen(host):
+        pytest.skip(f"this machine has no {host}")
+    key = tmp_path / "key"
+    key.write_text(KEY)
+    options = ["--port", "0", "--host", host, "--api-key-file", str(key)]
+    command = [sys.executable, "-m", "pocketllava", "serve", "demo", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        page, port = child.stdout.readline().strip().rsplit(":", 1)
+        assert page == f"page: http://{shown}"
+        for address in reached:
+            with closing(http.client.HTTPConnection(address, int(port), timeout=60)) as connection:
+                named = f"[{address}]" if ":" in address else address
+                for origin, status in ((f"http://{named}:{port}", 200), ("http://[::2]", 403)):
+                    connection.request("GET", "/v1/models", headers={"x-api-key": KEY, "origin": origin})
+                    reply = connection.getresponse()
+                    assert (reply.status, bool(reply.read())) == (status, True)
+        child.terminate()
 
 
 @pytest.mark.parametrize(

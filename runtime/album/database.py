@@ -54,6 +54,7 @@ _REASONS = {
     "malformed": "it is damaged; restore it from a copy, or caption into a new --album",
     "not a database": "it is no SQLite file, expected an album; give --album another name",
     "locked": "another process has been writing it for a minute; try again when that has ended",
+    "interrupted": "the search took too long; look for something rarer",
     "fts5": "this Python's SQLite lacks full text search (FTS5); take a Python that has it",
 }
 

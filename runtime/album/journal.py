@@ -75,6 +75,7 @@ class Row:
     sha256: str
     question: Question
     given: Given
+    id: int  # the picture's
 
 
 _GIVEN = tuple(Given.__dataclass_fields__)
@@ -210,12 +211,12 @@ class Album:
         order = "" if "ORDER BY" in where else "ORDER BY p.path, a.question"
         questions = {q.id: q for q in self.questions()}
         found = self.database.execute(
-            f"SELECT p.path, p.sha256, a.question, {_COLUMNS} FROM pictures p JOIN answers a"
+            f"SELECT p.id, p.path, p.sha256, a.question, {_COLUMNS} FROM pictures p JOIN answers a"
             f" ON a.picture = p.id AND a.sha256 = p.sha256 {only} {where} {order}", values
         )  # fmt: skip
-        for path, sha256, asked, *rest in found:
+        for picture, path, sha256, asked, *rest in found:
             path = _path(path)
-            yield Row(path, self.file(path), sha256, questions[asked], Given(*rest))
+            yield Row(path, self.file(path), sha256, questions[asked], Given(*rest), picture)
 
     @property
     def newest(self) -> int:

@@ -58,15 +58,16 @@ def alike_rows(album: Album, tower: str, wanted: alike.Vector, limit: int) -> It
                     yield row, cosine
 
 
-def pixels_of(album: Album, sha256: str) -> tuple[str, str] | None:
-    """(tower, pixels) of a picture's bytes, if the album knows them."""
+def features_of(album: Album, sha256: str) -> tuple[str, alike.Vector] | None:
+    """(tower, the features kept) of a picture's bytes, if the album knows them."""
     with database_errors(album.path):
-        found: tuple[str, str] | None = album.database.execute(
+        found = album.database.execute(
             "SELECT q.model_sha256, a.pixels FROM questions q JOIN answers a ON a.question = q.id"
             " JOIN features f ON f.tower = q.model_sha256 AND f.pixels = a.pixels WHERE a.sha256 = ? LIMIT 1",
             (sha256,),
         ).fetchone()
-    return found
+        kept = found and alike.get(album, found[1], found[0])
+    return None if kept is None else (found[0], kept)
 
 
 def _quoted(part: str) -> str:

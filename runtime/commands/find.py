@@ -95,8 +95,7 @@ def _features(album: Album, picture: Path, model: str | None) -> tuple[str, Vect
     """The picture's features: the album's, or those that a model computes now."""
     import hashlib
 
-    from pocketllava.album import alike
-    from pocketllava.album.search import pixels_of
+    from pocketllava.album.search import features_of
     from pocketllava.models.files import read_regular
     from pocketllava.types import MAX_FILE_BYTES
 
@@ -106,11 +105,8 @@ def _features(album: Album, picture: Path, model: str | None) -> tuple[str, Vect
         raise InputError(
             f"{picture}: cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from error
-    if known := pixels_of(album, hashlib.sha256(data).hexdigest()):
-        tower, pixels = known
-        kept = alike.get(album, pixels, tower)
-        assert kept is not None
-        return tower, kept
+    if known := features_of(album, hashlib.sha256(data).hexdigest()):
+        return known
     if model is None:
         raise InputError(
             f"{picture}: not in the album; --model BUNDLE looks at it, the one that the album was made with"

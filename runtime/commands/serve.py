@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketllava.commands.common import load_options, pair_of
+from pocketllava.commands.common import Place, load_options, pair_of
 from pocketllava.commands.completion import Model
+from pocketllava.commands.exporting import ALBUM_SUFFIX
 from pocketllava.errors import InputError, UnsupportedOption
+from pocketllava.models.files import expanded
 
 if TYPE_CHECKING:
     from pocketllava.llava import Llava
@@ -45,6 +47,12 @@ MIN_KEY = 8  # characters
     "--idle", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="Then free the model."
 )
 @click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
+@click.option(
+    "--album",
+    metavar="FILE",
+    type=Place(),
+    help="An album for the page to show, or the folder of its pictures.",
+)
 @load_options
 def serve(
     model: str,
@@ -57,6 +65,7 @@ def serve(
     queue: int,
     idle: float | None,
     open_page: bool,
+    album: str | None,
     load: dict[str, Any],
 ) -> None:
     """Serve a model on this machine: OpenAI's API, Ollama's, and a page.
@@ -76,11 +85,13 @@ def serve(
         raise UnsupportedOption(
             f"serve: needs {error.name or error}; install the extra: pip install 'pocketllava[serve]'"
         ) from error
+    from pocketllava.album.gallery import Gallery
     from pocketllava.names import open_bundle
 
     key = _key(api_key_file)
     if key is None and not is_loopback(host):
         raise click.UsageError(f"--host {host} is open to other machines: give --api-key-file FILE as well")
+    gallery = Gallery(_album_of(expanded(album))) if album is not None else None
     bundle = open_bundle(model, **pair_of(load))
     loading = partial(_load, model, Path(model).name or model, bundle, load)
     supervisor = Supervisor(loading, queue=queue, idle_s=idle * 60 if idle else None)
@@ -91,7 +102,7 @@ def serve(
         load["n_ctx"] or DEFAULT_CTX,
     )
     names = (*hosts, *([host] if host not in ANYWHERE else [socket.gethostname()]))
-    app = build(supervisor, served, Access(key, origins, names))
+    app = build(supervisor, served, Access(key, origins, names), gallery)
     with _listening(host, port) as listener:
         address = _address(host, listener.getsockname()[1])
         _announce(address, key)
@@ -104,11 +115,20 @@ def serve(
 def _listening(host: str, port: int) -> socket.socket:
     """A socket that listens; the connections wait there until the server takes them. Raises InputError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # IPv4's addresses as well
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port}: cannot listen there ({reason}); take another --port") from error
+
+
+def _album_of(path: Path) -> Path:
+    """An album's file; of a folder of pictures, the one that `caption` puts beside it."""
+    if not path.is_dir():
+        return path
+    folder = path.resolve()
+    return folder.with_name(folder.name + ALBUM_SUFFIX)
 
 
 def _announce(address: str, key: str | None) -> None:

@@ -61,6 +61,7 @@ class Child:
         while True:
             frame = self._frames.get()
             number = frame.fields["id"]
+            self._write(number, "begun", None)  # whatever ends the process from here on may be this call
             try:
                 if frame.fields["cwd"] is not None:  # relative paths are the parent's
                     with contextlib.suppress(OSError):

@@ -292,17 +292,27 @@ class ProcessEngine:
         return self._frames(self._running(), do, call, blobs, options=options, progress=wants, **fields)
 
     def _frames(
-        self, process: _Process, do: str, call: Call, blobs: Sequence[bytes], **fields: Any
+        self,
+        process: _Process,
+        do: str,
+        call: Call,
+        blobs: Sequence[bytes],
+        again: bool = False,
+        **fields: Any,
     ) -> Generator[Frame, None, None]:
-        """A call's frames, the one that ends it last. Closed early, it cancels the call and waits for its end."""
+        """A call's frames, the one that ends it last. Closed early, it cancels the call and waits for its end.
+
+        A child that was ending already, and never began with the call, is replaced: the call cannot be to blame.
+        """
         self._n_calls += 1
-        number, ended = self._n_calls, False
-        process.send({"do": do, "id": number, "cwd": _current_folder(), **fields}, blobs)
+        number, ended, begun = self._n_calls, False, False
         watch = _Watch(process, number, call.should_stop)
         try:
+            process.send({"do": do, "id": number, "cwd": _current_folder(), **fields}, blobs)
             while not ended:
                 frame = watch.next()
                 kind: str = frame.fields["type"]
+                begun = True  # the first frame says no more
                 value: Any = frame.fields.get("value")
                 if kind == "progress" and call.on_progress is not None:
                     call.on_progress(Progress(*value))
@@ -311,14 +321,17 @@ class ProcessEngine:
                     raise wire.unpack_error(value)
                 if kind == "interrupted":
                     raise Interrupted
-                if kind != "progress":
+                if kind not in ("begun", "progress"):
                     yield frame
         except EngineDied:
             ended = True
-            raise
+            if begun or again or do == "load":
+                raise
         finally:
             if not ended:
                 self._cancel(process, number)
+        if not begun:
+            yield from self._frames(self._running(), do, call, blobs, again=True, **fields)
 
     def _cancel(self, process: _Process, number: int) -> None:
         """End a call that nobody waits for; its frames go nowhere."""

@@ -29,11 +29,6 @@ from pocketllava.errors import BackendError, PocketLlavaError
 TIMEOUT_S = 600.0
 MAX_OUTPUT_BYTES = 1 << 16  # of each stream, from its end
 MAX_LINE = 1000  # characters
-# sys.path comes before any import of this package: the child's own folders first, then the parent's (argv[1]).
-BOOTSTRAP = (
-    "import json, sys; sys.path.extend(p for p in json.loads(sys.argv[1]) if p not in sys.path);"
-    " import {module}; {module}.main()"
-)
 SOURCE_FILE = re.compile(r"\S*[/\\](?=[\w.-]+\.(?:c|cc|cpp|cu|h|hpp|m|mm):\d)")
 
 
@@ -101,6 +96,13 @@ def run_child(
     return ChildResult(answer, exit_code, last_line(stderr))
 
 
+# sys.path comes before any import of this package: the child's own folders first, then the parent's (argv[1]).
+_BOOTSTRAP = (
+    "import json, sys; sys.path.extend(p for p in json.loads(sys.argv[1]) if p not in sys.path);"
+    " import {module}; {module}.main()"
+)
+
+
 def isolated_command(module: str, worker_command: Sequence[str] | None = None) -> list[str]:
     """What starts `module`'s main() isolated as run_child() isolates its functions; arguments may follow.
 
@@ -109,7 +111,7 @@ def isolated_command(module: str, worker_command: Sequence[str] | None = None) -
     if worker_command:
         return list(worker_command)
     paths = json.dumps(_search_path())
-    return [*_interpreter(), "-I", "-c", BOOTSTRAP.format(module=module), paths]
+    return [*_interpreter(), "-I", "-c", _BOOTSTRAP.format(module=module), paths]
 
 
 _ADVICE = "pass worker_command=[...], a command that starts pocketllava's worker"

@@ -16,9 +16,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pocketllava.album.gallery import Gallery
 from pocketllava.errors import PocketLlavaError
 from pocketllava.llava import Llava
 from pocketllava.serve import openai, page_files, status
+from pocketllava.serve.album import AlbumRoutes
 from pocketllava.serve.document import document
 from pocketllava.serve.faults import Fault, fault_of
 from pocketllava.serve.guard import Access, Guard, open_paths
@@ -47,8 +49,10 @@ class ViewRequest(Struct):
     image_url: str
 
 
-def build(supervisor: Supervisor, served: Served, access: Access) -> Starlette:
-    """The application. It starts the supervisor, and closes it in the end."""
+def build(
+    supervisor: Supervisor, served: Served, access: Access, gallery: Gallery | None = None
+) -> Starlette:
+    """The application. It starts the supervisor, and closes it in the end. gallery: what the page shows beside."""
     routes = Routes(supervisor, served)
 
     @asynccontextmanager
@@ -61,8 +65,9 @@ def build(supervisor: Supervisor, served: Served, access: Access) -> Starlette:
 
     access = replace(access, open_paths=open_paths(page_files.PATHS))
     ollama = Ollama(supervisor, served, routes.metrics)
+    album = AlbumRoutes(gallery, supervisor, served)
     return Starlette(
-        routes=[*routes.all(), *ollama.routes(), *page_files.routes()],
+        routes=[*routes.all(), *album.all(), *ollama.routes(), *page_files.routes()],
         middleware=[Middleware(Guard, access=access)],
         exception_handlers={PocketLlavaError: _refuse, Fault: _refuse, HTTPException: _refuse_http},
         lifespan=life,

@@ -10,8 +10,9 @@ from functools import cache
 from pocketllava.serve.shapes import STRING, Schema, ref, schemas
 from pocketllava.version import __version__
 
-JSON, EVENTS, LINES, TEXT, PNG, HTML = (
-    "application/json", "text/event-stream", "application/x-ndjson", "text/plain", "image/png", "text/html",
+JSON, EVENTS, LINES, TEXT, PNG, JPEG, HTML = (
+    "application/json", "text/event-stream", "application/x-ndjson", "text/plain", "image/png", "image/jpeg",
+    "text/html",
 )  # fmt: skip
 ERRORS = {
     400: "A field that cannot be used; the message names it.",
@@ -106,6 +107,18 @@ def _paths() -> dict[str, Schema]:
         },
         "/v1/view": {
             "post": _operation("The picture as the model sees it.", {PNG: None}, ASKING, "ViewRequest")
+        },
+        "/v1/album": {
+            "get": _operation("The album that is served, if there is one.", {JSON: "Album"}, GUARDED)
+        },
+        "/v1/album/search": {
+            "post": _operation("Pictures of the album.", {JSON: "Hits"}, ASKING, "AlbumSearchRequest")
+        },
+        "/v1/album/pictures/{id}": {
+            "get": _operation("A picture as it is.", {"image/*": None}, (*GUARDED, 404), ids=True)
+        },
+        "/v1/album/thumbnails/{id}": {
+            "get": _operation("A small one.", {JPEG: None}, (*GUARDED, 404), ids=True)
         },
         "/api/version": ollama("The version of Ollama's API.", "OllamaVersion"),
         "/api/tags": ollama("The model under each of its names.", "OllamaModels"),

@@ -19,8 +19,8 @@ TYPES = {
     ".png": "image/png",
 }
 NAMES = (
-    INDEX, "api.js", "app.css", "app.js", "dom.js", "example.png", "icon.svg", "pictures.js", "store.js", "view.js",
-    "viewer.js",
+    INDEX, "album.js", "api.js", "app.css", "app.js", "dom.js", "example.png", "icon.svg", "pictures.js", "store.js",
+    "view.js", "viewer.js",
 )  # fmt: skip
 PATHS = ("/", *(f"/{name}" for name in NAMES))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pocketllava.album.gallery import MAX_HITS
+from pocketllava.serve.album import MAX_NUMBER
 from pocketllava.serve.openai import IMAGES, MAX_STOPS, ROLES, SAMPLED, TEXTS
 from pocketllava.settings import settings
 from pocketllava.types import MAX_INT, MAX_TOP_LOGPROBS, Options
@@ -62,6 +64,7 @@ def _sampling() -> dict[str, Schema]:
 def schemas() -> dict[str, Schema]:
     """Every shape, by name."""
     tokens: Schema = {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_INT}
+    number: Schema = {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_NUMBER}
     ollama = {
         "model": STRING,
         "stream": FLAG,
@@ -132,6 +135,37 @@ def schemas() -> dict[str, Schema]:
         ),
         "PrepareRequest": _object("messages", messages=_list(ref("Message"), 1)),
         "ViewRequest": _object("image_url", image_url=ref("DataUri")),
+        "AlbumSearchRequest": _object(
+            words=TEXT_OR_NULL,
+            like=number,
+            image_url=_given(ref("DataUri")),
+            column=number,
+            limit={"type": "integer", "minimum": 1, "maximum": MAX_HITS},
+        ),
+        "Album": _object(
+            "object name pictures columns",
+            object={"const": "album"},
+            name=TEXT_OR_NULL,
+            pictures=WHOLE,
+            columns=_list(_object("id question model", id=WHOLE, question=STRING, model=STRING)),
+        ),
+        "Hits": _object(
+            "object data",
+            object={"const": "list"},
+            data=_list(
+                _object(
+                    "id path caption question mark likeness",
+                    id=WHOLE,
+                    path=STRING,
+                    caption=STRING,
+                    question=STRING,
+                    mark=TEXT_OR_NULL,
+                    likeness={"type": ["number", "null"]},
+                ),
+                0,
+                MAX_HITS,
+            ),
+        ),
         "OllamaOptions": _object(
             num_predict={"type": ["integer", "null"]}, num_ctx=WHOLE, stop=_list(STRING), **_sampling()
         ),

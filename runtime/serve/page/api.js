@@ -86,6 +86,23 @@ export class Api {
     return { blob: await response.blob(), columns: columns || 0, rows: rows || 0 };
   }
 
+  /** {name, pictures, columns: [{id, question, model}]}; no name where no album is served. */
+  async album() {
+    return json(await this.request("v1/album"));
+  }
+
+  /** Pictures of the album: [{id, path, caption, question, mark, likeness}]. */
+  async albumSearch(body, signal) {
+    return (await json(await this.post("v1/album/search", body, signal))).data;
+  }
+
+  /** A blob. kind: "pictures" as they are, or "thumbnails". */
+  async albumPicture(kind, id, signal) {
+    const response = await this.request(`v1/album/${kind}/${id}`, { signal });
+    if (!response.ok) await json(response);
+    return response.blob();
+  }
+
   /** Yields {text}, {progress: {stage, share}}, {finish, timings} and {usage} as they come. */
   async *chat(body, signal) {
     const options = { stream: true, stream_options: { include_usage: true }, return_progress: true };

@@ -1,6 +1,8 @@
 // The page: what happens when a picture lands, a question is asked, a conversation is opened. Its parts know less:
-// api.js the server, store.js the history, pictures.js what is attached, view.js and viewer.js what is shown.
+// api.js the server, store.js the history, pictures.js what is attached, album.js an album's pictures, view.js and
+// viewer.js what is shown.
 
+import { AlbumView } from "./album.js";
 import { Api, ApiError, plain } from "./api.js";
 import { Announcer, byId, el, iconButton, opened } from "./dom.js";
 import { base64, dataUri, Previews, readPicture, Tray } from "./pictures.js";
@@ -15,6 +17,7 @@ const FREER = { temperature: 0.8, top_p: 0.95 }; // greedy decoding would repeat
 const RETRIES = 5;
 const SAVE_MS = 1000;
 const THUMBNAIL_PIXELS = 96;
+const ALBUM = "#album"; // of the address
 const HEALTH_MS = { ready: 15_000, asleep: 15_000, away: 2000 };
 
 const state = {
@@ -41,6 +44,10 @@ const view = new ConversationView(byId("conversation"), previews, {
     save(state.conversation);
   },
   context: () => state.model?.max_model_len ?? 0,
+});
+const album = new AlbumView(api, {
+  ask: (file) => { startNew(); takeIn([file]); },
+  look: (picture) => viewer.open(picture, "original"),
 });
 const tray = new Tray({
   api, previews, say: (text) => announcer.say(text), onchange: controls,
@@ -227,6 +234,7 @@ async function watchHealth() {
 async function loadModel() {
   [state.model] = await api.models();
   showHealth();
+  album.offered().then((isOffered) => { byId("open-album").hidden = !isOffered; }, () => {});
 }
 
 function showHealth() {
@@ -294,6 +302,7 @@ async function open(id) {
 function show(conversation, pictures) {
   tray.take();
   previews.clear();
+  leaveAlbum();
   state.conversation = conversation;
   state.pictures = new Map(pictures.map((picture) => [picture.id, picture]));
   view.show(conversation, state.pictures);
@@ -301,6 +310,31 @@ function show(conversation, pictures) {
   listHistory();
   closeHistory();
 }
+
+function openAlbum() {
+  document.body.classList.add("in-album");
+  byId("album").hidden = false;
+  byId("open-album").setAttribute("aria-current", "true");
+  byId("conversations").querySelector("[aria-current]")?.removeAttribute("aria-current");
+  byId("title").textContent = "Album";
+  document.title = "Album – pocketllava";
+  history.replaceState(null, "", ALBUM);
+  byId("scroll").scrollTop = 0;
+  closeHistory();
+  album.open();
+  if (!isCoarse.matches) byId("album-words").focus();
+}
+
+function leaveAlbum() {
+  if (!isInAlbum()) return;
+  document.body.classList.remove("in-album");
+  byId("album").hidden = true;
+  byId("open-album").removeAttribute("aria-current");
+  history.replaceState(null, "", location.pathname);
+  if (state.conversation) showing();
+}
+
+const isInAlbum = () => document.body.classList.contains("in-album");
 
 /** What depends on whether the conversation has begun. */
 function showing() {
@@ -379,6 +413,7 @@ async function takeIn(files) {
   for (const { reason } of read) if (reason) note(reason.message);
   const pictures = read.filter(({ value }) => value).map(({ value }) => value);
   if (!pictures.length) return;
+  leaveAlbum();
   tray.add(pictures);
   suggest(SUGGESTIONS);
   question.focus();
@@ -430,7 +465,7 @@ function grow() {
 
 /** Keeps the end in sight while an answer grows, unless the reader has scrolled up or is elsewhere. */
 function follow(isForced = false) {
-  if (state.run && state.run.conversation !== state.conversation) return;
+  if (isInAlbum() || (state.run && state.run.conversation !== state.conversation)) return;
   const box = byId("scroll");
   const isNear = box.scrollHeight - box.scrollTop - box.clientHeight < 160;
   if (isForced || isNear) box.scrollTop = box.scrollHeight;
@@ -480,6 +515,7 @@ function listen() {
     else stop();
   });
   for (const id of ["new", "new-short"]) byId(id).addEventListener("click", startNew);
+  byId("open-album").addEventListener("click", openAlbum);
   byId("open-history").addEventListener("click", openHistory);
   for (const id of ["close-history", "scrim"]) byId(id).addEventListener("click", closeHistory);
   isNarrow.addEventListener("change", narrowed);
@@ -493,6 +529,7 @@ function listen() {
 function listenForFiles() {
   chooser("pick", "picker", takeIn);
   chooser("photo", "camera", takeIn);
+  chooser("like", "like-file", ([file]) => album.like(file));
   byId("import").addEventListener("click", () => byId("import-file").click());
   onFiles("import-file", ([file]) => importFile(file));
   addEventListener("paste", (event) => {
@@ -544,9 +581,11 @@ async function start() {
   listen();
   narrowed();
   if (!store.keeps) note("This browser keeps no history here: a reload starts anew.");
-  if (location.hash) await open(location.hash.slice(1));
+  const wantsAlbum = location.hash === ALBUM;
+  if (location.hash && !wantsAlbum) await open(location.hash.slice(1));
   else startNew();
   if (!isCoarse.matches) question.focus();
+  if (wantsAlbum && (await album.offered().catch(() => false))) openAlbum();
   watchHealth();
 }
 
