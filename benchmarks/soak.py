@@ -26,7 +26,7 @@ from arguments import about
 from soak_work import PARTS, Check, fresh
 
 USUAL = {"images": 10_000, "conversations": 2_000, "loads": 200, "restarts": 500, "served": 250}
-WARM_UP = 8  # the part of the work
+EIGHTHS = 8
 FILLED = {
     "images": 600,
     "conversations": 300,
@@ -34,7 +34,8 @@ FILLED = {
 MAX_GROWTH_MB = 20.0
 RESULTS = Path("build/soak.json")
 HEAD = (
-    "| part | n | s | MB, warm | MB, most | growth | files | threads | children | answers of a fresh model |"
+    "| part | n | s | MB, warm | MB, most | growth | MB by eighths | files | threads | children"
+    " | answers of a fresh model |"
 )
 
 
@@ -65,7 +66,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """One part's result. equal, checked: answers that a fresh model gives too, of those that were compared."""
+    """One part's result. equal, checked: answers that a fresh model gives too, of those that were compared; ties: that
+    differ by rounding. course: megabytes at each eighth.
+    """
 
     part: str
     n: int
@@ -73,7 +76,9 @@ class Row:
     warm: Sizes
     most: Sizes
     equal: int
+    ties: int
     checked: int
+    course: tuple[float, ...]
 
     @property
     def growth(self) -> float:
@@ -85,7 +90,7 @@ class Row:
         """Whether it passes. A process that is being started may be there in either sample."""
         slack = {"files": 2, "threads": 1, "children": 1}
         steady = all(getattr(self.most, k) <= getattr(self.warm, k) + n for k, n in slack.items())
-        return self.growth < MAX_GROWTH_MB and steady and self.equal == self.checked
+        return self.growth < MAX_GROWTH_MB and steady and self.equal + self.ties == self.checked
 
     def __str__(self) -> str:
         counts = " | ".join(
@@ -94,17 +99,20 @@ class Row:
         )
         return (
             f"| {self.part} | {self.n} | {self.seconds:.0f} | {self.warm.megabytes:.1f} | {self.most.megabytes:.1f}"
-            f" | {self.growth:+.1f} | {counts} | {self.equal} of {self.checked} |"
+            f" | {self.growth:+.1f} | {' '.join(f'{mb:.0f}' for mb in self.course)} | {counts} | {self.equal} of"
+            f" {self.checked}{f', {self.ties} tied' if self.ties else ''} |"
         )
 
 
 def run(part: str, n: int, n_checks: int) -> Row:
     """A part in this process: its work, its sizes, then a fresh model for some of its answers."""
-    warm_up = max(n // WARM_UP, min(FILLED.get(part, 1), n // 2))
-    start, warm, most, checks = time.monotonic(), None, None, []
+    warm_up = max(n // EIGHTHS, min(FILLED.get(part, 1), n // 2))
+    start, warm, most, checks, course = time.monotonic(), None, None, [], []
     for k, check in enumerate(PARTS[part](n)):
         if k % max(1, n // n_checks) == 0:
             checks.append(check)
+        if (k + 1) % (n / EIGHTHS) < 1:
+            course.append(Sizes.of(_watched(part)).megabytes)
         if k >= warm_up and k % 5 == 0:
             sizes = Sizes.of(_watched(part))
             warm = warm or sizes
@@ -113,7 +121,7 @@ def run(part: str, n: int, n_checks: int) -> Row:
     assert most
     seconds = time.monotonic() - start
     gc.collect()
-    return Row(part, n, seconds, warm, most, *_compared(checks[:n_checks], part))
+    return Row(part, n, seconds, warm, most, *_compared(checks[:n_checks], part), tuple(course))
 
 
 def _watched(part: str) -> psutil.Process:
@@ -122,14 +130,12 @@ def _watched(part: str) -> psutil.Process:
     return own.children()[0] if part == "served" else own
 
 
-def _compared(checks: list[Check], part: str) -> tuple[int, int]:
-    equal = 0
-    for check in checks:
-        good = fresh(check)
-        equal += good
-        if not good:
-            print(f"{part}: a fresh model answers otherwise: {check}", file=sys.stderr)
-    return equal, len(checks)
+def _compared(checks: list[Check], part: str) -> tuple[int, int, int]:
+    results = [fresh(check) for check in checks]
+    for check, result in zip(checks, results, strict=True):
+        if result != "equal":
+            print(f"{part}: a fresh model answers otherwise, {result}: {check}", file=sys.stderr)
+    return results.count("equal"), results.count("tie"), len(checks)
 
 
 def _row(stored: dict[str, object]) -> Row:

@@ -6,7 +6,6 @@ with its error. Resuming: leave out the paths that `done_paths` finds in the out
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from pocketllava.album.asking import Job, Reply, replies
 from pocketllava.album.quality import mark_of
 from pocketllava.errors import InputError, UnsupportedOption
+from pocketllava.llamacpp.devices import cores
 from pocketllava.llava import Llava
 from pocketllava.types import sampling
 
@@ -45,7 +45,7 @@ class Captioner:
         if actors < 1:
             raise InputError(f"actors: found {actors}, expected at least 1")
         self.question, self.options = question, sampling(None, **(options or {}))
-        load.setdefault("n_threads", max(1, (os.cpu_count() or 1) // actors))
+        load.setdefault("n_threads", max(1, cores() // actors))
         self.llava = Llava.load(model, **load)
 
     def __call__(self, batch: Batch) -> Batch:

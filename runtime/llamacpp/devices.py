@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from pocketllava.llamacpp.library import ggml
 from pocketllava.llamacpp.log import capture_log
 from pocketllava.llamacpp.private import private
@@ -76,15 +78,28 @@ def cores() -> int:
     More threads than cores cost up to a factor of 100, so hyper-threads are not counted.
     """
     if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-        siblings = {_siblings(cpu) for cpu in allowed}
-        return max(1, len(siblings))
-    if sys.platform == "darwin":
-        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
-            found = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
-            if found.returncode == 0 and found.stdout.strip().isdigit():
-                return max(1, int(found.stdout))
-    return max(1, (os.cpu_count() or 2) // 2)
+        return max(1, len({_siblings(cpu) for cpu in os.sched_getaffinity(0)}))
+    if sys.platform == "darwin" and (fast := _sysctl("hw.perflevel0.physicalcpu")):  # not the efficient ones
+        return fast
+    physical = psutil.cpu_count(logical=False) or (os.cpu_count() or 2) // 2
+    return max(1, min(physical, _allowed()))
+
+
+def _allowed() -> int:
+    """Hyper-threads that this process may run on."""
+    try:
+        return len(psutil.Process().cpu_affinity())  # Windows has it, macOS has no such thing
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _sysctl(key: str) -> int:
+    """A number of macOS's; 0 where it has none of that name."""
+    try:
+        found = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, check=False)
+    except OSError:
+        return 0
+    return int(found.stdout) if found.stdout.strip().isdigit() else 0
 
 
 def _siblings(cpu: int) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,10 @@ _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERR
 _recent: deque[str] = deque(maxlen=200)
 _readers: list[list[str]] = []
 _on_progress: list[Callable[[], None]] = []
+_failures: list[str] = []
+# ggml-metal-context.m: what was computed is lost, but the call that waited for it reports nothing. The next one fails,
+# as all do until the backend is made anew.
+FAILED = re.compile(r"command buffer -?\d+ failed with status|error state from a previous command buffer")
 PROGRESS = "."  # what llama.cpp's default progress callback logs
 
 
@@ -38,6 +43,8 @@ def capture_log() -> Any:
                 call()
         elif line.strip():
             _recent.append(line)
+            if FAILED.search(line):
+                _failures.append(line.strip())
             for lines in _readers:
                 lines.append(line)
             logger.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
@@ -70,6 +77,12 @@ def progress_marks(call: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _on_progress.remove(call)
+
+
+def device_failure() -> str:
+    """The first line about a device that failed since the last call, or ""."""
+    failures, _failures[:] = _failures[:], []
+    return next(iter(failures), "")
 
 
 def last_error() -> str:
