@@ -113,7 +113,7 @@ def run(part: str, n: int, n_checks: int) -> Row:
             checks.append(check)
         if (k + 1) % (n / EIGHTHS) < 1:
             course.append(Sizes.of(_watched(part)).megabytes)
-        if k >= warm_up and k % 5 == 0:
+        if k >= warm_up and (k - warm_up) % 5 == 0:
             sizes = Sizes.of(_watched(part))
             warm = warm or sizes
             most = sizes.most(most or sizes)
@@ -144,13 +144,17 @@ def _row(stored: dict[str, object]) -> Row:
 
 
 def _kept(path: Path) -> dict[str, Row]:
-    return {name: _row(row) for name, row in json.loads(path.read_text()).items()} if path.is_file() else {}
+    return (
+        {name: _row(row) for name, row in json.loads(path.read_text("utf-8")).items()}
+        if path.is_file()
+        else {}
+    )
 
 
 def _keep(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {**_kept(path), row.part: row}
-    path.write_text(json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1))
+    path.write_text(json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1), "utf-8")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from pocketllava.llamacpp.guard import (
     interruptible,
     translated,
 )
+from pocketllava.llamacpp.library import give_back_memory
 from pocketllava.llamacpp.log import device_failure, keep_file_descriptors, log_lines
 from pocketllava.llamacpp.mapped_pages import released_pages
 from pocketllava.llamacpp.private import check_llama, set_fields
@@ -360,6 +361,7 @@ class TextModel:
         for context in list(self._contexts):
             context.close()
         self._llama.close()
+        give_back_memory()
 
     def adopt(self, context: Closing) -> None:
         """A context on this model, to be closed before it."""
