@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from machines import GIGA, machine
 
 from pocketllava import Bundle, Llava, UnsupportedOption
@@ -50,6 +52,15 @@ def layers(*devices: str) -> list[str]:
 def test_where_the_text_model_is(lines: list[str], names: list[str], expected: str) -> None:
     said = ["something before", *lines, *["something behind"] * 1000]
     assert text_device(said, names, 8) == expected
+
+
+@given(st.lists(st.sampled_from(["CPU", "CUDA0", "CUDA1"]), min_size=1), st.lists(st.text(), max_size=3))
+def test_every_layer_on_a_device_is_counted(held: list[str], noise: list[str]) -> None:
+    said = text_device([*noise, *layers(*held), *noise], CARDS, 2)
+    n = len(held) - held.count("CPU")
+    assert said == "CPU, 2 threads" if not n else said.endswith(f", {n}/{len(held)} layers")
+    for device in CARDS:
+        assert (device in said) == (device[:5] in held)
 
 
 @pytest.mark.parametrize(
