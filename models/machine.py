@@ -27,12 +27,30 @@ RELEASES_PAGES = sys.platform == "linux"  # llamacpp/mapped_pages.py
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU that this build of llama.cpp can use, and its memory in bytes. unified: it is the machine's own memory."""
+    """A GPU that this build of llama.cpp can use, and its memory in bytes.
+
+    unified: it is the machine's own memory; backend: what of ggml drives it, such as "CUDA"; sums_in_f32: whether its
+    products are as exact as the CPU's; maps: whether llama.cpp maps weights for it unless told otherwise.
+    """
 
     name: str
     free: int
     total: int
     unified: bool = False
+    backend: str = ""
+    sums_in_f32: bool = True
+    maps: bool = True
+
+    @property
+    def short_name(self) -> str:
+        """ "CUDA0 (NVIDIA RTX 4070)" -> "CUDA0"."""
+        return self.name.partition(" (")[0]
+
+    @property
+    def kind(self) -> str:
+        """What computes the same bits on any machine, as far as this package knows."""
+        description = self.name.removeprefix(self.short_name).strip(" ()")
+        return f"{self.backend} {description} {'F32' if self.sums_in_f32 else 'F16'}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pocketllava.errors import UnsupportedOption
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.gguf_header import F16, F32, Header, TensorInfo
-from pocketllava.models.mmproj_contract import PREFIX
+from pocketllava.models.mmproj_contract import PREFIX, MmprojInfo
 from pocketllava.models.text_contract import TextInfo
 
 DEFAULT_CONTEXT = 2048  # less if trained on less
@@ -25,6 +25,7 @@ F32_BYTES = 4
 # Measured (benchmarks/planned_memory.py): Python, numpy, Pillow, Jinja and llama.cpp's libraries; a token's piece and
 # id in libllama, llama_cpp and the header that was read; copies of a picture's features between libmtmd and libllama.
 PROCESS_BYTES, TOKEN_BYTES, FEATURE_COPIES = 76 << 20, 400, 4
+UPLOAD_BYTES = 1 << 20
 MIN_NODES, NODES_A_TENSOR, NODE_BYTES = 1024, 8, 2 * 30 * 336
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
@@ -38,7 +39,8 @@ class Memory:
     results of the vision tower and of one batch; picture: its features and pixels; vocabulary: its pieces, in libllama
     and here; process: Python and libraries.
     Not part of the total: full, what buffers take beyond that once the context is full; reserved, what llama.cpp asks
-    for beyond `buffers`, touched or not; prefix, for each evaluated picture that is kept to go back to.
+    for beyond `buffers`, touched or not; prefix, for each evaluated picture that is kept to go back to; work and
+    vision_work, what a device's backend takes by itself for products (the text model's, the vision tower's).
     """
 
     n_ctx: int
@@ -56,6 +58,8 @@ class Memory:
     full: int
     reserved: int
     prefix: int
+    work: int = 0
+    vision_work: int = 0
 
     @property
     def total(self) -> int:
@@ -148,7 +152,7 @@ def memory(
         rearranged=sum(t.n_bytes for t in tensors.values() if _is_rearranged(t, rearranged_types)),
         looked_up=tensors[EMBEDDING].n_bytes if OUTPUT in tensors else 0,
         vision=_tensor_bytes(bundle.mmproj_header),
-        vision_buffers=_vision_buffer_bytes(bundle),
+        vision_buffers=_vision_buffer_bytes(bundle.mmproj_header, bundle.mmproj_info),
         kv_cache=round(position * context),
         buffers=batch * rows,
         picture=FEATURE_COPIES * F32_BYTES * max(shown, bundle.manifest.n_patches) * info.n_embd,
@@ -157,6 +161,8 @@ def memory(
         full=batch * (full - rows),
         reserved=batch * (asked - rows) + _untouched_bytes(bundle),
         prefix=round(position * shown),
+        work=_work_bytes(bundle.model_header, batch_size(bundle)),
+        vision_work=vision_work_bytes(bundle.mmproj_header, bundle.mmproj_info),
     )
 
 
@@ -229,9 +235,33 @@ def _untouched_bytes(bundle: Bundle) -> int:
     return F32_BYTES * batch_size(bundle) * bundle.text_info.n_vocab + nodes * NODE_BYTES
 
 
-def _vision_buffer_bytes(bundle: Bundle) -> int:
+def _work_bytes(header: Header, positions: int) -> int:
+    """What a device's backend allocates by itself while it multiplies, and ends the process without.
+
+    A matrix in F16, and both sides of a product in F32 (prealloc_x, prealloc_y and split_k of ggml-vulkan.cpp; the
+    pool of ggml-cuda.cu), and what it uploads with.
+    """
+    matrices = [t for t in header.tensors.values() if len(t.shape) == 2 and t.name not in (EMBEDDING, OUTPUT)]
+    widest = max((max(t.shape) for t in matrices), default=0)
+    largest = max((_n_values(t) for t in matrices), default=0)
+    return 2 * largest + 2 * F32_BYTES * positions * widest + UPLOAD_BYTES
+
+
+def vision_work_bytes(header: Header, info: MmprojInfo) -> int:
+    """The same for the vision tower, with the scores that it has without flash attention."""
+    positions = info.n_patches + info.class_token
+    scores = F32_BYTES * int(header.keys[PREFIX + "attention.head_count"]) * positions**2
+    return _work_bytes(header, positions) + scores
+
+
+def vision_bytes(header: Header, info: MmprojInfo) -> int:
+    """All that a vision tower takes on a device."""
+    return _tensor_bytes(header) + _vision_buffer_bytes(header, info) + vision_work_bytes(header, info)
+
+
+def _vision_buffer_bytes(header: Header, info: MmprojInfo) -> int:
     """Of one picture in the tower: pixels, and the feed-forward, the scores or the projector. Fitted as above."""
-    info, keys = bundle.mmproj_info, bundle.mmproj_header.keys
+    keys = header.keys
     positions = info.n_patches + info.class_token
     pixels = 3 * info.image_size**2 // positions
     rows = [
@@ -239,7 +269,7 @@ def _vision_buffer_bytes(bundle: Bundle) -> int:
         2 * info.projected_width + info.vision_width,
         pixels // 2,  # in F16, as columns
     ]
-    query = bundle.mmproj_header.tensors.get("v.blk.0.attn_q.weight")
+    query = header.tensors.get("v.blk.0.attn_q.weight")
     if query is not None and query.type == F32:  # no flash attention
         rows.append(int(keys[PREFIX + "attention.head_count"]) * positions + info.vision_width)
     return F32_BYTES * positions * (pixels + max(rows))

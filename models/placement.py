@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pocketllava.models.limits import OVERHEAD_BYTES, THREAD_BYTES
-from pocketllava.models.machine import Machine
+from pocketllava.models.machine import Device, Machine
 from pocketllava.models.memory import Memory, Shares
 
 MEMORY = "memory"  # where a part is that no device holds
@@ -51,11 +51,16 @@ class Room:
 
 @dataclass(frozen=True)
 class Placement:
-    """What is needed, laid out over a machine's memory and devices."""
+    """What is needed, laid out over a machine's memory and devices.
+
+    devices: those that layers may go to; tower: the one that the vision tower goes to if it fits, None for the CPU.
+    """
 
     needed: Memory
     shares: Shares
     machine: Machine
+    devices: tuple[Device, ...]
+    tower: Device | None
 
     @property
     def n_layers(self) -> int:
@@ -63,32 +68,38 @@ class Placement:
 
     @property
     def _device(self) -> str:
-        return self.machine.devices[0].name if self.machine.devices else MEMORY
+        """All of them: llama.cpp spreads the layers over them as they have room."""
+        return " + ".join(device.name for device in self.devices) or MEMORY
 
     @property
-    def _device_free(self) -> int:
-        return sum(device.free for device in self.machine.devices)
+    def _tower(self) -> str:
+        if self.tower is None:
+            return MEMORY
+        return self._device if self.tower in self.devices else self.tower.name
 
-    @property
-    def _device_room(self) -> int:
-        """What is filled unasked."""
-        return self._device_free - sum(min(DEVICE_MARGIN, d.total // 10) for d in self.machine.devices)
+    def _held_by(self, where: str) -> tuple[Device, ...]:
+        """The devices that a part's place stands for."""
+        if where == self._device:
+            return self.devices
+        return (self.tower,) if self.tower is not None and where == self._tower else ()
 
     def layers(self, asked: int) -> int:
         """Layers on the device: as many as were asked for, or (-1) as fit it together with the vision tower."""
-        if not self.machine.devices:
+        if not self.devices:
             return 0
         if asked >= 0:
             return min(asked, self.n_layers)
-        fitting = (n for n in range(self.n_layers, 0, -1) if self._on_device(n) <= self._device_room)
+        fitting = (n for n in range(self.n_layers, 0, -1) if self._fits(n, self._device))
         return next(fitting, 0)
 
     def vision_fits(self, layers: int) -> bool:
-        """Whether the vision tower goes to the device beside so many layers."""
-        return layers > 0 or self._on_device(0) <= self._device_room
+        """Whether the vision tower goes to its device beside so many layers."""
+        return self.tower is not None and self._fits(layers, self._tower)
 
-    def _on_device(self, layers: int) -> int:
-        return sum(part.n_bytes for part in self.parts(layers, True, False) if part.where != MEMORY)
+    def _fits(self, layers: int, where: str) -> bool:
+        """Whether a place holds its parts, and leaves a margin."""
+        held = sum(part.n_bytes for part in self.parts(layers, True, False) if part.where == where)
+        return held <= sum(d.free - min(DEVICE_MARGIN, d.total // 10) for d in self._held_by(where))
 
     def in_memory(self, layers: int, weights: str) -> bool:
         """Whether the text model's weights are read into memory rather than mapped.
@@ -96,11 +107,14 @@ class Placement:
         Many CPUs compute with a rearranged copy of quantized weights, beside which the mapped file may stay
         resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. The map is better where its pages are let go of as
         they are copied (Linux): it loads a 7B model in half the time, and takes as much. It also is where memory is
-        short, because its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs).
+        short, because its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs but for
+        integrated ones, whose copy is in the same memory; llama.cpp's automatic choice, LLAMA_LOAD_MODE_AUTO).
         """
         if weights != "auto":
             return weights == "memory"
-        if layers or not self.needed.mostly_rearranged:
+        if layers:
+            return not all(device.maps for device in self.devices)
+        if not self.needed.mostly_rearranged:
             return False
         if self.machine.releases_pages and self._spare(layers, in_memory=False) >= 0:
             return False
@@ -116,9 +130,10 @@ class Placement:
         """Every part, the large ones first."""
         n, device = self.needed, self._device
         n_blocks = max(0, layers - 1)
+        vision_on_gpu = vision_on_gpu and self.tower is not None
         on_device = self.shares.last(layers)
         kv = n.kv_cache * n_blocks // max(1, self.n_layers - 1)
-        tower = device if vision_on_gpu else MEMORY
+        tower = self._tower if vision_on_gpu else MEMORY
         buffers = n.buffers + n.reserved
         parts = [
             Part("weights", device, on_device),
@@ -128,6 +143,8 @@ class Placement:
             Part(f"KV cache, {n.n_ctx} tokens in {n.kv_type}", device, kv),
             Part(f"KV cache, {n.n_ctx} tokens in {n.kv_type}", MEMORY, n.kv_cache - kv),
             Part("buffers", device, buffers if layers else 0),
+            Part("work memory", device, n.work if layers else 0),
+            Part("vision tower's work memory", tower, n.vision_work if vision_on_gpu else 0),
             Part("buffers", MEMORY, n.buffers if layers < self.n_layers else 0),
             Part("a picture's features", MEMORY, n.picture),
             Part("vocabulary", MEMORY, n.vocabulary),
@@ -148,7 +165,7 @@ class Placement:
 
     def rooms(self, parts: tuple[Part, ...], in_memory: bool) -> tuple[Room, ...]:
         """Everything that must hold the parts."""
-        unified = any(device.unified for device in self.machine.devices)
+        unified = any(device.unified for part in parts for device in self._held_by(part.where))
         here = [part for part in parts if part.where == MEMORY or unified]
         total = sum(part.n_bytes for part in here)
         written = total - sum(part.n_bytes for part in here if part.dropped)
@@ -162,6 +179,8 @@ class Placement:
         for limit in self.machine.limits:
             needed = used + limit.counts_mapped * mapped + limit.counts_reserved * reserved
             rooms.append(Room(limit.name, limit.left, needed, hard=True))
-        if device := sum(part.n_bytes for part in parts if part.where != MEMORY):
-            rooms.append(Room(f"{self._device}'s free memory", self._device_free, device, where=self._device))
+        for where in dict.fromkeys(part.where for part in parts if part.where != MEMORY):
+            held = sum(part.n_bytes for part in parts if part.where == where)
+            free = sum(device.free for device in self._held_by(where))
+            rooms.append(Room(f"{where}'s free memory", free, held, where=where))
         return tuple(rooms)

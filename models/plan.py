@@ -16,6 +16,7 @@ from pocketllava.models.bundle import Bundle
 from pocketllava.models.machine import Machine
 from pocketllava.models.memory import context_size, memory, shares, smaller_contexts
 from pocketllava.models.placement import FREE, REARRANGED, Part, Placement, Room
+from pocketllava.models.taken_devices import text_devices, tower_device
 from pocketllava.types import LoadOptions
 
 Verdict = Literal["fits", "slow", "too large"]
@@ -30,7 +31,8 @@ EXACT = ("F32", "F16", "BF16")
 class Plan:
     """How a bundle will be loaded on a machine, and what that takes, in bytes.
 
-    n_gpu_layers counts the output layer, as llama.cpp does, of n_layers. later: what a full context and pictures that
+    n_gpu_layers counts the output layer, as llama.cpp does, of n_layers. vision_device: where the vision tower goes,
+    None for the CPU. later: what a full context and pictures that
     are kept to go back to may take beyond the total. chosen: what was not said and differs from the usual choice;
     changes: what would take less, in the order of harm, where it does not fit.
     """
@@ -42,7 +44,7 @@ class Plan:
     n_layers: int
     in_memory: bool
     flash_attention: bool
-    vision_on_gpu: bool
+    vision_device: str | None
     machine: Machine
     parts: tuple[Part, ...]
     rooms: tuple[Room, ...]
@@ -117,7 +119,12 @@ def flash_attention(bundle: Bundle, options: LoadOptions, on_gpu: bool) -> bool:
     """llama.cpp quantizes the KV cache's values with flash attention only."""
     if options.flash_attn != "auto" or options.kv_type == "q8_0":
         return options.flash_attn != "off"
-    return on_gpu and bundle.manifest.types.model not in EXACT
+    return on_gpu and not is_exact(bundle, options)
+
+
+def is_exact(bundle: Bundle, options: LoadOptions) -> bool:
+    """Whether the tokens are to be the reference's: as was said, else where no type rounds more than devices do."""
+    return bundle.manifest.types.model in EXACT if options.exact is None else options.exact
 
 
 def _candidates(bundle: Bundle, options: LoadOptions) -> Iterator[LoadOptions]:
@@ -137,7 +144,8 @@ def _candidates(bundle: Bundle, options: LoadOptions) -> Iterator[LoadOptions]:
 
 def planned(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
     """The plan for one context and one type of the KV cache."""
-    flash = flash_attention(bundle, options, bool(machine.devices) and options.n_gpu_layers != 0)
+    devices = text_devices(options, machine)
+    flash = flash_attention(bundle, options, bool(devices))
     needed = memory(
         bundle,
         options.n_ctx,
@@ -146,11 +154,12 @@ def planned(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
         rearranged_types=machine.rearranged,
         image_tokens=options.image_tokens,
     )
-    placed = Placement(needed, shares(bundle), machine)
+    tower = tower_device(options, machine, exact=is_exact(bundle, options))
+    placed = Placement(needed, shares(bundle), machine, devices, tower)
     layers = placed.layers(options.n_gpu_layers)
-    on_gpu = bool(machine.devices) and options.n_gpu_layers != 0 and placed.vision_fits(layers)
+    on_device = tower is not None and (options.mmproj_device is not None or placed.vision_fits(layers))
     in_memory = placed.in_memory(layers, options.weights)
-    parts = placed.parts(layers, on_gpu, in_memory)
+    parts = placed.parts(layers, on_device, in_memory)
     return Plan(
         model=str(bundle.folder),
         n_ctx=needed.n_ctx,
@@ -159,7 +168,7 @@ def planned(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
         n_layers=placed.n_layers,
         in_memory=in_memory,
         flash_attention=flash,
-        vision_on_gpu=on_gpu,
+        vision_device=tower.name if tower and on_device else None,
         machine=machine,
         parts=parts,
         rooms=placed.rooms(parts, in_memory),

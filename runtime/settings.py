@@ -18,7 +18,9 @@ from typing import Any, Literal, TypeVar
 from pocketllava.errors import InputError
 
 T = TypeVar("T")
-Kind = Literal["whole", "number", "choice", "switch", "folder", "file", "text", "texts", "several", "schema"]
+Kind = Literal[
+    "whole", "number", "choice", "switch", "folder", "file", "text", "texts", "several", "shares", "schema"
+]
 KEY = "setting"
 
 
@@ -56,6 +58,7 @@ class Setting:
             "file": "a file's path",
             "texts": "a text or a sequence of texts, none of them empty",
             "several": "a sequence of different texts, none of them empty",
+            "shares": "numbers of at least 0, not all of them 0",
             "schema": "a JSON schema, as a dict",
         }[self.kind]
         return f"None or {words}" if self.optional else words
@@ -178,6 +181,15 @@ def _several(value: object) -> tuple[str, ...]:
     return texts
 
 
+def _shares(value: object) -> tuple[float, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError
+    shares = tuple(map(_number, value))
+    if not all(0 <= share < math.inf for share in shares) or not any(shares):
+        raise ValueError
+    return shares
+
+
 def _schema(value: object) -> dict[str, Any]:
     """A mapping; json_schema says which."""
     if not isinstance(value, Mapping):
@@ -195,5 +207,6 @@ _TYPES: dict[Kind, Callable[[Any], Any]] = {
     "text": _text,
     "texts": _texts,
     "several": _several,
+    "shares": _shares,
     "schema": _schema,
 }

@@ -35,6 +35,8 @@ FLASH_ATTENTION = ("auto", "on", "off")
 GIGA = 1_000_000_000
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 2  # llama.cpp takes 2**32 - 1 for "draw one"
+MAX_DEVICES = 16  # llama_max_devices() of llama.cpp
+MAX_DEVICES = 16  # llama_max_devices()
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 MAX_CHOICES = 1000
 MAX_TOP_LOGPROBS = 20  # as OpenAI's API
@@ -211,6 +213,12 @@ class LoadOptions:
         n_threads: CPU threads. None: the number of physical cores.
         n_gpu_layers: Layers of the text model on the GPU: -1 for all that fit it, 0 for none (and the vision tower on
             the CPU).
+        main_gpu: The only one of several GPUs to use, counted from 0. None: all.
+        tensor_split: Shares of the layers that several GPUs take, such as (3, 1). None: as they have memory.
+        mmproj_device: Where the vision tower runs: "cpu", or a device's name such as "CUDA1". None: on the
+            first of the text model's devices, or the CPU where it has no room there or `exact` forbids it.
+        exact: Whether the vision tower runs only where products are summed in F32, as the reference sums them: on the
+            CPU, or a device that can. None: for bundles in F32, F16 and BF16, whose tokens are the reference's.
         max_pixels: Refuse larger images. None: 50 megapixels.
         image_tokens: Show each picture by at most so many tokens, the most telling ones (SCOPE): 128 of LLaVA-1.5's
             576 are answered about three times sooner, and keep 97.5 to 97.8 % of the published accuracy. Not for
@@ -242,6 +250,22 @@ class LoadOptions:
     )  # fmt: skip
     n_gpu_layers: int = option(
         -1, "whole", "-ngl --gpu-layers", "Layers of the text model on the GPU; -1 all, 0 none.", low=-1, high=MAX_INT
+    )  # fmt: skip
+    main_gpu: int | None = option(
+        None, "whole", "--main-gpu", "The only one of several GPUs to use, counted from 0.",
+        low=0, high=MAX_DEVICES - 1, optional=True, default_text="all",
+    )  # fmt: skip
+    tensor_split: Sequence[float] | None = option(
+        None, "shares", "--tensor-split", "Shares of the layers that several GPUs take, such as 3,1.",
+        optional=True, default_text="as they have memory", metavar="N,N,...",
+    )  # fmt: skip
+    mmproj_device: str | None = option(
+        None, "text", "--mmproj-device", "Where the vision tower runs: cpu, or a device's name such as CUDA1.",
+        optional=True, default_text="the text model's first device", metavar="NAME",
+    )  # fmt: skip
+    exact: bool | None = option(
+        None, "switch", "--exact/--fast", "Run the vision tower only where it sums in F32 as the reference does.",
+        optional=True, default_text="exact for F32, F16 and BF16",
     )  # fmt: skip
     max_pixels: int | None = option(
         None, "whole", "--max-pixels", "Refuse larger images.",
@@ -296,6 +320,8 @@ class LoadOptions:
                 "flash_attn: found 'off' with kv_type 'q8_0', which llama.cpp has with flash attention only; leave"
                 " one of them out"
             )
+        if self.main_gpu is not None and self.tensor_split is not None:
+            raise UnsupportedOption("tensor_split: expected several GPUs to split over; leave main_gpu out")
         if self.keep_prefixes and self.cache_dir is None:
             raise UnsupportedOption(
                 "keep_prefixes: expected a folder to keep them in; give cache_dir as well"

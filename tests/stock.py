@@ -16,9 +16,7 @@ def stock_features(llava: Llava, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[n
     """Image features as libmtmd gives them out."""
     with llava.session() as session:
         text = session.text
-        encoder = VisionEncoder(
-            llava.bundle.mmproj_header, text.model, n_threads=2, n_embd=text.n_embd, use_gpu=False
-        )
+        encoder = VisionEncoder(llava.bundle.mmproj_header, text.model, n_threads=2, n_embd=text.n_embd)
         encoder.correction.enabled = False
         try:
             return encoder.encode(pixels)

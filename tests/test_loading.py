@@ -9,40 +9,12 @@ import sys
 import pytest
 
 from pocketllava import BackendError, Bundle, Llava, UnsupportedOption
-from pocketllava.engine.loading import device_of, or_on_cpu
-from pocketllava.llamacpp import mtmd, private
+from pocketllava.engine.loading import or_on_cpu
+from pocketllava.llamacpp import private
 from pocketllava.llamacpp.devices import cores, gpus
 from pocketllava.llamacpp.log import log_lines
 
 CUDA = ["CUDA0 (NVIDIA RTX 4070)"]
-
-
-@pytest.mark.parametrize(
-    ("line", "devices", "expected"),
-    [
-        ("load_tensors: offloaded 33/33 layers to GPU", CUDA, "CUDA0 (NVIDIA RTX 4070), 33/33 layers"),
-        ("load_tensors: offloaded 12/33 layers to GPU", CUDA, "CUDA0 (NVIDIA RTX 4070), 12/33 layers"),
-        ("load_tensors: offloaded 0/33 layers to GPU", CUDA, "CPU, 8 threads"),
-        ("load_tensors: offloaded 33/33 layers to GPU", [], "CPU, 8 threads"),
-        ("llama_model_loader: loaded meta data", CUDA, "CPU, 8 threads"),
-    ],
-)
-def test_where_the_text_model_is(line: str, devices: list[str], expected: str) -> None:
-    assert device_of(["something before", line, *["something behind"] * 1000], devices, 8) == expected
-    assert device_of([], devices, 1) == "CPU, 1 thread"
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("clip_ctx: CLIP using CUDA0 backend", "CUDA0"),
-        ("clip_ctx: CLIP using Metal backend", "Metal"),
-        ("clip_ctx: CLIP using CPU backend", "CPU"),
-        ("load_hparams: projector: mlp", None),
-    ],
-)
-def test_where_the_vision_tower_is(line: str, expected: str | None) -> None:
-    assert mtmd.device_of(line) == expected
 
 
 def test_no_line_is_lost_however_many_follow(bundle: Bundle) -> None:

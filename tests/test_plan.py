@@ -148,13 +148,13 @@ def test_mapped_weights_that_do_not_fit_are_slow_and_held_ones_too_large(bundle:
 
 def test_layers_that_a_device_has_room_for_go_there(bundle: Bundle) -> None:
     whole = plan(bundle, LoadOptions(), machine(gpu=8 * GIGA))
-    assert (whole.n_gpu_layers, whole.n_layers, whole.vision_on_gpu) == (5, 5, True)
+    assert (whole.n_gpu_layers, whole.n_layers, whole.vision_device) == (5, 5, "GPU0 (a card)")
     on_device = sum(part.n_bytes for part in whole.parts if part.where != MEMORY)
     some = plan(bundle, LoadOptions(), machine(gpu=round(on_device / 0.9) - MIB))
     assert 0 < some.n_gpu_layers < 5
     assert some.verdict == "fits"
     none = plan(bundle, LoadOptions(), machine(gpu=MIB))
-    assert (none.n_gpu_layers, none.vision_on_gpu) == (0, False)
+    assert (none.n_gpu_layers, none.vision_device) == (0, None)
     assert {part.where for part in none.parts} == {MEMORY}
     asked = plan(bundle, LoadOptions(n_gpu_layers=5), machine(gpu=MIB))
     assert (asked.n_gpu_layers, asked.verdict) == (5, "too large")

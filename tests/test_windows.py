@@ -6,6 +6,7 @@ asked for, never what this package makes of it.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import re
@@ -13,12 +14,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import psutil
 import pytest
 from click.testing import CliRunner
+from machines import GIGA, machine
 from pictures import scene
 from windows import windows_files
 
@@ -31,16 +34,22 @@ from pocketllava.convert.repair import examine, repair
 from pocketllava.download.choice import source
 from pocketllava.errors import BackendError, ConvertError
 from pocketllava.llamacpp import children, devices
-from pocketllava.llamacpp.private import set_fields
+from pocketllava.llamacpp.library import ggml
+from pocketllava.llamacpp.private import private, set_fields
 from pocketllava.llamacpp.text_model import load_model
 from pocketllava.measure.feature_drift import tiny_text_model
 from pocketllava.models import files
 from pocketllava.models.blob_cache import BlobCache
 from pocketllava.models.files import atomic_write, move
+from pocketllava.models.machine import Device
+from pocketllava.models.plan import plan
 from pocketllava.models.store import Store
 from pocketllava.names import open_bundle
+from pocketllava.types import LoadOptions
 from pocketllava.vision import sources
 
+CPU_TYPE = 0  # enum ggml_backend_dev_type
+MIB = 1 << 20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc who has a file open")
 DRIVES = (r"C:\m\x.gguf", "C:/m/x.gguf", "C:x.gguf", "C:", "c:q8_0", r"\\host\share\x.gguf", "//host/share/x.gguf",
           r"\\?\C:\m\x.gguf")  # fmt: skip
@@ -346,6 +355,40 @@ def test_a_terminal_s_ctrl_c_does_not_reach_the_engine() -> None:
         engine = psutil.Process().children()[-1]
         assert os.getsid(engine.pid) == engine.pid != os.getsid(0)
         assert model.loaded
+
+
+# Memory that a GPU shares with the machine
+
+
+@pytest.mark.parametrize(
+    ("layers", "maps", "in_memory"), [(-1, True, False), (-1, False, True), (0, False, False)]
+)
+def test_weights_are_mapped_where_llama_cpp_s_own_choice_maps_them(
+    bundle: Bundle, layers: int, maps: bool, in_memory: bool
+) -> None:
+    """LLAMA_LOAD_MODE_AUTO: for Metal and cards, not for integrated GPUs of Vulkan, CUDA and OpenCL."""
+    device = Device("Vulkan0 (integrated)", 8 * GIGA, 8 * GIGA, unified=True, maps=maps)
+    planned = plan(bundle, LoadOptions(n_gpu_layers=layers), replace(machine(), devices=(device,)))
+    assert planned.in_memory == in_memory
+    assert plan(bundle, LoadOptions(weights="mapped"), planned.machine).in_memory is False
+
+
+def test_a_shared_memory_that_is_short_is_said(bundle: Bundle) -> None:
+    """The device itself would have room: it is the same memory."""
+    here = machine(free=MIB, gpu=8 * GIGA, unified=True)
+    assert plan(bundle, LoadOptions(n_gpu_layers=99), here).verdict != "fits"
+
+
+def test_what_a_device_can_do_is_read_where_ggml_writes_it() -> None:
+    ggml_library, props = private("llama_cpp._ggml", "libggml"), devices._Props()
+    ggml_library.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+    cpu = ctypes.c_void_p(ggml_library.ggml_backend_dev_by_type(CPU_TYPE))
+    ggml().ggml_backend_dev_get_props(cpu, ctypes.byref(props))
+    caps = props.caps
+    found = (caps.asynchronous, caps.host_buffer, caps.buffer_from_host_ptr, caps.events, caps.mmap_support)
+    assert found == (False, False, True, False, True)  # ggml-cpu.cpp
+    assert props.type == CPU_TYPE
+    assert props.name == b"CPU"
 
 
 # What people run

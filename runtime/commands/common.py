@@ -63,7 +63,9 @@ class SettingType(ParamType):
     def _expected_units(self) -> str:
         return f"{self._setting.metavar} above 0" if self._setting.unit != 1 else ""
 
-    def _parsed(self, text: str) -> int | float | str | list[str]:
+    def _parsed(self, text: str) -> int | float | str | list[str] | list[float]:
+        if self._setting.kind == "shares":
+            return [float(part) for part in text.split(",")]
         if self._setting.kind == "several":
             return [part.strip() for part in text_argument(text).split(",")]
         if self._setting.kind == "whole":

@@ -11,7 +11,7 @@ import click
 
 from pocketllava.commands.common import Place, Text, image_argument, pair_options, refuse, setting_option
 from pocketllava.commands.completion import Model
-from pocketllava.commands.show import memory_line, trace_lines, tree
+from pocketllava.commands.show import drift_line, memory_line, trace_lines, tree
 from pocketllava.errors import InputError
 from pocketllava.models.files import atomic_write
 from pocketllava.types import LoadOptions
@@ -65,13 +65,19 @@ def inspect(
         bundle.check_hashes()
     if image is not None:
         from pocketllava import Llava
+        from pocketllava.measure.device_drift import device_drift
 
         with Llava.load(model, n_gpu_layers=0, **pair) as llava:
             source = image_argument(image)
             trace = llava.trace(source, question, image_tokens=image_tokens)
             if save is not None:
                 _save(llava.view(source, image_tokens=image_tokens), Path(save))
-        click.echo(json.dumps(asdict(trace)) if as_json else "\n".join(trace_lines(trace)))
+            with llava.session() as session:
+                drifts = device_drift(session, source)
+        if as_json:
+            click.echo(json.dumps({**asdict(trace), "devices": [asdict(drift) for drift in drifts]}))
+        else:
+            click.echo("\n".join([*trace_lines(trace), *map(drift_line, drifts)]))
         return
     needed = memory(bundle, n_ctx, "q8_0" if kv_type == "q8_0" else "f16")
     if as_json:

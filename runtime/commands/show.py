@@ -11,6 +11,7 @@ from pocketllava.types import Choice, Timings, Trace
 
 if TYPE_CHECKING:
     from pocketllava.convert import ConvertPlan
+    from pocketllava.measure.device_drift import DeviceDrift
     from pocketllava.measure.speed import Figure
     from pocketllava.models import Bundle
     from pocketllava.models.gguf_header import Header, TensorInfo
@@ -103,6 +104,17 @@ def trace_lines(t: Trace) -> list[str]:
         f"the embeddings at positions {first}..{last} {verdict} the image features"
         f" (largest difference {t.max_difference:.1e} after the first RMS norm)",
     ]
+
+
+def drift_line(drift: DeviceDrift) -> str:
+    """How far a device moves the features from the CPU's, and whether they are made there."""
+    sums = "sums in F32" if drift.sums_in_f32 else "sums in F16"
+    if drift.error is None:
+        return f"features on {drift.device}: no room for the vision tower, which runs on the CPU"
+    runs = "the vision tower runs there" if drift.taken else "the vision tower runs on the CPU"
+    return (
+        f"features on {drift.device}: {drift.error:.1e} from the CPU's, {sums}; {runs} unless told otherwise"
+    )
 
 
 def _tile_lines(t: Trace) -> list[str]:

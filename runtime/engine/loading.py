@@ -7,19 +7,21 @@ prompts or answers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from pocketllava.engine.placing import device_shortage, has_room_to_work, tested, text_kind, vision_device
 from pocketllava.engine.session import Session
 from pocketllava.errors import BackendError, OutOfMemory, UnsupportedOption
 from pocketllava.llamacpp.devices import gpus, machine
+from pocketllava.llamacpp.load_log import text_device
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
 from pocketllava.models.memory import batch_size
-from pocketllava.models.plan import Plan, plan
+from pocketllava.models.plan import Plan, is_exact, plan
 from pocketllava.models.plan_text import shortage
 from pocketllava.types import LoadOptions
 
@@ -51,25 +53,36 @@ def planned(bundle: Bundle, options: LoadOptions) -> Plan:
             f"n_gpu_layers: found {options.n_gpu_layers}, but this llama-cpp-python was built for CPUs only;"
             " install a Metal or CUDA build (docs/devices.md) or leave it out"
         )
-    return plan(bundle, options, here)
+    return plan(bundle, options, tested(bundle, options, here))
 
 
 def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
     """Raises UnsupportedOption for what this build cannot do, BundleError, OutOfMemory, BackendError."""
     first = planned(bundle, options)
+    asked = options.n_gpu_layers if first.n_gpu_layers or first.vision_device else 0
 
-    def load(layers: int) -> tuple[TextModel, str, Plan]:
-        on_device = first.n_gpu_layers and not layers  # where it did not load after all
-        fitted = planned(bundle, replace(options, n_gpu_layers=0)) if on_device else first
+    def load(layers: int) -> Loaded:
+        without = replace(options, n_gpu_layers=0, main_gpu=None, tensor_split=None)
+        fitted = first if layers == asked else planned(bundle, without)
         _check(fitted)
-        return (*_load_text(bundle, fitted, options), fitted)
+        return _load(bundle, fitted, options)
 
-    names = [device.name for device in first.machine.devices]
-    asked = options.n_gpu_layers if first.n_gpu_layers else 0
-    text, device, fitted = or_on_cpu(load, asked, bundle, names)
+    if options.n_gpu_layers == -1 and (reason := device_shortage(first, options)):
+        logger.warning("%s", reason)
+    return or_on_cpu(load, asked, bundle, [device.name for device in first.machine.devices])
+
+
+def _load(bundle: Bundle, fitted: Plan, options: LoadOptions) -> Loaded:
+    text, device = _load_text(bundle, fitted, options)
     try:
+        text.has_room = lambda: has_room_to_work(fitted, options)
+        vision = vision_device(fitted, options)
+        exact = is_exact(bundle, options)
         with _explained(fitted):
-            session = Session(text, bundle.mmproj, bundle, options, use_gpu=first.vision_on_gpu)
+            kind = text_kind(fitted, options)
+            session = Session(
+                text, bundle.mmproj, bundle, options, vision_device=vision, exact=exact, text_kind=kind
+            )
             return Loaded(session, device)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -84,9 +97,8 @@ def or_on_cpu(load: Callable[[int], T], layers: int, bundle: Bundle, devices: li
     except BackendError as error:
         if layers != -1:
             raise
-        logger.warning(
-            "%s does not load on %s: using the CPU for the text model (%s)", bundle.model, devices[0], error
-        )
+        logger.warning("%s does not load on %s: using the CPU (%s)", bundle.model, devices[0], error)
+    gc.collect()  # what was loaded until then: a Llama holds itself by a cycle
     return load(0)
 
 
@@ -142,6 +154,10 @@ def _load_text(bundle: Bundle, fitted: Plan, options: LoadOptions) -> tuple[Text
     }
     if not fitted.n_gpu_layers:
         settings |= CPU_ALONE
+    elif options.main_gpu is not None:
+        settings |= {"split_mode": 0, "main_gpu": options.main_gpu}
+    elif options.tensor_split is not None:
+        settings["tensor_split"] = list(options.tensor_split)
     if fitted.kv_type == "q8_0":
         settings |= {"type_k": Q8_0, "type_v": Q8_0}
     with _explained(fitted):
@@ -155,12 +171,4 @@ def _load_text(bundle: Bundle, fitted: Plan, options: LoadOptions) -> tuple[Text
             **settings,
         )
     weights = f"weights {'in memory' if fitted.in_memory else 'mapped'}"
-    return text, ", ".join([device_of(lines, gpus(), threads), weights, *fitted.chosen])
-
-
-def device_of(lines: list[str], devices: list[str], threads: int) -> str:
-    """ "CUDA0 (NVIDIA RTX 4070), 33/33 layers" or "CPU, 8 threads", from what llama.cpp logged."""
-    for line in lines:
-        if (match := re.search(r"offloaded (\d+)/(\d+) layers", line)) and devices and int(match[1]):
-            return f"{devices[0]}, {match[1]}/{match[2]} layers"
-    return f"CPU, {threads} thread{'s' if threads != 1 else ''}"
+    return text, ", ".join([text_device(lines, gpus(), threads), weights, *fitted.chosen])

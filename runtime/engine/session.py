@@ -28,6 +28,7 @@ from pocketllava.models import Bundle
 from pocketllava.models.blob_cache import BlobCache
 from pocketllava.models.bundle import DEFAULT_TEMPLATE, MMPROJ, MODEL, file_identity
 from pocketllava.models.gguf_header import Header
+from pocketllava.models.machine import Device
 from pocketllava.models.memory import CONTEXT_STEP
 from pocketllava.models.preprocessing import Preprocessing
 from pocketllava.prompt.items import (
@@ -110,22 +111,30 @@ class Session:
         bundle: Bundle | None = None,
         options: LoadOptions | None = None,
         *,
-        use_gpu: bool = True,
+        vision_device: Device | None = None,
+        exact: bool = False,
+        text_kind: str = "",
     ) -> None:
         """Load the vision tower beside a text model; the session owns both from now on.
 
         bundle: says how images are prepared and what the template is; without one the template is the text
-        model's own, and images are prepared as llava-1.5 prepares them. Raises BundleError for an mmproj of
-        another model, BackendError.
+        model's own, and images are prepared as llava-1.5 prepares them. vision_device: where the tower goes, None for
+        the CPU; exact: whether its sums are to be as exact there. text_kind: the kinds of devices that hold the text
+        model's layers, "" for the CPU. Raises BundleError for an mmproj of another model, BackendError.
         """
         options = options or LoadOptions()
-        self.text, self.bundle = text, bundle
+        self.text, self.bundle, self.is_exact = text, bundle, exact
         header = bundle.mmproj_header if bundle else Header.read(mmproj)
         self.vision = VisionEncoder(
-            header, text.model, n_threads=text.n_threads, n_embd=text.n_embd, use_gpu=use_gpu
+            header,
+            text.model,
+            n_threads=text.n_threads,
+            n_embd=text.n_embd,
+            device=vision_device,
+            exact=exact,
         )
         side = self.vision.info.image_size
-        encoder = f"{self._identity(mmproj, header)} {ENCODER_VERSION} {library_version()}"
+        encoder = f"{self._identity(mmproj, header)} {ENCODER_VERSION} {library_version()}{self.vision.kind}"
         alone = Preprocessing(shortest_edge=side, crop_size=side, tiling=self.vision.info.tiling)
         self.images = ImageProcessor(
             bundle.preprocessing if bundle else alone,
@@ -139,7 +148,7 @@ class Session:
             BlobCache(Path(options.cache_dir), options.cache_bytes) if options.cache_dir is not None else None
         )
         self._features = FeatureCache(store=store)
-        settings = repr((self._identity(text.path), encoder, *text.settings))
+        settings = repr((self._identity(text.path), encoder, *text.settings)) + text_kind
         self._prefixes = PrefixCache(store=store if options.keep_prefixes else None, settings=settings)
         self.cache = KvCache(text, self.image_id, self._prefixes)
         self._grammars: Grammars | None = None

@@ -16,13 +16,17 @@ import numpy as np
 from llama_cpp import Llama, LogitsProcessorList
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 
+from pocketllava.engine.placing import device_beside
 from pocketllava.engine.session import Session
 from pocketllava.engine.structured import Constraint
 from pocketllava.errors import BundleError, StateError, UnsupportedOption
+from pocketllava.llamacpp.devices import devices
 from pocketllava.llamacpp.private import private
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
+from pocketllava.models.gguf_header import Header
 from pocketllava.models.limits import check_room
+from pocketllava.models.plan import EXACT
 from pocketllava.names import open_bundle
 from pocketllava.prompt.openai import as_messages
 from pocketllava.types import load_options, sampling
@@ -118,9 +122,21 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             text = TextModel(weakref.proxy(llama))
             mmproj = Path(self.clip_model_path)
             check_room(mmproj, mmproj.stat().st_size)
-            self._session = Session(text, mmproj, self.bundle, self.options, use_gpu=self.use_gpu)
+            self._session = Session(
+                text, mmproj, self.bundle, self.options, **self._placed(mmproj, on_gpu=text.on_gpu)
+            )
             self._llama = weakref.ref(llama)
         return self._session
+
+    def _placed(self, mmproj: Path, *, on_gpu: bool) -> dict[str, Any]:
+        """Where the vision tower goes, and what a Llama of one's own is taken to be on."""
+        bundle = self.bundle
+        exact = bundle is not None and bundle.manifest.types.model in EXACT
+        header = bundle.mmproj_header if bundle else Header.read(mmproj)
+        kind = bundle.manifest.types.mmproj if bundle else "F16"
+        device = device_beside(header, kind, exact=exact) if self.use_gpu else None
+        kinds = repr([d.kind for d in devices()]) if on_gpu else ""
+        return {"vision_device": device, "exact": exact, "text_kind": kinds}
 
     def close(self) -> None:
         """Free the vision tower. A second call does nothing, any other raises StateError."""

@@ -11,50 +11,101 @@ from pathlib import Path
 
 import psutil
 
+from pocketllava.errors import BackendError
 from pocketllava.llamacpp.library import ggml
+from pocketllava.llamacpp.load_log import short_name
 from pocketllava.llamacpp.log import capture_log
 from pocketllava.llamacpp.private import private
 from pocketllava.models.machine import Device, Machine, rearranged_types, this_machine
 
-INTEGRATED = 2
-GPU_TYPES = (1, INTEGRATED)  # enum ggml_backend_dev_type: GPU, IGPU (ggml-backend.h)
+GPU, INTEGRATED = 1, 2  # enum ggml_backend_dev_type (ggml-backend.h)
 METAL = ("MTL", "Metal")  # its names in llama.cpp
 
 
+class _Caps(ctypes.Structure):
+    """struct ggml_backend_dev_caps, with room for more."""
+
+    _fields_ = [
+        ("asynchronous", ctypes.c_bool),
+        ("host_buffer", ctypes.c_bool),
+        ("buffer_from_host_ptr", ctypes.c_bool),
+        ("events", ctypes.c_bool),
+        ("mmap_support", ctypes.c_bool),
+        ("more", ctypes.c_bool * 59),
+    ]
+
+
+class _Props(ctypes.Structure):
+    """struct ggml_backend_dev_props."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("caps", _Caps),
+    ]
+
+
 def gpus() -> list[str]:
-    """Names of the GPUs that this build of llama.cpp can use, such as "CUDA0 (NVIDIA RTX 4070)"."""
+    """Names of the devices that llama.cpp uses unless told otherwise, such as "CUDA0 (NVIDIA RTX 4070)"."""
     return [device.name for device in devices()]
 
 
 def devices() -> tuple[Device, ...]:
-    """The GPUs that this build of llama.cpp can use, with their memory as it is now."""
+    """The devices that llama.cpp uses unless told otherwise, in its order, with their memory as it is now.
+
+    As llama_prepare_model_devices (llama.cpp) has it: one of two names for a card, and integrated GPUs where there is
+    no other.
+    """
+    found = [(props, _device(address, props)) for address, props in _all()]
+    cards: dict[object, Device] = {}
+    for props, device in found:
+        if props.type == GPU:
+            cards.setdefault(props.device_id or device.name, device)
+    integrated = [device for props, device in found if props.type == INTEGRATED]
+    first = [device for device in integrated if device.backend == integrated[0].backend]
+    return tuple(cards.values()) or tuple(first)
+
+
+def address_of(name: str) -> int:
+    """The ggml_backend_dev_t of a device, by its short name or Device.name. Raises BackendError."""
+    for address, props in _all():
+        if props.name.decode() == short_name(name):
+            return address
+    raise BackendError(f"{name}: this llama.cpp has no such device; `pocketllava doctor` lists them")
+
+
+def _all() -> list[tuple[int, _Props]]:
+    """Address and properties of every GPU, in ggml's order."""
     import llama_cpp
 
     capture_log()
     if not llama_cpp.llama_supports_gpu_offload():
-        return ()
-    lib = private("llama_cpp._ggml", "libggml")
+        return []
+    lib, base = private("llama_cpp._ggml", "libggml"), ggml()
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
     lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    pointers = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
-    return tuple(
-        _device(p) for p in pointers if ggml().ggml_backend_dev_type(ctypes.c_void_p(p)) in GPU_TYPES
-    )
+    found = []
+    for i in range(lib.ggml_backend_dev_count()):
+        address, props = lib.ggml_backend_dev_get(i), _Props()
+        base.ggml_backend_dev_get_props(address, ctypes.byref(props))
+        if props.type in (GPU, INTEGRATED):
+            found.append((address, props))
+    return found
 
 
-def _device(pointer: int) -> Device:
-    base, device = ggml(), ctypes.c_void_p(pointer)
-    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
-        getattr(base, name).restype = ctypes.c_char_p
-    base.ggml_backend_dev_memory.restype = None
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-    name = base.ggml_backend_dev_name(device).decode()
+def _device(address: int, props: _Props) -> Device:
+    name, backend = props.name.decode(), ggml().ggml_backend_dev_backend_reg(address)
     return Device(
-        f"{name} ({base.ggml_backend_dev_description(device).decode()})",
-        free.value,
-        total.value,
-        unified=base.ggml_backend_dev_type(device) == INTEGRATED or name.startswith(METAL),
+        f"{name} ({props.description.decode()})",
+        int(props.memory_free),
+        int(props.memory_total),
+        unified=props.type == INTEGRATED or name.startswith(METAL),
+        backend=ggml().ggml_backend_reg_name(backend).decode(),
+        maps=bool(props.caps.mmap_support),
     )
 
 

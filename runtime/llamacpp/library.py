@@ -36,6 +36,12 @@ class TypeTraits(ctypes.Structure):
     ]
 
 
+class InitParams(ctypes.Structure):
+    """struct ggml_init_params (ggml.h)."""
+
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -56,12 +62,30 @@ def _open(name: str) -> Any:
 def ggml() -> Any:
     """libggml-base, with argument types for the calls that pocketllava makes."""
     lib = _open("ggml-base")
-    tensor, size, i64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+    tensor = pointer = ctypes.c_void_p
+    size, i64 = ctypes.c_size_t, ctypes.c_int64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "ggml_op_desc": (ctypes.c_char_p, [tensor]),
         "ggml_get_name": (ctypes.c_char_p, [tensor]),
         "ggml_nrows": (i64, [tensor]),
         "ggml_nbytes": (size, [tensor]),
+        "ggml_backend_dev_get_props": (None, [pointer, pointer]),
+        "ggml_backend_dev_backend_reg": (pointer, [pointer]),
+        "ggml_backend_reg_name": (ctypes.c_char_p, [pointer]),
+        "ggml_backend_dev_buffer_type": (pointer, [pointer]),
+        "ggml_backend_buft_get_max_size": (size, [pointer]),
+        "ggml_backend_buft_alloc_buffer": (pointer, [pointer, size]),
+        "ggml_backend_buffer_free": (None, [pointer]),
+        "ggml_backend_dev_init": (pointer, [pointer, ctypes.c_char_p]),
+        "ggml_backend_free": (None, [pointer]),
+        "ggml_backend_alloc_ctx_tensors": (pointer, [pointer, pointer]),
+        "ggml_backend_graph_compute": (ctypes.c_int, [pointer, pointer]),
+        "ggml_init": (pointer, [InitParams]),
+        "ggml_free": (None, [pointer]),
+        "ggml_new_tensor_2d": (tensor, [pointer, ctypes.c_int, i64, i64]),
+        "ggml_mul_mat": (tensor, [pointer, tensor, tensor]),
+        "ggml_new_graph": (pointer, [pointer]),
+        "ggml_build_forward_expand": (None, [pointer, tensor]),
         "ggml_backend_tensor_get": (None, [tensor, ctypes.c_void_p, size, size]),
         "ggml_backend_tensor_set": (None, [tensor, ctypes.c_void_p, size, size]),
         "ggml_get_type_traits": (ctypes.POINTER(TypeTraits), [ctypes.c_int]),

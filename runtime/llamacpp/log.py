@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,7 @@ _failures: list[str] = []
 # ggml-metal-context.m: what was computed is lost, but the call that waited for it reports nothing. The next one fails,
 # as all do until the backend is made anew.
 FAILED = re.compile(r"command buffer -?\d+ failed with status|error state from a previous command buffer")
+_unremarked = threading.local()
 PROGRESS = "."  # what llama.cpp's default progress callback logs
 
 
@@ -41,6 +43,8 @@ def capture_log() -> Any:
         if line == PROGRESS:
             for call in _on_progress:
                 call()
+        elif line.strip() and getattr(_unremarked, "inside", False):
+            logger.debug("tried: %s", line)
         elif line.strip():
             _recent.append(line)
             if FAILED.search(line):
@@ -66,6 +70,17 @@ def log_lines() -> Iterator[list[str]]:
         yield lines
     finally:
         _readers[:] = [reader for reader in _readers if reader is not lines]
+
+
+@contextlib.contextmanager
+def unremarked() -> Iterator[None]:
+    """Inside the block, what this thread makes llama.cpp complain about is an answer, no error."""
+    capture_log()
+    _unremarked.inside = True
+    try:
+        yield
+    finally:
+        _unremarked.inside = False
 
 
 @contextlib.contextmanager

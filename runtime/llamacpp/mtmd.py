@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketllava.errors import BackendError
-from pocketllava.llamacpp.devices import gpus
+from pocketllava.llamacpp.devices import address_of, gpus
 from pocketllava.llamacpp.guard import EvalCallback, deferred_interrupts, translated
+from pocketllava.llamacpp.load_log import vision_device
 from pocketllava.llamacpp.log import log_lines
 
 
@@ -28,18 +29,21 @@ class MtmdContext:
         model: Any,
         *,
         n_threads: int,
-        use_gpu: bool,
+        device: str | None,
         flash_attention: bool,
         callback: EvalCallback,
     ) -> None:
         """model: a llama_model that outlives this object; without one libmtmd leaves its position type
-        uninitialized and miscounts image tokens. Raises BackendError if libmtmd refuses the file.
+        uninitialized and miscounts image tokens. device: its name, None for the CPU. Raises BackendError if libmtmd
+        refuses the file.
         """
         from llama_cpp import llama_cpp, mtmd_cpp
 
         self._lib, self._callback = mtmd_cpp, callback
         params = mtmd_cpp.mtmd_context_params_default()
-        params.use_gpu = use_gpu and bool(gpus())
+        params.use_gpu = device is not None
+        if device is not None:
+            params.device = address_of(device)
         params.print_timings = params.warmup = False
         params.n_threads = n_threads
         params.flash_attn_type = (
@@ -57,7 +61,7 @@ class MtmdContext:
             if not self._context:
                 raise BackendError(f"{mmproj}: libmtmd could not load it")
         self._free = weakref.finalize(self, mtmd_cpp.mtmd_free, self._context)
-        self.device = next((device for device in map(device_of, lines) if device), "CPU")
+        self.device = vision_device(lines, gpus())
 
     def encode(self, pixels: npt.NDArray[np.uint8], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
         """(side, side, 3) uint8 -> features (n_tokens, n_embd) float32 of the expected shape. Raises BackendError."""
@@ -102,9 +106,3 @@ class MtmdContext:
     def close(self) -> None:
         """Free it; calling it again does nothing."""
         self._free()
-
-
-def device_of(line: str) -> str | None:
-    """The device in a line of libmtmd's log: "clip_ctx: CLIP using CUDA0 backend" -> "CUDA0"."""
-    _, using, rest = line.partition("CLIP using ")
-    return rest.removesuffix(" backend").strip() if using else None

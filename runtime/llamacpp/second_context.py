@@ -40,6 +40,9 @@ class SecondContext:
         set_fields(params, n_ctx=size, cb_eval=callback.function, cb_eval_user_data=None)
         self.n_ctx, self._n_batch = int(params.n_ctx), int(params.n_batch)
         self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
+        if self._context and not text.has_room():
+            llama_cpp.llama_free(self._context)
+            self._context = None
         if not self._context:
             raise BackendError("llama.cpp: no second context could be made; free some memory")
 

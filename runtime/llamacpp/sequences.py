@@ -34,6 +34,8 @@ class Sequences:
         set_fields(params, n_seq_max=n, n_ctx=n * self.n_ctx, kv_unified=False)
         self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
         text.adopt(self)
+        if self._context and not text.has_room():
+            self.close()
         if not self._context:
             raise BackendError(
                 f"llama.cpp: no context for {n} answers at once; use a smaller batch, or free some memory"

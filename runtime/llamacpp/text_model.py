@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 import weakref
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from pocketllava.llamacpp.guard import (
     translated,
 )
 from pocketllava.llamacpp.library import give_back_memory
+from pocketllava.llamacpp.load_log import missing_part
 from pocketllava.llamacpp.log import device_failure, keep_file_descriptors, log_lines
 from pocketllava.llamacpp.mapped_pages import released_pages
 from pocketllava.llamacpp.private import check_llama, set_fields
@@ -88,6 +89,8 @@ class TextModel:
         self._header = header
         self._contexts: weakref.WeakSet[Closing] = weakref.WeakSet()
         self._token_rows: TokenRows | None = None
+        # whether its devices have memory for one more context to compute with, without which ggml ends the process
+        self.has_room: Callable[[], bool] = lambda: True
 
     @classmethod
     def load(
@@ -106,8 +109,6 @@ class TextModel:
         llama.cpp ends the process on what it does not expect. releases_pages: let go of mapped weights as they are
         copied. Raises BundleError, BackendError.
         """
-        from llama_cpp import Llama
-
         header = header or Header.read(path)
         if info is None:
             check_text(header)
@@ -119,7 +120,7 @@ class TextModel:
             keep_file_descriptors(),
             deferred_interrupts(),
         ):
-            return cls(Llama(str(path), verbose=False, **settings), end_ids, header), lines
+            return cls(_llama(path, lines, settings), end_ids, header), lines
 
     @property
     def path(self) -> Path:
@@ -379,6 +380,18 @@ class TextModel:
         llama_cpp.llama_synchronize(self._llama.ctx)
         perf = llama_cpp.llama_perf_context(self._llama.ctx)
         return int(perf.n_p_eval + perf.n_eval)
+
+
+def _llama(path: Path, lines: list[str], settings: dict[str, Any]) -> Any:
+    """A Llama. Raises BackendError that names the part which found no memory, if that is why there is none."""
+    from llama_cpp import Llama
+
+    try:
+        return Llama(str(path), verbose=False, **settings)
+    except Exception as error:
+        if part := missing_part(lines):
+            raise BackendError(f"{path}: loading the text model: no memory for its {part}") from error
+        raise
 
 
 def load_model(path: Path) -> Any:

@@ -93,7 +93,7 @@ def _features(path: Path, model: Any, info: MmprojInfo) -> npt.NDArray[np.float3
     picture = scenes.scene(SCENE).draw()
     pixels = preprocess(picture, Preprocessing(shortest_edge=info.image_size, crop_size=info.image_size))
     encoder = VisionEncoder(
-        Header.read(path), model, n_threads=cores(), n_embd=info.projected_width, use_gpu=False, info=info
+        Header.read(path), model, n_threads=cores(), n_embd=info.projected_width, info=info
     )
     try:
         return encoder.encode(pixels)

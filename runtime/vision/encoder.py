@@ -15,6 +15,7 @@ from pocketllava.errors import BundleError, InputError, StateError
 from pocketllava.llamacpp.guard import ShouldStop, translated
 from pocketllava.llamacpp.mtmd import MtmdContext
 from pocketllava.models.gguf_header import F32, Header
+from pocketllava.models.machine import Device
 from pocketllava.models.mmproj_contract import CLASS_EMBEDDING, PREFIX, MmprojInfo, check_mmproj
 from pocketllava.models.tiling import Box
 from pocketllava.vision.feature_cache import Features, Order
@@ -34,15 +35,18 @@ class VisionEncoder:
         *,
         n_threads: int,
         n_embd: int,
-        use_gpu: bool = True,
+        device: Device | None = None,
+        exact: bool = False,
         info: MmprojInfo | None = None,
     ) -> None:
         """Check and load the file, for a llama_model of width n_embd that outlives this object.
 
         Raises BundleError for a wrong file or one of another width than the model, BackendError if libmtmd
-        refuses it. info: load it unchecked, with this shape.
+        refuses it. device: None for the CPU; exact: whether its sums are to be as exact there. info: load it
+        unchecked, with this shape.
         """
-        self.path = mmproj = header.path
+        self.header, self.path = header, header.path
+        mmproj = header.path
         self.info: MmprojInfo = info or check_mmproj(header)
         if n_embd != self.info.projected_width:
             raise BundleError(
@@ -57,14 +61,18 @@ class VisionEncoder:
             width=self.info.vision_width,
         )
         self.newline = _vector(header, self.info.newline) if self.info.newline else None
+        plain = exact and device is not None
+        # what tells its features from another device's; nothing on the CPU
+        self.kind = f" {device.kind}{' plain' if plain else ''}" if device else ""
         self._lock, self._ranking = threading.Lock(), threading.Lock()
         self._context = MtmdContext(
             mmproj,
             text_model,
             n_threads=n_threads,
-            use_gpu=use_gpu,
-            # a fifth faster; rounds keys and values to F16, as the weights of all but F32 files are
-            flash_attention=not _is_f32(header),
+            device=device.name if device else None,
+            # a fifth faster; rounds keys and values to F16, as the weights of all but F32 files are. On devices it
+            # sums in F16 (ggml-cuda/fattn-mma-f16.cuh).
+            flash_attention=not (_is_f32(header) or plain),
             callback=self.correction,
         )
         self.device = self._context.device

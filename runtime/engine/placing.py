@@ -1,0 +1,135 @@
+"""Devices as they are found when they are tried, and what becomes of the parts that one has no room for.
+
+Knows plans and what devices give; loads nothing. libmtmd ends the process where a device has no memory for the vision
+tower, and ggml's backends where they have none to work with: so both are asked for before.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from pocketllava.errors import BackendError, OutOfMemory
+from pocketllava.llamacpp.device_tests import allocatable, measured, offered
+from pocketllava.llamacpp.devices import devices
+from pocketllava.models import Bundle
+from pocketllava.models.gguf_header import Header
+from pocketllava.models.machine import Device, Machine
+from pocketllava.models.memory import vision_bytes
+from pocketllava.models.mmproj_contract import check_mmproj
+from pocketllava.models.placement import MEMORY
+from pocketllava.models.plan import Plan, is_exact, plan
+from pocketllava.models.plan_text import size
+from pocketllava.models.taken_devices import text_devices, tower_device
+from pocketllava.types import LoadOptions
+
+logger = logging.getLogger(__name__)
+
+
+def tested(bundle: Bundle, options: LoadOptions, here: Machine) -> Machine:
+    """The machine, with what the devices that the options take were found to give. Raises UnsupportedOption."""
+    tower = tower_device(options, here, exact=False)
+    taken = {device.name for device in (*text_devices(options, here), *([tower] if tower else []))}
+    if not taken:
+        return here
+    exact = is_exact(bundle, options)
+    here = _changed(
+        here,
+        {
+            d.name: measured(d, bundle.manifest.types.mmproj, exact=exact)
+            for d in here.devices
+            if d.name in taken
+        },
+    )
+    wanted = _wanted(plan(bundle, options, here))
+    return _changed(here, {d.name: offered(d, wanted[d.name]) for d in here.devices if wanted.get(d.name)})
+
+
+def _changed(here: Machine, changed: dict[str, Device]) -> Machine:
+    return replace(here, devices=tuple(changed.get(device.name, device) for device in here.devices))
+
+
+def _wanted(first: Plan) -> dict[str, int]:
+    """Bytes of each device that a plan takes; of several, as llama.cpp spreads layers, by their free memory."""
+    wanted: dict[str, int] = {}
+    for room in first.rooms:
+        held = [device for device in first.machine.devices if device.name in room.where.split(" + ")]
+        free = sum(device.free for device in held)
+        for device in held:
+            share = device.free / free if free else 1 / len(held)
+            wanted[device.name] = wanted.get(device.name, 0) + round(room.needed * share)
+    return wanted
+
+
+def device_shortage(first: Plan, options: LoadOptions) -> str | None:
+    """What a device had no room for, in one line, where all that fits was to go there (-1); None where all does."""
+    taken = text_devices(options, first.machine)
+    if not taken or (first.n_gpu_layers == first.n_layers and not _tower_left_out(first, options)):
+        return None
+    free = sum(device.free for device in taken)
+    vision = "the vision tower" if first.vision_device else ""
+    there = " and ".join(filter(None, [f"{first.n_gpu_layers} of {first.n_layers} layers", vision]))
+    return (
+        f"{first.model}: {' + '.join(device.name for device in taken)} has {size(free)} free, too little for"
+        f" all of it: {there} {'go' if first.n_gpu_layers or vision else 'are'} there, the rest on the CPU"
+    )
+
+
+def _tower_left_out(first: Plan, options: LoadOptions) -> bool:
+    """Whether the vision tower is on the CPU for want of memory."""
+    exact_only = any(not device.sums_in_f32 for device in text_devices(options, first.machine)[:1])
+    return first.vision_device is None and options.mmproj_device is None and not exact_only
+
+
+def vision_device(fitted: Plan, options: LoadOptions) -> Device | None:
+    """Where the vision tower goes, now that the text model is loaded.
+
+    Raises OutOfMemory for a device that was asked for, BackendError where the text model's has nothing to work with.
+    """
+    for device in fitted.machine.devices:
+        if device.name == fitted.vision_device and _has_room(device, fitted, options):
+            return device
+    if not has_room_to_work(fitted, options):
+        raise BackendError(f"{fitted.model}: the device has no memory left to compute with")
+    return None
+
+
+def has_room_to_work(fitted: Plan, options: LoadOptions) -> bool:
+    """Whether the text model's devices have what a context takes by itself while it computes."""
+    work = sum(part.n_bytes for part in fitted.parts if part.name == "work memory")
+    devices = text_devices(options, fitted.machine) if work else ()
+    return all(allocatable(device, work) == work for device in devices)
+
+
+def _has_room(device: Device, fitted: Plan, options: LoadOptions) -> bool:
+    """Whether the vision tower finds room beside what the text model will still take. Raises OutOfMemory."""
+    names = ("vision tower", "work memory")
+    wanted = sum(p.n_bytes for p in fitted.parts if p.where != MEMORY and p.name.startswith(names))
+    if (given := allocatable(device, wanted)) == wanted:
+        return True
+    reason = f"{fitted.model}: the vision tower needs {size(wanted)} of {device.name}, which has {size(given)} left"
+    if options.mmproj_device is not None:
+        raise OutOfMemory(f"{reason}; take mmproj_device='cpu'", wanted, given, str(fitted))
+    logger.warning("%s: it runs on the CPU", reason)
+    return False
+
+
+def device_beside(header: Header, kind: str, *, exact: bool) -> Device | None:
+    """The first device that has room for a vision tower, and sums as exactly as was asked; None for the CPU.
+
+    kind: the type of its weights.
+    """
+    for device in devices():
+        wanted = vision_bytes(header, check_mmproj(header))
+        tried = measured(device, kind, exact=exact)
+        if (tried.sums_in_f32 or not exact) and allocatable(tried, wanted) == wanted:
+            return tried
+    return None
+
+
+def text_kind(fitted: Plan, options: LoadOptions) -> str:
+    """The kinds of devices that hold layers, and their shares; "" for the CPU."""
+    if not fitted.n_gpu_layers:
+        return ""
+    kinds = [device.kind for device in text_devices(options, fitted.machine)]
+    return repr((kinds, options.tensor_split))
