@@ -357,6 +357,37 @@ def test_a_terminal_s_ctrl_c_does_not_reach_the_engine() -> None:
         assert model.loaded
 
 
+WITHOUT_POSIX = """
+import importlib, os, pkgutil, signal, sys
+import asyncio, concurrent.futures, subprocess, tempfile, filelock, multiprocessing, platformdirs, psutil
+import PIL.Image, click, jinja2, llama_cpp, numpy, prompt_toolkit.shortcuts, starlette, tqdm, uvicorn
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"):
+            raise ModuleNotFoundError(name)
+for name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"):
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Hidden())
+for module, names in ((signal, "SIGKILL SIGHUP SIGUSR1 SIGALRM"), (os, "fork mkfifo getuid geteuid getsid killpg pread"
+    " posix_fadvise sched_getaffinity O_NONBLOCK memfd_create fdatasync")):
+    for name in names.split():
+        delattr(module, name)
+import pocketllava
+for module in pkgutil.walk_packages(pocketllava.__path__, "pocketllava."):
+    if ".integrations" not in module.name and ".training" not in module.name and "__main__" not in module.name:
+        importlib.import_module(module.name)
+print(sum(name.startswith("pocketllava.") for name in sys.modules))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="has none of them")
+def test_every_module_is_imported_without_what_windows_lacks() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 200
+
+
 # Memory that a GPU shares with the machine
 
 
