@@ -27,8 +27,8 @@ from soak_work import PARTS, Check, fresh
 
 USUAL = {"images": 10_000, "conversations": 2_000, "loads": 200, "restarts": 500, "served": 250}
 EIGHTHS = 8
-# Steps that fill the caches in memory (feature_cache.MAX_COUNT). Conversations hold states and pictures of many sizes at
-# once: malloc has seen its largest mix after 750 of them.
+# Steps that fill the caches in memory (feature_cache.MAX_COUNT). Conversations hold states and pictures of many sizes:
+# malloc has seen its largest mix after 750 of them.
 FILLED = {"images": 600, "conversations": 1000}
 MAX_GROWTH_MB = 20.0
 RESULTS = Path("build/soak.json")
