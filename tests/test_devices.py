@@ -5,6 +5,7 @@ What needs a device is in tests/devices/.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from pocketllava.commands.show import drift_line
 from pocketllava.engine.placing import device_shortage
 from pocketllava.llamacpp.devices import address_of, gpus
 from pocketllava.llamacpp.load_log import missing_part, text_device, vision_device
+from pocketllava.llamacpp.log import unremarked
 from pocketllava.measure.device_drift import DeviceDrift
 from pocketllava.models.machine import Device, Machine
 from pocketllava.models.placement import MEMORY
@@ -194,3 +196,12 @@ def test_a_devices_drift_in_words() -> None:
         "features on CUDA0 (a card): 6.5e-03 from the CPU's, sums in F16; the vision tower runs on"
     )
     assert "no room" in drift_line(DeviceDrift("CUDA0", None, sums_in_f32=True, taken=False))
+
+
+def test_what_is_tried_leaves_no_complaint_and_loses_no_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with unremarked():
+        os.write(2, b"ggml_vulkan: Device memory allocation of size 11000000 failed.\n")
+        with unremarked():
+            os.write(2, b"another thread's line\n")
+    os.write(2, b"behind\n")
+    assert capfd.readouterr().err == "another thread's line\nbehind\n"
