@@ -159,9 +159,9 @@ def test_what_stays_on_the_cpu_is_said(bundle: Bundle) -> None:
     some = plan(bundle, options, two_cards(round(held / 0.9) - (1 << 20)))
     said = device_shortage(some, options)
     assert said is not None
-    assert f"too little for all of it: {some.n_gpu_layers} of 5 layers and the vision tower go there" in said
+    assert f"too little for {5 - some.n_gpu_layers} of 5 layers, which the CPU computes instead" in said
     none = plan(bundle, options, two_cards(1 << 20))
-    assert "0 of 5 layers are there, the rest on the CPU" in (device_shortage(none, options) or "")
+    assert "too little for the text model and the vision tower" in (device_shortage(none, options) or "")
 
 
 def test_features_of_one_device_are_no_others(bundle: Bundle) -> None:

@@ -64,14 +64,17 @@ def _wanted(first: Plan) -> dict[str, int]:
 def device_shortage(first: Plan, options: LoadOptions) -> str | None:
     """What a device had no room for, in one line, where all that fits was to go there (-1); None where all does."""
     taken = text_devices(options, first.machine)
-    if not taken or (first.n_gpu_layers == first.n_layers and not _tower_left_out(first, options)):
+    left = first.n_layers - first.n_gpu_layers
+    layers = (
+        "the text model" if not first.n_gpu_layers else f"{left} of {first.n_layers} layers" if left else ""
+    )
+    tower = "the vision tower" if _tower_left_out(first, options) else ""
+    if not taken or not (layers or tower):
         return None
-    free = sum(device.free for device in taken)
-    vision = "the vision tower" if first.vision_device else ""
-    there = " and ".join(filter(None, [f"{first.n_gpu_layers} of {first.n_layers} layers", vision]))
+    names, free = " + ".join(device.name for device in taken), sum(device.free for device in taken)
     return (
-        f"{first.model}: {' + '.join(device.name for device in taken)} has {size(free)} free, too little for"
-        f" all of it: {there} {'go' if first.n_gpu_layers or vision else 'are'} there, the rest on the CPU"
+        f"{first.model}: {names} has {size(free)} free, too little for {' and '.join(filter(None, [layers, tower]))}"
+        ", which the CPU computes instead"
     )
 
 
