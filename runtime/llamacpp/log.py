@@ -9,7 +9,9 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import re
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ _failures: list[str] = []
 # as all do until the backend is made anew.
 FAILED = re.compile(r"command buffer -?\d+ failed with status|error state from a previous command buffer")
 _unremarked = threading.local()
+_stderr_taken = threading.RLock()
+COMPLAINT = b"ggml_vulkan: "
 PROGRESS = "."  # what llama.cpp's default progress callback logs
 
 
@@ -78,9 +82,31 @@ def unremarked() -> Iterator[None]:
     capture_log()
     _unremarked.inside = True
     try:
-        yield
+        with _without_complaints():
+            yield
     finally:
         _unremarked.inside = False
+
+
+@contextlib.contextmanager
+def _without_complaints() -> Iterator[None]:
+    """What ggml-vulkan.cpp writes to stderr, past the log, is left out; what others write comes through afterwards."""
+    with _stderr_taken, tempfile.TemporaryFile() as kept:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed
+            yield
+            return
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            kept.seek(0)
+            for line in kept:
+                if not line.startswith(COMPLAINT):
+                    os.write(stderr, line)
+            os.close(stderr)
 
 
 @contextlib.contextmanager
