@@ -1,8 +1,9 @@
 # make demo | test | test-fast | attack | devices | check | docs | page | clients | pyright | reference: each sets up what it needs in .venv
-PYTHON ?= python3
+PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 TORCH ?= torch==2.13.0
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
-ROOMS := runtime convert models $(wildcard runtime/*/ convert/*/ models/*/)
+ROOMS := $(sort $(patsubst %/,%,$(dir $(foreach room,runtime convert models,\
+	$(wildcard $(room)/*.py $(room)/*/*.py $(room)/*/*/*.py)))))
 CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 2)")
 WORKERS ?= $(CORES)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(CORES)

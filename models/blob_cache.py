@@ -67,7 +67,8 @@ class BlobCache:
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.writelines((MAGIC, _digest(name, view), view))
-                Path(part).replace(self._path(name))
+                with self._unless_there(name):
+                    Path(part).replace(self._path(name))
             finally:
                 with contextlib.suppress(OSError):
                     Path(part).unlink()
@@ -77,6 +78,15 @@ class BlobCache:
         """Remove a file, if it is there and may be removed."""
         with contextlib.suppress(OSError):
             self._path(name).unlink()
+
+    @contextlib.contextmanager
+    def _unless_there(self, name: str) -> Iterator[None]:
+        """Of two processes that write a blob one is enough; Windows replaces none that another one is reading."""
+        try:
+            yield
+        except PermissionError:
+            if not self.has(name):
+                raise
 
     def _path(self, name: str) -> Path:
         return self.folder / (name + SUFFIX)

@@ -11,6 +11,8 @@ import errno
 import os
 import secrets
 import stat
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +22,24 @@ from platformdirs import user_cache_path
 
 from pocketllava.errors import InputError
 
+PATIENCE_S = 2.0 if sys.platform == "win32" else 0.0
 MAX_TEXT_BYTES = 256 << 20  # of a text to measure on, a list of questions or an evaluation set
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename, in the place of a file that is there. Raises OSError.
+
+    On Windows a virus scanner or an indexer may have either open for a moment after it was written.
+    """
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(PATIENCE_S / 40)
 
 
 @contextmanager
@@ -34,7 +53,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield part
         with part.open("r+b") as file:  # a rename can reach the disk before the data does
             os.fsync(file.fileno())
-        part.replace(path)
+        move(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -58,7 +77,7 @@ def locked_write(path: Path) -> Iterator[Path]:
         yield part
         with part.open("r+b") as file:
             os.fsync(file.fileno())
-        part.replace(path)
+        move(part, path)
     finally:
         part.unlink(missing_ok=True)
         with suppress(OSError):  # Windows removes it with its last handle

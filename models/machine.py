@@ -30,7 +30,7 @@ class Device:
     """A GPU that this build of llama.cpp can use, and its memory in bytes.
 
     unified: it is the machine's own memory; backend: what of ggml drives it, such as "CUDA"; sums_in_f32: whether its
-    products are as exact as the CPU's.
+    products are as exact as the CPU's; maps: whether llama.cpp maps weights for it unless told otherwise.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Device:
     unified: bool = False
     backend: str = ""
     sums_in_f32: bool = True
+    maps: bool = True
 
     @property
     def short_name(self) -> str:

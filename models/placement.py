@@ -107,11 +107,14 @@ class Placement:
         Many CPUs compute with a rearranged copy of quantized weights, beside which the mapped file may stay
         resident: 7.9 GB instead of 5.0 for a 7B model in Q4_K_M. The map is better where its pages are let go of as
         they are copied (Linux): it loads a 7B model in half the time, and takes as much. It also is where memory is
-        short, because its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs).
+        short, because its pages can be dropped, and where weights are used in the file's own layout (F16, GPUs but for
+        integrated ones, whose copy is in the same memory; llama.cpp's automatic choice, LLAMA_LOAD_MODE_AUTO).
         """
         if weights != "auto":
             return weights == "memory"
-        if layers or not self.needed.mostly_rearranged:
+        if layers:
+            return not all(device.maps for device in self.devices)
+        if not self.needed.mostly_rearranged:
             return False
         if self.machine.releases_pages and self._spare(layers, in_memory=False) >= 0:
             return False

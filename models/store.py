@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from platformdirs import user_data_path
 
 from pocketllava.errors import InputError, ModelNotFound, StateError
-from pocketllava.models.files import expanded
+from pocketllava.models.files import expanded, move
 from pocketllava.models.manifest import MANIFEST
 from pocketllava.settings import nearest
 
@@ -151,7 +151,7 @@ class Store:
             yield staging
             with self._changing(), self._gate():
                 self._check_free(name)
-                staging.rename(self._place(name))
+                move(staging, self._place(name))
         finally:
             shutil.rmtree(staging, ignore_errors=True)
             with self._gate():
@@ -166,7 +166,7 @@ class Store:
                 raise StateError(f"{full}: is loaded by another process or model; close it first")
             trash = self.root / STAGING / f"{place.name}{OWN}{secrets.token_hex(4)}"
             trash.parent.mkdir(exist_ok=True)
-            place.rename(trash)
+            move(place, trash)
         _delete(trash)
 
     @contextmanager

@@ -16,7 +16,7 @@ PocketLlavaError
 │   └── DiskFull                .needed_bytes, .available_bytes
 └── BackendError             llama.cpp could not load or evaluate
     ├── OutOfMemory          a model does not fit: .needed_bytes, .available_bytes, .plan
-    └── EngineDied           the child of a model loaded with isolated=True ended; the next call starts another
+    └── EngineDied           the child of an isolated model ended, or a device failed; the next call loads it again
 
 A message is one line: the thing, what was found, what was expected, what to do. Whatever it quotes, it has at
 most MAX_CHARACTERS printable characters. Every error pickles, fields included.
@@ -155,7 +155,7 @@ class OutOfMemory(BackendError):
 
 
 class EngineDied(BackendError):
-    """The child process that held the model ended. The next call loads the model again."""
+    """The child process that held the model ended, or the model's device failed. The next call loads it again."""
 
 
 def one_line(text: str) -> str:

@@ -526,7 +526,8 @@ class Llava:
         with self._lock.lease():
             if not isinstance(self._engine, LocalEngine):
                 raise UnsupportedOption("session: the model was loaded with isolated=True; load it without")
-            yield self._engine.session
+            with self._engine.used() as session:
+                yield session
 
     def unload(self) -> None:
         """Free the memory of a model that was loaded with isolated=True; the next call loads it again.
@@ -683,8 +684,7 @@ def _engine(
         return ProcessEngine(bundle, options, worker_command)
     from pocketllava.engine.loading import load_bundle
 
-    loaded = load_bundle(bundle, options)
-    return LocalEngine(loaded.session, loaded.device)
+    return LocalEngine(lambda: load_bundle(bundle, options))
 
 
 def _pair(options: LoadOptions) -> dict[str, Any]:

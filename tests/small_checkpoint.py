@@ -281,7 +281,7 @@ def write_tensors(folder: Path, tensors: list[tuple[str, str, tuple[int, ...], b
 
 def dump(path: Path, value: Any) -> None:
     """Write JSON."""
-    path.write_text(json.dumps(value, indent=1))
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _write_configs(folder: Path, c: Layout) -> None:

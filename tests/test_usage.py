@@ -60,7 +60,7 @@ def test_words_are_images_and_then_the_question(
     images: list[str],
     text: str,
 ) -> None:
-    with Path(os.devnull).open() as nothing:
+    with Path(os.devnull).open(encoding="utf-8") as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         assert arguments(words, more, question) == (images, text)
 
@@ -71,7 +71,7 @@ def test_words_are_images_and_then_the_question(
 def test_stdin_is_one_thing_and_a_question_is_needed(
     here: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], question: str | None
 ) -> None:
-    with Path(os.devnull).open() as nothing:
+    with Path(os.devnull).open(encoding="utf-8") as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         with pytest.raises(click.UsageError, match=r"Missing argument 'QUESTION'|found more than one -"):
             arguments(words, (), question)

@@ -21,6 +21,7 @@ import numpy as np
 
 from pocketllava.convert.plan.file_plan import FilePlan
 from pocketllava.convert.read.source_reader import forget
+from pocketllava.models.files import move
 
 JOURNAL = "journal"
 BLOCK_BYTES = 1 << 22
@@ -54,7 +55,7 @@ class Journal:
         lines += [_line(file, completed) for file, steps in files.items() for completed in steps]
         new = self.path.with_suffix(".new")
         new.write_text("\n".join(lines) + "\n", "utf-8")
-        new.replace(self.path)
+        move(new, self.path)
 
     def confirmed(self, path: Path) -> list[Completed]:
         """The recorded steps of a file that agree with what the disk holds, in order (reads that much of it)."""

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pocketllava.convert.write.journal import JOURNAL, has_tensors
 from pocketllava.errors import ConvertError
 from pocketllava.models.bundle import MANIFEST, MMPROJ, MODEL
+from pocketllava.models.files import move
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +129,10 @@ def _check_movable(place: Path, target: Path) -> None:
     aside = _beside(place)[1]
     try:
         try:
-            place.replace(aside)
+            move(place, aside)
         finally:
             if not place.exists():
-                aside.replace(place)
+                move(aside, place)
     except OSError as error:
         raise ConvertError(
             f"{target}: a mount point, or in use ({error.strerror or error}); give a folder in it as --out"
@@ -147,19 +148,28 @@ def _recover(place: Path) -> None:
     """Complete the renames of a run that was killed between them; lose no bundle."""
     finished, old = _beside(place)
     if not place.exists() and old.is_dir():
-        (finished if (finished / MANIFEST).is_file() else old).replace(place)
+        move(finished if (finished / MANIFEST).is_file() else old, place)
     for leftover in (finished, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(work: Path, target: Path) -> None:
-    """Rename the finished files' folder to the target; the old bundle stays until then."""
+    """Rename the finished files' folder to the target; the old bundle stays until then.
+
+    Raises ConvertError where the old one was opened meanwhile, which Windows does not let go of; both stay.
+    """
     place = place_of(target)
     finished, old = _beside(place)
     finished.mkdir()
     for name in (MODEL, MMPROJ, MANIFEST):
-        (work / name).replace(finished / name)
-    if place.exists():
-        place.replace(old)
-    finished.replace(place)
+        move(work / name, finished / name)
+    try:
+        if place.exists():
+            move(place, old)
+        move(finished, place)
+    except OSError as error:
+        raise ConvertError(
+            f"{target}: in use since the conversion began ({error.strerror or error}); the new bundle is in {finished}"
+            " until the next conversion: close the old one and put it in its place"
+        ) from error
     shutil.rmtree(old, ignore_errors=True)

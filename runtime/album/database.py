@@ -9,7 +9,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
+from urllib.parse import quote
 
 from pocketllava.errors import InputError
 
@@ -80,12 +81,18 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
             if create or not exists or path.with_name(path.name + "-wal").exists():
                 raise
         # in a folder that cannot be written, which WAL would need to be, it can be read as long as nobody writes
-        return _opened(path, f"{path.absolute().as_uri()}?mode=ro&immutable=1", exists, writable=False)
+        return _opened(path, f"{_uri(path.absolute())}?mode=ro&immutable=1", exists, writable=False)
 
 
 def sync(database: sqlite3.Connection) -> None:
     """Have everything on the disk, as far as other readers allow."""
     database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def _uri(path: PurePath) -> str:
+    """An absolute path as SQLite takes it: no authority, which Path.as_uri makes of a Windows server's name."""
+    name = quote(path.as_posix())
+    return f"file://{'' if name.startswith('/') else '/'}{name}"
 
 
 def _opened(path: Path, name: str, exists: bool, *, writable: bool = True) -> sqlite3.Connection:

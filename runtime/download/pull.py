@@ -26,7 +26,7 @@ from pocketllava.download.hub import Hub, HubFile, Listing
 from pocketllava.download.transfer import Downloads
 from pocketllava.errors import BundleError, DiskFull, DownloadError, InputError, ModelNotFound
 from pocketllava.models.bundle import MANIFEST, MMPROJ, MODEL, Bundle
-from pocketllava.models.files import atomic_write
+from pocketllava.models.files import atomic_write, move
 from pocketllava.models.manifest import Source
 from pocketllava.models.store import DOWNLOADS, Store, parsed
 
@@ -175,7 +175,7 @@ class _Job:
         try:
             target.hardlink_to(whole)  # should this run be killed, the next one finds it whole
         except OSError:  # a file system without links
-            whole.replace(target)
+            move(whole, target)
 
     def _join(self, staging: Path, files: Sequence[HubFile]) -> None:
         self._get(files, 0, staging / MMPROJ)
@@ -198,7 +198,7 @@ class _Job:
         bundle = convert(checkpoint, made, quant=kind, mmproj=vision, progress=self.progress)
         self._sign(bundle, staging)
         for name in (MODEL, MMPROJ):
-            (made / name).replace(staging / name)
+            move(made / name, staging / name)
         shutil.rmtree(made)
         if not self.keep:
             shutil.rmtree(checkpoint)
@@ -223,7 +223,7 @@ def _mended(mmproj: Path) -> bool:
     if not plan.faults:
         return False
     mended = repair(plan, mmproj.with_name("mended.gguf"))
-    mended.replace(mmproj)
+    move(mended, mmproj)
     return True
 
 

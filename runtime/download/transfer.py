@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketllava.download.hub import Hub, HubFile, TryAgain
 from pocketllava.errors import DiskFull, DownloadError
+from pocketllava.models.files import move
 from pocketllava.models.store import DOWNLOADS, Store
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Downloads:
             if size_of(whole) != file.bytes:
                 try:
                     self._fill(part, file, url, progress)
-                    part.replace(whole)
+                    move(part, whole)
                 except OSError as error:
                     raise _full_or(error, file, part) from error
             progress(file.bytes)

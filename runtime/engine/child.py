@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from pocketllava.engine import wire
 from pocketllava.engine.frames import Frame, FrameWriter, read_frame
 from pocketllava.engine.local import Call, LocalEngine
+from pocketllava.llamacpp.children import speak_utf8
 from pocketllava.llamacpp.guard import Interrupted
 from pocketllava.types import LoadOptions, Progress
 
@@ -96,10 +97,8 @@ class Child:
         from pocketllava.engine.loading import load_bundle
         from pocketllava.models import Bundle
 
-        loaded = load_bundle(
-            Bundle.open(Path(frame.fields["bundle"])), LoadOptions(**frame.fields["options"])
-        )
-        self._engine = LocalEngine(loaded.session, loaded.device)
+        bundle, options = Bundle.open(Path(frame.fields["bundle"])), LoadOptions(**frame.fields["options"])
+        self._engine = LocalEngine(lambda: load_bundle(bundle, options))
         return [*self._engine.devices, self._engine.n_ctx], ()
 
     def _do_answer(self, frame: Frame) -> tuple[Any, tuple[bytes, ...]]:
@@ -140,6 +139,7 @@ class Child:
 
 def main() -> None:
     """The process."""
+    speak_utf8()
     reader, writer = os.fdopen(os.dup(0), "rb"), FrameWriter(os.fdopen(os.dup(1), "wb"))
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)

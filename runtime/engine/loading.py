@@ -67,7 +67,8 @@ def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
         _check(fitted)
         return _load(bundle, fitted, options)
 
-    if options.n_gpu_layers == -1 and (reason := device_shortage(first, options)):
+    reason = device_shortage(first, options, exact=is_exact(bundle, options))
+    if options.n_gpu_layers == -1 and reason:
         logger.warning("%s", reason)
     return or_on_cpu(load, asked, bundle, [device.name for device in first.machine.devices])
 

@@ -6,13 +6,13 @@ Knows how tokens become text and when an answer ends; not whose turn it is, nor 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pocketllava.engine.answer_text import AnswerText
-from pocketllava.errors import PocketLlavaError
+from pocketllava.errors import EngineDied, PocketLlavaError
 from pocketllava.types import (
     Answer,
     Beginning,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pocketllava.engine.batched import Job
+    from pocketllava.engine.loading import Loaded
     from pocketllava.engine.session import Prefilled, Session
     from pocketllava.engine.structured import Constraint
     from pocketllava.llamacpp.guard import ShouldStop
@@ -112,23 +113,48 @@ def room_for(options: Options, n_ctx: int) -> int | None:
 
 
 class LocalEngine:
-    """An Engine in this process."""
+    """An Engine in this process. A session whose device failed is freed, and the next call loads another."""
 
-    loaded = True
+    def __init__(self, load: Callable[[], Loaded]) -> None:
+        """load: gives a session, owned from now on. Raises what it raises."""
+        self._load = load
+        self._held, self._failed = load(), False
 
-    def __init__(self, session: Session, device: str) -> None:
-        """session: owned from now on; device: what evaluates its text model."""
-        self.session, self._device = session, device
+    @property
+    def session(self) -> Session:
+        """For the call whose turn it is. Raises what loading raises."""
+        if self._failed:
+            self._held, self._failed = self._load(), False
+        return self._held.session
+
+    @contextmanager
+    def used(self) -> Iterator[Session]:
+        """The session, for a call that may find its device failed."""
+        try:
+            yield self.session
+        except EngineDied:
+            self._failed = True
+            with suppress(Exception):
+                self._held.session.close()
+            raise
+
+    @property
+    def loaded(self) -> bool:
+        return not self._failed
 
     @property
     def devices(self) -> tuple[str, str]:
-        return self._device, self.session.vision.device
+        return self._held.device, self._held.session.vision.device
 
     @property
     def n_ctx(self) -> int:
-        return self.session.text.n_ctx
+        return self._held.session.text.n_ctx
 
     def answer(self, messages: Sequence[Message], call: Call) -> Generator[Chunk, None, None]:
+        with self.used(), closing(self._answer(messages, call)) as chunks:
+            yield from chunks
+
+    def _answer(self, messages: Sequence[Message], call: Call) -> Generator[Chunk, None, None]:
         from pocketllava.engine.session import PrefillInterrupted
 
         options = call.options
@@ -206,8 +232,8 @@ class LocalEngine:
         """
         from pocketllava.engine.batched import Batched
 
-        with self._sequences(n, min(n_ctx, self.n_ctx)) as sequences:
-            yield from Batched(self.session, sequences, call, self.devices).answers(jobs)
+        with self.used() as session, self._sequences(n, min(n_ctx, self.n_ctx)) as sequences:
+            yield from Batched(session, sequences, call, self.devices).answers(jobs)
 
     def _sequences(self, n: int, n_ctx: int) -> Sequences:
         from pocketllava.errors import BackendError
@@ -223,19 +249,21 @@ class LocalEngine:
     def read_ahead(self, image: ImageSource) -> None:
         """Preprocess an image while another call runs; whoever asks about it is told what is wrong with it."""
         with suppress(Exception):
-            self.session.images.process(image)
+            self._held.session.images.process(image)
 
     def prefill(self, messages: Sequence[Message], call: Call) -> None:
-        self.session.prefill(
-            messages,
-            should_stop=call.should_stop,
-            to_sample=False,
-            image_tokens=call.options.image_tokens,
-            on_progress=call.on_progress,
-        )
+        with self.used() as session:
+            session.prefill(
+                messages,
+                should_stop=call.should_stop,
+                to_sample=False,
+                image_tokens=call.options.image_tokens,
+                on_progress=call.on_progress,
+            )
 
     def image_features(self, image: ImageSource, image_tokens: int | None) -> Features:
-        return self.session.image_features(image, image_tokens=image_tokens)
+        with self.used() as session:
+            return session.image_features(image, image_tokens=image_tokens)
 
     def count_tokens(self, messages: Sequence[Message], image_tokens: int | None) -> int:
         return self.session.count_tokens(messages, image_tokens=image_tokens)
@@ -246,16 +274,18 @@ class LocalEngine:
     def trace(self, messages: Sequence[Message], image_tokens: int | None) -> Trace:
         from pocketllava.engine.trace import trace
 
-        return trace(self.session, messages, image_tokens=image_tokens)
+        with self.used() as session:
+            return trace(session, messages, image_tokens=image_tokens)
 
     def view(self, image: ImageSource, image_tokens: int | None) -> Image.Image:
-        return self.session.view(image, image_tokens=image_tokens)
+        with self.used() as session:
+            return session.view(image, image_tokens=image_tokens)
 
     def digest(self, image: ImageSource) -> str | None:
-        return self.session.images.digest(image)
+        return self._held.session.images.digest(image)
 
     def fingerprint(self, image: ImageSource) -> str:
-        return self.session.images.process(image).key
+        return self._held.session.images.process(image).key
 
     def unload(self) -> None:
         from pocketllava.errors import UnsupportedOption
@@ -263,7 +293,8 @@ class LocalEngine:
         raise UnsupportedOption("unload: only a model that was loaded with isolated=True can be loaded again")
 
     def close(self) -> None:
-        self.session.close()
+        if not self._failed:
+            self._held.session.close()
 
     def _timings(
         self, prefilled: Prefilled, first_s: float = 0.0, last_s: float = 0.0, n_tokens: int = 0

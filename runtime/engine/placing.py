@@ -61,24 +61,25 @@ def _wanted(first: Plan) -> dict[str, int]:
     return wanted
 
 
-def device_shortage(first: Plan, options: LoadOptions) -> str | None:
-    """What a device had no room for, in one line, where all that fits was to go there (-1); None where all does."""
+def device_shortage(first: Plan, options: LoadOptions, *, exact: bool) -> str | None:
+    """What a device had no room for, in one line, where all that fits was to go there (-1); None where all does.
+
+    exact: whether the vision tower was kept from devices that do not sum in F32.
+    """
     taken = text_devices(options, first.machine)
-    if not taken or (first.n_gpu_layers == first.n_layers and not _tower_left_out(first, options)):
-        return None
-    free = sum(device.free for device in taken)
-    vision = "the vision tower" if first.vision_device else ""
-    there = " and ".join(filter(None, [f"{first.n_gpu_layers} of {first.n_layers} layers", vision]))
-    return (
-        f"{first.model}: {' + '.join(device.name for device in taken)} has {size(free)} free, too little for"
-        f" all of it: {there} {'go' if first.n_gpu_layers or vision else 'are'} there, the rest on the CPU"
+    left = first.n_layers - first.n_gpu_layers
+    layers = (
+        "the text model" if not first.n_gpu_layers else f"{left} of {first.n_layers} layers" if left else ""
     )
-
-
-def _tower_left_out(first: Plan, options: LoadOptions) -> bool:
-    """Whether the vision tower is on the CPU for want of memory."""
-    exact_only = any(not device.sums_in_f32 for device in text_devices(options, first.machine)[:1])
-    return first.vision_device is None and options.mmproj_device is None and not exact_only
+    kept = options.mmproj_device is not None or (exact and not all(d.sums_in_f32 for d in taken[:1]))
+    tower = "the vision tower" if not (first.vision_device or kept) else ""
+    if not taken or not (layers or tower):
+        return None
+    names, free = " + ".join(device.name for device in taken), sum(device.free for device in taken)
+    return (
+        f"{first.model}: {names} has {size(free)} free, too little for {' and '.join(filter(None, [layers, tower]))}"
+        ", which the CPU computes instead"
+    )
 
 
 def vision_device(fitted: Plan, options: LoadOptions) -> Device | None:

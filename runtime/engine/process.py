@@ -33,6 +33,7 @@ from pocketllava.llamacpp.children import (
     isolated_environment,
     keep_end,
     last_line,
+    of_its_own,
 )
 from pocketllava.llamacpp.guard import Interrupted, ShouldStop
 from pocketllava.models import Bundle
@@ -67,6 +68,7 @@ class _Process:
                 stderr=pipe,
                 cwd=tempfile.gettempdir(),
                 env=isolated_environment(),
+                **of_its_own(),
             )
         except OSError as error:
             raise BackendError(

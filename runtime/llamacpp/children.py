@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -143,6 +144,20 @@ def _is_current(path: str) -> bool:
         return False
 
 
+def of_its_own() -> dict[str, Any]:
+    """Popen's settings for a child that no terminal's Ctrl-C reaches, and that shows no window: its parent ends it."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NO_WINDOW}
+    return {"start_new_session": True}
+
+
+def speak_utf8() -> None:
+    """In the child, whose parent reads UTF-8: without PYTHON* variables, Windows gives it another encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def isolated_environment() -> Mapping[str, str]:
     """The parent's, without PYTHON* variables."""
     return {name: value for name, value in os.environ.items() if not name.upper().startswith("PYTHON")}
@@ -152,7 +167,13 @@ def _run(command: Sequence[str], task: bytes, folder: str, timeout_s: float) -> 
     """(exit code, or None after a timeout; the ends of stdout and stderr). Raises OSError."""
     pipe, ends = subprocess.PIPE, (bytearray(), bytearray())
     process = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env=isolated_environment()
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        cwd=folder,
+        env=isolated_environment(),
+        **of_its_own(),
     )
     assert process.stdin
     assert process.stdout
@@ -213,6 +234,7 @@ def perform(task: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """A worker's entry: one task on stdin, as JSON."""
+    speak_utf8()
     perform(json.loads(sys.stdin.buffer.read()))
 
 

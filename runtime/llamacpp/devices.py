@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.library import ggml
 from pocketllava.llamacpp.load_log import short_name
@@ -20,8 +22,21 @@ GPU, INTEGRATED = 1, 2  # enum ggml_backend_dev_type (ggml-backend.h)
 METAL = ("MTL", "Metal")  # its names in llama.cpp
 
 
+class _Caps(ctypes.Structure):
+    """struct ggml_backend_dev_caps, with room for more."""
+
+    _fields_ = [
+        ("asynchronous", ctypes.c_bool),
+        ("host_buffer", ctypes.c_bool),
+        ("buffer_from_host_ptr", ctypes.c_bool),
+        ("events", ctypes.c_bool),
+        ("mmap_support", ctypes.c_bool),
+        ("more", ctypes.c_bool * 59),
+    ]
+
+
 class _Props(ctypes.Structure):
-    """struct ggml_backend_dev_props, with room for the capabilities behind what is read."""
+    """struct ggml_backend_dev_props."""
 
     _fields_ = [
         ("name", ctypes.c_char_p),
@@ -30,7 +45,7 @@ class _Props(ctypes.Structure):
         ("memory_total", ctypes.c_size_t),
         ("type", ctypes.c_int),
         ("device_id", ctypes.c_char_p),
-        ("caps", ctypes.c_bool * 64),
+        ("caps", _Caps),
     ]
 
 
@@ -90,6 +105,7 @@ def _device(address: int, props: _Props) -> Device:
         int(props.memory_total),
         unified=props.type == INTEGRATED or name.startswith(METAL),
         backend=ggml().ggml_backend_reg_name(backend).decode(),
+        maps=bool(props.caps.mmap_support),
     )
 
 
@@ -113,15 +129,28 @@ def cores() -> int:
     More threads than cores cost up to a factor of 100, so hyper-threads are not counted.
     """
     if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-        siblings = {_siblings(cpu) for cpu in allowed}
-        return max(1, len(siblings))
-    if sys.platform == "darwin":
-        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
-            found = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
-            if found.returncode == 0 and found.stdout.strip().isdigit():
-                return max(1, int(found.stdout))
-    return max(1, (os.cpu_count() or 2) // 2)
+        return max(1, len({_siblings(cpu) for cpu in os.sched_getaffinity(0)}))
+    if sys.platform == "darwin" and (fast := _sysctl("hw.perflevel0.physicalcpu")):  # not the efficient ones
+        return fast
+    physical = psutil.cpu_count(logical=False) or (os.cpu_count() or 2) // 2
+    return max(1, min(physical, _allowed()))
+
+
+def _allowed() -> int:
+    """Hyper-threads that this process may run on."""
+    try:
+        return len(psutil.Process().cpu_affinity())  # Windows has it, macOS has no such thing
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _sysctl(key: str) -> int:
+    """A number of macOS's; 0 where it has none of that name."""
+    try:
+        found = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, check=False)
+    except OSError:
+        return 0
+    return int(found.stdout) if found.stdout.strip().isdigit() else 0
 
 
 def _siblings(cpu: int) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
-from pocketllava.errors import BackendError, PocketLlavaError
+from pocketllava.errors import BackendError, EngineDied, PocketLlavaError
 from pocketllava.llamacpp.library import Node
-from pocketllava.llamacpp.log import capture_log, last_error
+from pocketllava.llamacpp.log import capture_log, device_failure, last_error
 
 ShouldStop = Callable[[], bool]
 T = TypeVar("T")
@@ -27,16 +27,29 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Turn whatever llama_cpp raises inside the block into BackendError; the one place that does."""
+    """Turn whatever llama_cpp raises inside the block into BackendError; the one place that does.
+
+    Raises EngineDied if a device failed meanwhile: what it computed is not what it was asked for.
+    """
     capture_log()
     try:
         yield
-    except (PocketLlavaError, KeyboardInterrupt, GeneratorExit):
+        check_device()
+    except (KeyboardInterrupt, GeneratorExit):
         raise
     except Exception as error:
+        check_device()
+        if isinstance(error, PocketLlavaError):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = last_error()
         raise BackendError(f"{doing}: {reason}" + (f" ({hint})" if hint else "")) from error
+
+
+def check_device() -> None:
+    """Raises EngineDied once a device reported that it failed: its backend computes nothing more until made anew."""
+    if line := device_failure():
+        raise EngineDied(f"engine: its device failed ({line}); ask again, the model is loaded anew")
 
 
 _pending: list[tuple[int, FrameType | None]] = []  # SIGINTs that came inside a call into C

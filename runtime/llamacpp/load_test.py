@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pocketllava.errors import BackendError
+from pocketllava.llamacpp.private import set_fields
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.gguf_writer import header_bytes, padding, stored_keys
 from pocketllava.models.limits import check_room
@@ -38,9 +39,8 @@ def load_test(model_path: str, mmproj_path: str, large_bytes: str = str(LARGE_BY
         Path(mmproj_path), min(_size(mmproj_path), int(large_bytes)), _size(model_path), threads=THREADS
     )
     params = llama_cpp.llama_model_default_params()
-    # no device takes part (engine/loading.py)
-    params.n_gpu_layers, params.split_mode, params.main_gpu = 0, 0, -1
-    params.use_extra_bufts = False  # the file as mapped: no repacking, little memory
+    # no device takes part (engine/loading.py); the file as mapped: no repacking, little memory
+    set_fields(params, n_gpu_layers=0, split_mode=0, main_gpu=-1, use_extra_bufts=False)
     model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
     if not model:
         raise BackendError(f"{model_path}: llama.cpp refuses it")
@@ -62,7 +62,7 @@ def _size(path: str) -> int:
 
 def _vision_params(mtmd_cpp: Any) -> Any:
     params = mtmd_cpp.mtmd_context_params_default()
-    params.use_gpu, params.print_timings, params.warmup, params.n_threads = False, False, False, THREADS
+    set_fields(params, use_gpu=False, print_timings=False, warmup=False, n_threads=THREADS)
     return params
 
 
@@ -83,7 +83,7 @@ def _opens(mtmd_cpp: Any, path: str, model: Any) -> bool:
 
 def _evaluate(llama_cpp: Any, model: Any) -> None:
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = 256, 32, 32, THREADS
+    set_fields(params, n_ctx=256, n_batch=32, n_ubatch=32, n_threads=THREADS)
     context = llama_cpp.llama_init_from_model(model, params)
     vocab = llama_cpp.llama_model_get_vocab(model)
     token = (ctypes.c_int32 * 1)(llama_cpp.llama_vocab_bos(vocab))

@@ -9,6 +9,9 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
+import re
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,7 +26,13 @@ _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERR
 _recent: deque[str] = deque(maxlen=200)
 _readers: list[list[str]] = []
 _on_progress: list[Callable[[], None]] = []
+_failures: list[str] = []
+# ggml-metal-context.m: what was computed is lost, but the call that waited for it reports nothing. The next one fails,
+# as all do until the backend is made anew.
+FAILED = re.compile(r"command buffer -?\d+ failed with status|error state from a previous command buffer")
 _unremarked = threading.local()
+_stderr_taken = threading.RLock()
+COMPLAINT = b"ggml_vulkan: "
 PROGRESS = "."  # what llama.cpp's default progress callback logs
 
 
@@ -42,6 +51,8 @@ def capture_log() -> Any:
             logger.debug("tried: %s", line)
         elif line.strip():
             _recent.append(line)
+            if FAILED.search(line):
+                _failures.append(line.strip())
             for lines in _readers:
                 lines.append(line)
             logger.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
@@ -71,9 +82,31 @@ def unremarked() -> Iterator[None]:
     capture_log()
     _unremarked.inside = True
     try:
-        yield
+        with _without_complaints():
+            yield
     finally:
         _unremarked.inside = False
+
+
+@contextlib.contextmanager
+def _without_complaints() -> Iterator[None]:
+    """What ggml-vulkan.cpp writes to stderr, past the log, is left out; what others write comes through afterwards."""
+    with _stderr_taken, tempfile.TemporaryFile() as kept:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed
+            yield
+            return
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            kept.seek(0)
+            for line in kept:
+                if not line.startswith(COMPLAINT):
+                    os.write(stderr, line)
+            os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -85,6 +118,12 @@ def progress_marks(call: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _on_progress.remove(call)
+
+
+def device_failure() -> str:
+    """The first line about a device that failed since the last call, or ""."""
+    failures, _failures[:] = _failures[:], []
+    return next(iter(failures), "")
 
 
 def last_error() -> str:

@@ -37,7 +37,7 @@ def released_pages(file: Path) -> Iterator[None]:
 
 def _release(path: str) -> None:
     """Drop the resident pages of every map of that file in this process."""
-    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == path:
             start, end = (int(address, 16) for address in fields[0].split("-"))

@@ -41,6 +41,15 @@ def check_llama(llama: Any) -> None:
             raise moved(f"Llama.{name}")
 
 
+def set_fields(structure: Any, **values: Any) -> None:
+    """Set fields of a ctypes structure, which itself takes any name and keeps silent. Raises BackendError."""
+    names = {field[0] for field in structure._fields_}
+    for name, value in values.items():
+        if name not in names:
+            raise moved(f"{type(structure).__name__}.{name}")
+        setattr(structure, name, value)
+
+
 def library_version() -> str:
     """The installed llama-cpp-python, such as "0.3.36"."""
     return version("llama-cpp-python")

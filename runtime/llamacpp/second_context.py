@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.batch import Logits, decode_features, decode_tokens
 from pocketllava.llamacpp.guard import EvalCallback, interruptible
+from pocketllava.llamacpp.private import set_fields
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models.memory import CONTEXT_STEP
 
@@ -35,8 +36,8 @@ class SecondContext:
         self._lib, self._text, self._callback = llama_cpp, text, callback
         self._logits: Logits = "all" if all_logits else "none"
         params = text.context_params
-        params.n_ctx = text.n_ctx if n_ctx is None else -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
-        params.cb_eval, params.cb_eval_user_data = callback.function, None
+        size = text.n_ctx if n_ctx is None else -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
+        set_fields(params, n_ctx=size, cb_eval=callback.function, cb_eval_user_data=None)
         self.n_ctx, self._n_batch = int(params.n_ctx), int(params.n_batch)
         self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
         if self._context and not text.has_room():

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.batch import decode_features, decode_next, decode_tokens
-from pocketllava.llamacpp.guard import ShouldStop, interruptible
+from pocketllava.llamacpp.guard import ShouldStop, check_device, interruptible
+from pocketllava.llamacpp.private import set_fields
 from pocketllava.llamacpp.text_model import Features, TextModel
 from pocketllava.models.memory import CONTEXT_STEP
 
@@ -29,8 +30,8 @@ class Sequences:
         self._lib, self._text = llama_cpp, text
         self.n, self.n_ctx = n, -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
         params = text.context_params
-        params.n_seq_max, params.n_ctx = n, n * self.n_ctx
-        params.kv_unified = False  # attention of one sequence does not pass over the others' positions
+        # kv_unified: attention of one sequence would pass over the others' positions
+        set_fields(params, n_seq_max=n, n_ctx=n * self.n_ctx, kv_unified=False)
         self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
         text.adopt(self)
         if self._context and not text.has_room():
@@ -97,4 +98,5 @@ class Sequences:
         logits = np.empty((n, self._text.n_vocab), np.float32)
         for i, row in enumerate(logits):
             row[:] = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, i - n), row.shape)
+        check_device()
         return logits

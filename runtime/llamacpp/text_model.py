@@ -21,12 +21,19 @@ import numpy.typing as npt
 from pocketllava.errors import BackendError, BundleError, InputError
 from pocketllava.llamacpp.batch import Logits, decode_features, decode_tokens
 from pocketllava.llamacpp.devices import cores
-from pocketllava.llamacpp.guard import ShouldStop, deferred_interrupts, interruptible, translated
+from pocketllava.llamacpp.guard import (
+    ShouldStop,
+    check_device,
+    deferred_interrupts,
+    interruptible,
+    translated,
+)
+from pocketllava.llamacpp.library import give_back_memory
 from pocketllava.llamacpp.load_log import missing_part
-from pocketllava.llamacpp.log import keep_file_descriptors, log_lines
+from pocketllava.llamacpp.log import device_failure, keep_file_descriptors, log_lines
 from pocketllava.llamacpp.mapped_pages import released_pages
 from pocketllava.llamacpp.part_of_file import loaded_from
-from pocketllava.llamacpp.private import check_llama
+from pocketllava.llamacpp.private import check_llama, set_fields
 from pocketllava.llamacpp.sampling import Sampler
 from pocketllava.llamacpp.token_rows import TokenRows
 from pocketllava.llamacpp.vocabulary import Vocabulary
@@ -106,6 +113,7 @@ class TextModel:
         header = header or Header.read(path)
         if info is None:
             check_text(header)
+        device_failure()  # of a model that is gone
         with (
             translated(f"{path}: loading the text model"),
             log_lines() as lines,
@@ -282,12 +290,13 @@ class TextModel:
 
     @deferred_interrupts()
     def state(self) -> State:
-        """What the KV cache holds, as bytes: (n_bytes,) uint8."""
+        """What the KV cache holds, as bytes: (n_bytes,) uint8. Raises EngineDied rather than give what is not so."""
         from llama_cpp import llama_cpp
 
         n_bytes = llama_cpp.llama_state_seq_get_size(self._llama.ctx, 0)
         state = np.empty(n_bytes, np.uint8)
         written = llama_cpp.llama_state_seq_get_data(self._llama.ctx, _pointer(state), n_bytes, 0)
+        check_device()
         return state[:written]
 
     @deferred_interrupts()
@@ -313,6 +322,7 @@ class TextModel:
             while True:
                 with deferred_interrupts():
                     token = next(tokens, None)
+                check_device()
                 if token is None:
                     return
                 yield token
@@ -335,6 +345,7 @@ class TextModel:
             decode_tokens(self._llama.ctx, part, self.n_tokens + start, self.n_batch, logits="all")
             pointer = llama_cpp.llama_get_logits(self._llama.ctx)
             rows[start : start + len(part)] = np.ctypeslib.as_array(pointer, (len(part), self.n_vocab))
+        check_device()
         return rows
 
     def logits(self) -> npt.NDArray[np.float32]:
@@ -342,6 +353,7 @@ class TextModel:
         from llama_cpp import llama_cpp
 
         pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
+        check_device()
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
 
     def restore_logits(self, logits: npt.NDArray[np.float32]) -> None:
@@ -357,6 +369,7 @@ class TextModel:
         for context in list(self._contexts):
             context.close()
         self._llama.close()
+        give_back_memory()
 
     def adopt(self, context: Closing) -> None:
         """A context on this model, to be closed before it."""
@@ -393,7 +406,8 @@ def load_model(path: Path) -> Any:
     from llama_cpp import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers, params.use_mmap = 0, False
+    # not mapped: Windows could not remove the file before this process ends
+    set_fields(params, n_gpu_layers=0, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE)
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise BackendError(f"{path}: llama.cpp could not load it")

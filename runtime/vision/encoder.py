@@ -69,7 +69,7 @@ class VisionEncoder:
             mmproj,
             text_model,
             n_threads=n_threads,
-            device=device and device.name,
+            device=device.name if device else None,
             # a fifth faster; rounds keys and values to F16, as the weights of all but F32 files are. On devices it
             # sums in F16 (ggml-cuda/fattn-mma-f16.cuh).
             flash_attention=not (_is_f32(header) or plain),

@@ -141,7 +141,7 @@ def _judge(prepared: Setup, command: str, moment: float, place: Path, counts: Co
 def _cpu_s(pid: int) -> float:
     """Seconds of work of a running process; 0 where that is not known, so that all of its work counts."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

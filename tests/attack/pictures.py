@@ -39,7 +39,11 @@ QUICK_ARRAYS = [name for name in ARRAYS if "of 49" not in name]
 
 def peak_mb() -> float:
     """Of this process, since it was last reset."""
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
+    line = next(
+        row
+        for row in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if row.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1000
 
 
@@ -47,7 +51,7 @@ def warm(processor: ImageProcessor) -> None:
     """Import what decoding imports, and forget the peak."""
     for kind in ("PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"):
         processor.process(hostile.photo_bytes(kind))
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def measure(name: str, path: Path, pad: bool, answer: Connection) -> None:

@@ -32,6 +32,7 @@ ORPHAN_S = 1.0
 GOOD_S = 2.0
 N_SLOW = 200
 N_PICTURES = 64  # of mixed load: their features are kept, up to 128 MB of them
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # which ends a process at once on Windows
 STATES = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
@@ -88,7 +89,7 @@ def _cpu_s(process: psutil.Process) -> float:
     return sum(process.cpu_times()[:2])
 
 
-def kills(seed: int, cases: int, folder: Path, number: int = signal.SIGKILL) -> Counts:
+def kills(seed: int, cases: int, folder: Path, number: int = KILL) -> Counts:
     """The engine ends by a signal amid an answer: the server lives, and answers the next question."""
     counts, rng = Counts(), random.Random(seed)
     with served() as server:
