@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import GIGA, machine
 
-from pocketllava import Bundle, Llava, UnsupportedOption
+from pocketllava import Bundle, Llava, OutOfMemory, UnsupportedOption
 from pocketllava.commands.show import drift_line
-from pocketllava.engine.placing import device_shortage
+from pocketllava.engine.placing import device_shortage, require_named
 from pocketllava.llamacpp.devices import address_of, gpus
 from pocketllava.llamacpp.load_log import missing_part, text_device, vision_device
 from pocketllava.llamacpp.log import unremarked
@@ -161,7 +161,15 @@ def test_what_stays_on_the_cpu_is_said(bundle: Bundle) -> None:
     assert said is not None
     assert f"too little for {5 - some.n_gpu_layers} of 5 layers, which the CPU computes instead" in said
     none = plan(bundle, options, two_cards(1 << 20))
-    assert "too little for the text model and the vision tower" in (
+    asked = LoadOptions(n_gpu_layers=2)
+    assert "for the vision tower, which" in (
+        device_shortage(plan(bundle, asked, two_cards(4 << 20)), asked, exact=True) or ""
+    )
+    named = LoadOptions(mmproj_device="CUDA0")
+    with pytest.raises(OutOfMemory, match=r"mmproj_device CUDA0 \(a card\) has .* free, expected"):
+        require_named(plan(bundle, named, two_cards(1 << 20)), named)
+    require_named(whole, named)
+    assert "too little for 5 of 5 layers and the vision tower" in (
         device_shortage(none, options, exact=True) or ""
     )
 

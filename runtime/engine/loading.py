@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pocketllava.engine.placing import device_shortage, has_room_to_work, tested, text_kind, vision_device
+from pocketllava.engine.placing import (
+    device_shortage,
+    has_room_to_work,
+    require_named,
+    tested,
+    text_kind,
+    vision_device,
+)
 from pocketllava.engine.session import Session
 from pocketllava.errors import BackendError, OutOfMemory, UnsupportedOption
 from pocketllava.llamacpp.devices import gpus, machine
@@ -59,6 +66,7 @@ def planned(bundle: Bundle, options: LoadOptions) -> Plan:
 def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
     """Raises UnsupportedOption for what this build cannot do, BundleError, OutOfMemory, BackendError."""
     first = planned(bundle, options)
+    require_named(first, options)
     asked = options.n_gpu_layers if first.n_gpu_layers or first.vision_device else 0
 
     def load(layers: int) -> Loaded:
@@ -67,8 +75,7 @@ def load_bundle(bundle: Bundle, options: LoadOptions) -> Loaded:
         _check(fitted)
         return _load(bundle, fitted, options)
 
-    reason = device_shortage(first, options, exact=is_exact(bundle, options))
-    if options.n_gpu_layers == -1 and reason:
+    if reason := device_shortage(first, options, exact=is_exact(bundle, options)):
         logger.warning("%s", reason)
     return or_on_cpu(load, asked, bundle, [device.name for device in first.machine.devices])
 

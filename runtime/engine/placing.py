@@ -7,6 +7,7 @@ tower, and ggml's backends where they have none to work with: so both are asked 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pocketllava.errors import BackendError, OutOfMemory
@@ -62,24 +63,26 @@ def _wanted(first: Plan) -> dict[str, int]:
 
 
 def device_shortage(first: Plan, options: LoadOptions, *, exact: bool) -> str | None:
-    """What a device had no room for, in one line, where all that fits was to go there (-1); None where all does.
+    """What a device had no room for and was not asked to hold, in one line; None where all is there.
 
     exact: whether the vision tower was kept from devices that do not sum in F32.
     """
     taken = text_devices(options, first.machine)
-    left = first.n_layers - first.n_gpu_layers
-    layers = (
-        "the text model" if not first.n_gpu_layers else f"{left} of {first.n_layers} layers" if left else ""
-    )
+    left = first.n_layers - first.n_gpu_layers if options.n_gpu_layers == -1 else 0
+    layers = f"{left} of {first.n_layers} layers" if left else ""
     kept = options.mmproj_device is not None or (exact and not all(d.sums_in_f32 for d in taken[:1]))
     tower = "the vision tower" if not (first.vision_device or kept) else ""
     if not taken or not (layers or tower):
         return None
-    names, free = " + ".join(device.name for device in taken), sum(device.free for device in taken)
+    names, free = _names(taken), sum(device.free for device in taken)
     return (
         f"{first.model}: {names} has {size(free)} free, too little for {' and '.join(filter(None, [layers, tower]))}"
         ", which the CPU computes instead"
     )
+
+
+def _names(taken: Sequence[Device]) -> str:
+    return " + ".join(device.name for device in taken)
 
 
 def vision_device(fitted: Plan, options: LoadOptions) -> Device | None:
@@ -91,8 +94,24 @@ def vision_device(fitted: Plan, options: LoadOptions) -> Device | None:
         if device.name == fitted.vision_device and _has_room(device, fitted, options):
             return device
     if not has_room_to_work(fitted, options):
-        raise BackendError(f"{fitted.model}: the device has no memory left to compute with")
+        raise BackendError(
+            f"{fitted.model}: no memory left to compute with beside {fitted.n_gpu_layers} layers on"
+            f" {_names(text_devices(options, fitted.machine))}; give fewer n_gpu_layers, or -1"
+        )
     return None
+
+
+def require_named(first: Plan, options: LoadOptions) -> None:
+    """Raise OutOfMemory where the vision tower was asked onto a device that has no room for it."""
+    if options.mmproj_device is None or first.vision_device is None:
+        return
+    for room in first.rooms:
+        if first.vision_device in room.where.split(" + ") and room.margin < 0:
+            raise OutOfMemory(
+                f"{first.model}: mmproj_device {first.vision_device} has {size(room.left)} free, expected"
+                f" {size(room.needed)}; take 'cpu', or leave it out",
+                room.needed, room.left, str(first),
+            )  # fmt: skip
 
 
 def has_room_to_work(fitted: Plan, options: LoadOptions) -> bool:
