@@ -25,8 +25,8 @@ from devices.server import asked_of_a_server
 
 SIZES_MB = (1, 12, 24, 30, 48)
 LIMIT_S = 300.0
-# Of a child whose end was caught: a message that names it is a fault, too.
-SIGNAL = re.compile(r"\bSIG[A-Z]{3,4}\b|\bsignal \d+|GGML_ASSERT|Traceback|still running")
+# Of a child whose end was caught: a message that names it is a fault, too. So are words that are ggml's, not ours.
+SIGNAL = re.compile(r"\bSIG[A-Z]{3,4}\b|\bsignal \d+|GGML_ASSERT|Traceback|still running|^ggml", re.MULTILINE)
 QUESTION = b"What is it?\n"
 
 
