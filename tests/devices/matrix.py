@@ -23,15 +23,8 @@ from attack import commands
 from attack.commands import Setup
 from devices.server import asked_of_a_server
 
-SIZES_MB = (
-    1,
-    12,
-    24,
-    30,
-    48,
-    56,
-    64,
-)  # the last two have room for some layers, and for all but the vision tower
+# The last two have room for some layers, and for all but the vision tower.
+SIZES_MB = (1, 12, 24, 30, 48, 56, 64)
 LIMIT_S = 300.0
 # Of a child whose end was caught: a message that names it is a fault, too. So are words that are ggml's, not ours.
 SIGNAL = re.compile(r"\bSIG[A-Z]{3,4}\b|\bsignal \d+|GGML_ASSERT|Traceback|still running|^ggml", re.MULTILINE)
