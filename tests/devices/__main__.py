@@ -40,7 +40,9 @@ def main() -> None:
     """Look, build, run, print the table."""
     start = time.perf_counter()
     if lacks := missing(builds="POCKETLLAVA_DEVICE_WHEEL" not in os.environ):
-        sys.exit(f"make devices: this machine lacks {', '.join(lacks)}; on Debian: apt-get install -y {PACKAGES}")
+        sys.exit(
+            f"make devices: this machine lacks {', '.join(lacks)}; on Debian: apt-get install -y {PACKAGES}"
+        )
     folder = Path(sys.argv[1]).resolve() / wheel.VERSION
     built = wheel.wheel(folder)
     folder.mkdir(parents=True, exist_ok=True)
