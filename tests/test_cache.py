@@ -170,7 +170,9 @@ def test_after_other_use_of_the_same_llama(bundle: Bundle, fresh: Llava) -> None
     """A program's own Llama, with the handler and without it."""
     from llama_cpp import Llama, llama_cpp
 
-    llama = Llama(str(bundle.model), n_ctx=1024, n_batch=576, n_ubatch=576, n_threads=2, verbose=False)
+    size = {"n_ctx": 1024, "n_batch": 576, "n_ubatch": 576}
+    # Its layers are where the fresh model's are: a device rounds otherwise than the CPU.
+    llama = Llama(str(bundle.model), **size, n_threads=2, n_gpu_layers=-1, verbose=False)
     session = LlavaChatHandler(bundle.folder).session(llama)
 
     def cached_tokens(picture: bytes) -> int:

@@ -44,6 +44,7 @@ def test_what_the_system_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         (Ending(1, "", ""), "0 lines"),
         (Ending(1, "", "error: a\nerror: b\n"), "2 lines"),
         (Ending(1, "", "error: the load test ended with SIGABRT\n"), "SIGABRT"),
+        (Ending(0, "A dog.", "ggml_vulkan: Device memory allocation of size 1 failed.\n"), "ggml"),
         (Ending(-6, "", "ggml.c:1: GGML_ASSERT(x) failed\n"), "signal 6"),
         (Ending(139, "A dog.", ""), "signal 11"),
     ],

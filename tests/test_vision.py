@@ -48,7 +48,8 @@ class Rows:
         class Params(ctypes.Structure):
             _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
-        self.lib, self.shape = ggml(), rows.shape
+        # A handle of the test's own: the argument types are not those of the package.
+        self.lib, self.shape = ctypes.CDLL(ggml()._name), rows.shape
         for name in (
             "ggml_init",
             "ggml_new_tensor_2d",
@@ -72,12 +73,16 @@ class Rows:
                 self.context, ctypes.c_void_p(buffer_type(ctypes.c_void_p(cpu)))
             )
         )
-        self.lib.ggml_backend_tensor_set(self.node, rows.ctypes.data, 0, rows.nbytes)
+        self._copy(self.lib.ggml_backend_tensor_set, rows)
+
+    def _copy(self, copy: Any, rows: Any) -> None:
+        address, n = ctypes.c_void_p(rows.ctypes.data), ctypes.c_size_t(rows.nbytes)
+        copy(ctypes.c_void_p(self.node), address, ctypes.c_size_t(0), n)
 
     def read(self) -> Any:
         """What the tensor holds now."""
         out = np.empty(self.shape, np.float32)
-        self.lib.ggml_backend_tensor_get(self.node, out.ctypes.data, 0, out.nbytes)
+        self._copy(self.lib.ggml_backend_tensor_get, out)
         return out
 
     def free(self) -> None:

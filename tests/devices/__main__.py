@@ -3,7 +3,7 @@
     PYTHONPATH=$PWD/tests python -m devices FOLDER
 
 Builds llama-cpp-python with Vulkan once a version into FOLDER/VERSION, or takes POCKETLLAVA_DEVICE_WHEEL=FILE. Then runs
-tests with exact arithmetic, counts tokens equal to transformers', and runs five commands on devices of 1 to 48 MB. Needs
+tests with exact arithmetic, counts tokens equal to transformers', and runs five commands on devices of 1 to 64 MB. Needs
 nothing but Python; what the system lacks is one line. Exits 1 if anything failed.
 """
 
@@ -40,7 +40,9 @@ def main() -> None:
     """Look, build, run, print the table."""
     start = time.perf_counter()
     if lacks := missing(builds="POCKETLLAVA_DEVICE_WHEEL" not in os.environ):
-        sys.exit(f"make devices: found no {', '.join(lacks)}; on Debian: apt-get install -y {PACKAGES}")
+        sys.exit(
+            f"make devices: this machine lacks {', '.join(lacks)}; on Debian: apt-get install -y {PACKAGES}"
+        )
     folder = Path(sys.argv[1]).resolve() / wheel.VERSION
     built = wheel.wheel(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,13 +92,13 @@ def parity(python: Path, folder: Path, mode: str) -> Row:
 
 
 def small_devices(python: Path, folder: Path, shim: Path) -> Row:
-    """Five commands on devices of five sizes, their table printed as it grows."""
+    """Five commands on devices of seven sizes, their table printed as it grows."""
     start = time.perf_counter()
     print("\nsmall devices", flush=True)
     command = [str(python), "-m", "devices.matrix", str(folder / "matrix"), str(shim)]
     done = subprocess.run(command, env=environment(folder, exact=False), check=False)
     result = "all answers or one line, 0 signals" if done.returncode == 0 else "faults, see above"
-    return Row("commands on devices of 1 to 48 MB", result, time.perf_counter() - start, done.returncode == 0)
+    return Row("commands on devices of 1 to 64 MB", result, time.perf_counter() - start, done.returncode == 0)
 
 
 if __name__ == "__main__":

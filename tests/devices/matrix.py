@@ -1,4 +1,4 @@
-"""Five commands on a device of 1 to 48 MB: each ends in an answer or in one line, and no process by a signal.
+"""Five commands on a device of 1 to 64 MB: each ends in an answer or in one line, and no process by a signal.
 
     python -m devices.matrix FOLDER SMALL_DEVICE.SO      prints a table; exits 1 where a cell is neither
 
@@ -23,10 +23,11 @@ from attack import commands
 from attack.commands import Setup
 from devices.server import asked_of_a_server
 
-SIZES_MB = (1, 12, 24, 30, 48)
+# The last two have room for some layers, and for all but the vision tower.
+SIZES_MB = (1, 12, 24, 30, 48, 56, 64)
 LIMIT_S = 300.0
-# Of a child whose end was caught: a message that names it is a fault, too.
-SIGNAL = re.compile(r"\bSIG[A-Z]{3,4}\b|\bsignal \d+|GGML_ASSERT|Traceback|still running")
+# Of a child whose end was caught: a message that names it is a fault, too. So are words that are ggml's, not ours.
+SIGNAL = re.compile(r"\bSIG[A-Z]{3,4}\b|\bsignal \d+|GGML_ASSERT|Traceback|still running|^ggml", re.MULTILINE)
 QUESTION = b"What is it?\n"
 
 
