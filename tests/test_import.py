@@ -151,8 +151,12 @@ def test_what_a_program_keeps_is_found_and_asked_where_it_lies(
         (),
         None,
     )
+    assert found(row.name, None, where).text.path == Path(
+        row.model
+    )  # the name that is listed can be imported
     assert row.bytes == sum(path.stat().st_size for path in (bundle.model, bundle.mmproj))
-    pair = found(row.name if app in ("Ollama", "Hugging Face", "LM Studio") else row.model, None, where)
+    pair = found(row.name, None, where)
+    assert pair.text.path == Path(row.model)
     assert pair.owner == app
     how = style(pair.text, pair.projector.info, "llava-hf", False)
     made = adopt(pair, how, "theirs:f16", store=store)
@@ -225,7 +229,7 @@ def test_ollamas_model_is_taken_by_reference_and_its_projector_mended(
     ollama(home / ".ollama" / "models", bundle, mmproj=wrong)
     dry = run("ollama:llava:7b", "--as", "mine", "--dry-run")
     assert store.names() == []
-    assert "mended in a copy" in dry.stderr
+    assert "ollama:llava:7b: a LLaVA-1.5 with its projector; mended in a copy" in dry.stderr
     assert run("ollama:llava:7b", "--as", "mine", "--template", "vicuna_v1").stdout == "mine\n"
     made = Bundle.open(store.folder("mine"))
     assert features_move(made.mmproj, bundle.mmproj) == 0.0
