@@ -24,7 +24,7 @@ from pocketllava.cli import cli
 from pocketllava.convert.adopt import adopt, default_name, found, scan
 from pocketllava.convert.pair import style
 from pocketllava.measure.feature_drift import features_move
-from pocketllava.models.bundle import MODEL
+from pocketllava.models.bundle import MMPROJ, MODEL
 from pocketllava.models.catalog import Root, groups, ollama_layers, ollama_model, roots, walk
 from pocketllava.models.store import VARIABLE, Store
 
@@ -405,6 +405,8 @@ def test_a_path_that_is_no_utf8_can_be_referred_to(home: Path, bundle: Bundle, s
         [],
         {"other.gguf": {"path": "/x", "owner": None}},
         *({MODEL: {"path": p, "owner": None}} for p in ("x", "../x", "", 5, "/x\0")),
+        *({MODEL: {"path": "/x", "owner": None, "start": n}} for n in (-32, 33, "64", True, 1 << 80)),
+        {MMPROJ: {"path": "/x", "owner": None, "start": 64}},
     ],
     ids=str,
 )
@@ -414,5 +416,5 @@ def test_references_are_absolute_paths_of_a_bundles_files(
     folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
     values = json.loads((folder / "bundle.json").read_text("utf-8"))
     (folder / "bundle.json").write_text(json.dumps({**values, "references": references}), "utf-8")
-    with pytest.raises(BundleError, match=r"bundle\.json: references.* is .*, expected "):
+    with pytest.raises(BundleError, match=r"bundle\.json: (references|.*start).* is .*, expected "):
         Bundle.open(folder)
