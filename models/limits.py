@@ -72,6 +72,8 @@ def is_limited() -> bool:
 
 def check_libraries() -> None:
     """Raises BackendError where a resource limit does not even leave what the libraries take; before they load."""
+    if "llama_cpp" in sys.modules:  # they are there
+        return
     threads = len(psutil.Process().cpu_affinity()) * THREAD_BYTES if sys.platform == "linux" else 0
     for limit in resource_limits():
         needed = threads + (LIBRARIES_BYTES if limit.counts_mapped else LIBRARIES_DATA_BYTES)
