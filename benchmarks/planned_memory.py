@@ -2,9 +2,10 @@
 
     python benchmarks/planned_memory.py FOLDER... [--ctx 2048,4096] [--kv f16,q8_0] [--weights mapped,memory]
 
-FOLDER is a bundle, or "demo". Measured is the peak of the resident set (VmHWM; ru_maxrss elsewhere), which counts
-everything that the process touched: Python, libraries, mapped weights. Prints a table; exits 1 where planned and
-measured differ by more than 10 %.
+FOLDER is a bundle of any size, "demo", or what else a command takes for a model. Measured is the peak of the resident
+set (VmHWM; ru_maxrss elsewhere), which counts everything that the process touched: Python, libraries, mapped weights.
+Prints one table; exits 1 where planned and measured differ by more than 10 %. What cannot be loaded has its
+reason in the place of the figures.
 """
 
 from __future__ import annotations
@@ -33,41 +34,45 @@ def main() -> int:
     )
     lists = (options.ctx.split(","), options.kv.split(","), options.weights.split(","))
     for folder, ctx, kv, weights in itertools.product(options.folders, *lists):
-        planned, peak = measured(folder, int(ctx), kv, weights)
-        if not peak:  # the model was not trained on so much context
+        row = f"{Path(folder).name:<24} {ctx:>5} {kv:<5} {weights:<7}"
+        planned, peak, reason = measured(folder, int(ctx), kv, weights)
+        if reason:
+            print(f"{row} {reason}", flush=True)
             continue
         off = planned / peak - 1
         worst = max(worst, abs(off))
-        row = f"{Path(folder).name:<24} {ctx:>5} {kv:<5} {weights:<7}"
         print(f"{row} {planned / MB:>10.1f} {peak / MB:>11.1f} {off:>+7.1%}", flush=True)
     print(f"largest difference: {worst:.1%}")
     return int(worst > ALLOWED)
 
 
-def measured(folder: str, ctx: int, kv: str, weights: str) -> tuple[int, int]:
-    """(planned, peak) bytes of a child that loads the bundle and answers once."""
+def measured(folder: str, ctx: int, kv: str, weights: str) -> tuple[int, int, str]:
+    """(planned, peak) bytes of a child that loads the bundle and answers once; else why it did not."""
     command = [sys.executable, "-I", __file__, "--child", folder, str(ctx), kv, weights]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        *_, last = done.stderr.splitlines() or [""]
+        return 0, 0, f"ended with {done.returncode}: {last}"
     values = json.loads(done.stdout.splitlines()[-1])
-    return values["planned"], values["peak"]
+    return values["planned"], values["peak"], values["reason"]
 
 
 def child(folder: str, ctx: str, kv: str, weights: str) -> None:
     """One process: plan, load, answer, and the peak."""
     import numpy as np
 
-    from pocketllava import Llava, UnsupportedOption
+    from pocketllava import Llava, PocketLlavaError
 
     load = {"n_ctx": int(ctx), "kv_type": kv, "weights": weights}
-    try:
-        planned = Llava.plan(folder, **load)
-    except UnsupportedOption:
-        print(json.dumps({"planned": 0, "peak": 0}))
-        return
     picture = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
-    with Llava.load(folder, **load) as llava:
-        llava.ask(picture, "Describe the picture.", max_tokens=32)
-    print(json.dumps({"planned": planned.total, "peak": peak_bytes()}))
+    try:
+        planned = Llava.plan(folder, **load).total
+        with Llava.load(folder, **load) as llava:
+            llava.ask(picture, "Describe the picture.", max_tokens=32)
+    except PocketLlavaError as error:
+        print(json.dumps({"planned": 0, "peak": 0, "reason": str(error)}))
+        return
+    print(json.dumps({"planned": planned, "peak": peak_bytes(), "reason": ""}))
 
 
 def peak_bytes() -> int:

@@ -149,7 +149,7 @@ def _named(text: str, roots: Sequence[Root]) -> Group:
 
 
 def _row(group: Group, model: Path, projectors: Sequence[Path]) -> Row:
-    name = group.name if len(group.models) == 1 else str(model)
+    name = str(model) if group.flat or len(group.models) > 1 else group.name
     try:
         pair = _pair(group, model, projectors)
     except PocketLlavaError as error:

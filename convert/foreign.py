@@ -192,7 +192,10 @@ def remembered(pair: Pair, how: Style) -> tuple[Bundle, bool]:
 
 def said(pair: Pair, how: Style) -> str:
     """What was chosen, mended and assumed, in one line."""
-    chosen = f"{pair.text.name}: a LLaVA-1.{6 if pair.tiled else 5} with {pair.projector.header.name}"
+    model, vision = pair.text.name, pair.projector.header.name
+    if _HASH.fullmatch(model):  # blobs tell nobody anything
+        model, vision = pair.source.id, "its projector"
+    chosen = f"{model}: a LLaVA-1.{6 if pair.tiled else 5} with {vision}"
     others = f" ({type_name(pair.projector.header)}, rather than {', '.join(pair.others[:3])})"
     mended = "; mended in a copy: " + "; ".join(pair.projector.faults) if pair.projector.faults else ""
     pictures = "cut into tiles" if pair.tiled else "padded to a square" if how.pad else "cropped"

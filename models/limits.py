@@ -15,11 +15,14 @@ import psutil
 
 from pocketllava.errors import BackendError
 
-GIGA = 10**9
+GIGA, MEGA = 10**9, 10**6
 UNLIMITED = 1 << 60  # bytes; cgroup v1 says 2^63 rounded down to pages
 # Beside the plan, measured with RLIMIT_AS (180 MiB end the process now and then, 220 do not): malloc's arenas,
 # libraries, threads' stacks. All of it is address space, little of it is used.
 OVERHEAD_BYTES, THREAD_BYTES = 210 << 20, 12 << 20
+# What numpy and llama.cpp's libraries take before any model, beside a thread's share: with less of addresses or of
+# data, loading them fails in as many ways as there are libraries, and OpenBLAS ends the process.
+LIBRARIES_BYTES, LIBRARIES_DATA_BYTES = 140 << 20, 76 << 20
 CGROUP, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -60,6 +63,25 @@ def resource_limits() -> Iterator[Limit]:
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
             yield Limit(name, soft - n_bytes, counts_mapped=mapped, counts_reserved=True)
+
+
+def is_limited() -> bool:
+    """Whether a resource limit is set on this process's memory."""
+    return any(True for _ in resource_limits())
+
+
+def check_libraries() -> None:
+    """Raises BackendError where a resource limit does not even leave what the libraries take; before they load."""
+    if "llama_cpp" in sys.modules:  # they are there
+        return
+    threads = len(psutil.Process().cpu_affinity()) * THREAD_BYTES if sys.platform == "linux" else 0
+    for limit in resource_limits():
+        needed = threads + (LIBRARIES_BYTES if limit.counts_mapped else LIBRARIES_DATA_BYTES)
+        if limit.left < needed:
+            raise BackendError(
+                f"memory: {limit.name} leaves {max(0, limit.left) / MEGA:.0f} MB, expected at least"
+                f" {needed / MEGA:.0f} MB for the libraries alone; raise the limit"
+            )
 
 
 def cgroup_limits(listed: Path = CGROUP, mount: Path = MOUNT) -> Iterator[tuple[str, int]]:

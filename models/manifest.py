@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pocketllava.errors import BundleError
 from pocketllava.models.files import read_regular
+from pocketllava.models.gguf_header import ALIGNMENT
 from pocketllava.models.preprocessing import MAX_MEAN, Preprocessing
 from pocketllava.models.tiling import MAX_PINPOINTS, MAX_TILES, MERGE_TYPES, Tiling
 
@@ -275,15 +276,19 @@ def _references(top: _Section) -> dict[str, Reference]:
         name: Reference(
             section.section(name).get("path", _absolute, "an absolute path"),
             section.section(name).get("owner", _optional(_text), "text or null"),
-            _start(section.section(name)),
+            _start(section.section(name), name),
         )
         for name in sorted(names)
     }
 
 
-def _start(section: _Section) -> int:
-    most = MAX_FILE_BYTES
-    return int(section.get("start", _size, f"1 to {most}")) if "start" in section.value else 0
+def _start(section: _Section, name: str) -> int:
+    """Of a text model only, whose tensors libllama maps; libmtmd would open what the file begins with, unchecked."""
+    if "start" not in section.value:
+        return 0
+    if name != MODEL:
+        raise section.wrong("start", section.value["start"], "no such key: libmtmd opens whole files")
+    return int(section.get("start", _aligned, f"a multiple of {ALIGNMENT} up to {MAX_FILE_BYTES}"))
 
 
 def _quantized_from(top: _Section) -> QuantizedFrom | None:
@@ -348,6 +353,12 @@ def _whole(value: Any, first: int, last: int) -> int:
     if type(value) is not int or not first <= value <= last:
         raise ValueError
     return value
+
+
+def _aligned(value: Any) -> int:
+    if _size(value) % ALIGNMENT:
+        raise ValueError
+    return int(value)
 
 
 def _size(value: Any) -> int:

@@ -36,6 +36,7 @@ from pocketllava.commands.show_model import show
 from pocketllava.commands.streams import OutputError, flush_results, open_streams
 from pocketllava.commands.verify import verify
 from pocketllava.errors import OutOfMemory, PocketLlavaError
+from pocketllava.models.limits import is_limited
 from pocketllava.settings import nearest
 
 SECTIONS = {
@@ -115,6 +116,12 @@ def exit_code() -> int:
         complain("error", f"{name}{error.strerror or error}")
     except MemoryError:
         complain("error", "memory: found none free; close other programs, or take a smaller --ctx or model")
+    except (ImportError, RuntimeError):  # a library that found no room for itself
+        if not is_limited():
+            raise
+        complain(
+            "error", "memory: a limit (ulimit -v, ulimit -d) leaves too little for the libraries; raise it"
+        )
     finally:
         with contextlib.suppress(OSError, OutputError):
             flush_results()

@@ -24,7 +24,7 @@ from pocketllava.cli import cli
 from pocketllava.convert.adopt import adopt, default_name, found, scan
 from pocketllava.convert.pair import style
 from pocketllava.measure.feature_drift import features_move
-from pocketllava.models.bundle import MODEL
+from pocketllava.models.bundle import MMPROJ, MODEL
 from pocketllava.models.catalog import Root, groups, ollama_layers, ollama_model, roots, walk
 from pocketllava.models.store import VARIABLE, Store
 
@@ -151,8 +151,12 @@ def test_what_a_program_keeps_is_found_and_asked_where_it_lies(
         (),
         None,
     )
+    assert found(row.name, None, where).text.path == Path(
+        row.model
+    )  # the name that is listed can be imported
     assert row.bytes == sum(path.stat().st_size for path in (bundle.model, bundle.mmproj))
-    pair = found(row.name if app in ("Ollama", "Hugging Face", "LM Studio") else row.model, None, where)
+    pair = found(row.name, None, where)
+    assert pair.text.path == Path(row.model)
     assert pair.owner == app
     how = style(pair.text, pair.projector.info, "llava-hf", False)
     made = adopt(pair, how, "theirs:f16", store=store)
@@ -225,7 +229,7 @@ def test_ollamas_model_is_taken_by_reference_and_its_projector_mended(
     ollama(home / ".ollama" / "models", bundle, mmproj=wrong)
     dry = run("ollama:llava:7b", "--as", "mine", "--dry-run")
     assert store.names() == []
-    assert "mended in a copy" in dry.stderr
+    assert "ollama:llava:7b: a LLaVA-1.5 with its projector; mended in a copy" in dry.stderr
     assert run("ollama:llava:7b", "--as", "mine", "--template", "vicuna_v1").stdout == "mine\n"
     made = Bundle.open(store.folder("mine"))
     assert features_move(made.mmproj, bundle.mmproj) == 0.0
@@ -401,6 +405,8 @@ def test_a_path_that_is_no_utf8_can_be_referred_to(home: Path, bundle: Bundle, s
         [],
         {"other.gguf": {"path": "/x", "owner": None}},
         *({MODEL: {"path": p, "owner": None}} for p in ("x", "../x", "", 5, "/x\0")),
+        *({MODEL: {"path": "/x", "owner": None, "start": n}} for n in (-32, 33, "64", True, 1 << 80)),
+        {MMPROJ: {"path": "/x", "owner": None, "start": 64}},
     ],
     ids=str,
 )
@@ -410,5 +416,5 @@ def test_references_are_absolute_paths_of_a_bundles_files(
     folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
     values = json.loads((folder / "bundle.json").read_text("utf-8"))
     (folder / "bundle.json").write_text(json.dumps({**values, "references": references}), "utf-8")
-    with pytest.raises(BundleError, match=r"bundle\.json: references.* is .*, expected "):
+    with pytest.raises(BundleError, match=r"bundle\.json: (references|.*start).* is .*, expected "):
         Bundle.open(folder)

@@ -14,6 +14,7 @@ from pocketllava.models.limits import cgroup_limits, check_room, limits
 from pocketllava.models.memory import memory
 
 MIB = 1 << 20
+PHOTO = Path(__file__).parent / "photo.jpg"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces these limits")
 CHILD = """
 import resource, sys
@@ -61,6 +62,27 @@ def test_too_little_room_is_one_line(bundle: Bundle, kind: str, weights: str, ro
 @linux
 def test_enough_room_is_enough(bundle: Bundle) -> None:
     assert loaded("RLIMIT_AS", 320 * MIB, bundle.folder, "mapped") in ("stop", "length")
+
+
+@linux
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_command_under_any_limit_ends_in_an_answer_or_in_words(bundle: Bundle, kind: str) -> None:
+    """Set before it starts, so that already its libraries may find no room."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_CORE, (0, 0));"
+        " resource.setrlimit(getattr(resource, sys.argv.pop(1)), (int(sys.argv.pop(1)) << 20,) * 2);"
+        " from pocketllava.cli import main; main()"
+    )
+    ends = set()
+    for mib in (60, 120, 180, 250, 700):
+        question = ["ask", str(bundle.folder), "-", "What is it?", "--max-tokens", "2", "-t", "1", "-q"]
+        command = [sys.executable, "-I", "-c", code, kind, str(mib), *question]
+        done = subprocess.run(command, capture_output=True, check=False, input=PHOTO.read_bytes())
+        *_, last = done.stderr.decode().splitlines() or [""]
+        assert done.returncode in (0, 1), (mib, done.returncode, last)
+        assert done.returncode == 0 or last.startswith("error: "), (mib, last)
+        ends.add(done.returncode)
+    assert ends == {0, 1}
 
 
 def test_mapped_files_count_as_addresses_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import struct
 import zipfile
@@ -163,3 +164,21 @@ def test_what_is_no_llamafile_or_a_damaged_one_is_refused(
     with pytest.raises(BundleError, match=r"cannot be extracted .*; download it again"):
         open_bundle(tmp_path / "bad.llamafile")
     assert len(list(cache.rglob("*.partial"))) == 0
+
+
+def test_a_damaged_list_of_files_is_refused_in_one_line(files: tuple[Path, Path], tmp_path: Path) -> None:
+    data = packed(tmp_path / "llava.llamafile", *files).read_bytes()
+    listed, rng = data.rindex(b"PK\x01\x02", 0, data.rindex(b"PK\x01\x02")), random.Random(5)
+    damaged, refused = tmp_path / "damaged.llamafile", 0
+    for _ in range(80):
+        changed = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(listed, len(data))] = rng.randrange(256)
+        damaged.write_bytes(changed)
+        try:
+            for part in gguf_parts(damaged):
+                Header.read(part)
+        except BundleError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 10

@@ -87,7 +87,8 @@ def script() -> Any:
 @pytest.mark.parametrize("weights", ["mapped", "memory"])
 def test_the_plan_is_what_a_process_takes(make_bundle: Any, weights: str, kv_type: str) -> None:
     for folder, n_ctx in (("demo", 2048), (str(make_bundle("Q4_K_M").folder), 4096)):
-        planned, peak = script().measured(folder, n_ctx, kv_type, weights)
+        planned, peak, reason = script().measured(folder, n_ctx, kv_type, weights)
+        assert not reason
         assert planned == pytest.approx(peak, rel=WITHIN), folder
 
 

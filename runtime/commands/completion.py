@@ -6,6 +6,7 @@ Knows click's own mechanism, where bash breaks words, and the store's list of na
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
@@ -53,6 +54,13 @@ class Model(Place):
 
     def __init__(self, *, folders: bool = True) -> None:
         self._folders = folders
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself. Raises BackendError where there is no memory for the libraries that a model needs."""
+        from pocketllava.models.limits import check_libraries
+
+        check_libraries()
+        return super().convert(value, param, ctx)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
