@@ -269,9 +269,20 @@ def test_a_killed_run_goes_on(demo: Llava, photos: Path) -> None:
         COUNT,
         "-t",
         "1",
+        "--to",
+        "txt",
         "--album",
         str(path),
     ]
+
+    def sidecars() -> dict[str, str]:
+        return {
+            f.relative_to(photos).with_suffix("").as_posix(): f.read_text() for f in photos.rglob("*.txt")
+        }
+
+    def captions() -> dict[str, str]:
+        return {Path(row[0]).with_suffix("").as_posix(): row[2] for row in rows(path) if row[2]}
+
     for _ in range(4):
         child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 20
@@ -284,8 +295,10 @@ def test_a_killed_run_goes_on(demo: Llava, photos: Path) -> None:
             assert opened.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         found, before = len(rows(path)), found
         assert found >= before
+        assert sidecars().items() <= captions().items()
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 3
     assert rows(path) == rows(photos.parent / "whole.album")
+    assert sidecars() == captions()
 
 
 def test_the_walk_is_stable_and_hides_what_is_hidden(tmp_path: Path) -> None:
