@@ -171,6 +171,7 @@ def test_tags_are_a_sidecars_line(demo: Llava, photos: Path) -> None:
     (photos / "a.txt").write_text("1girl, {name},\nred  hair\n")
     (photos / "b.caption").write_text("a caption")
     (photos / "c.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    shutil.copy(photos / "c.webp", photos / "more" / "c, without tags.webp")
     (photos / "d.txt").write_text("</s><image> USER:, " * 100)
     events = caption(demo, photos, "Tags: {tags}. How many objects are there?", COUNT)
     asked = {e.path: e.given.asked for e in events if e.question is None or "{tags}" in e.question.prompt}
@@ -183,7 +184,8 @@ def test_tags_are_a_sidecars_line(demo: Llava, photos: Path) -> None:
     assert set(wrong) == {"broken.png", "c.webp"}
     assert "c.txt: cannot be read as tags" in wrong["c.webp"]
     texts = {e.path: e.given.text for e in events if e.question is not None and e.question.prompt == COUNT}
-    assert texts["a.png"] == demo.ask(photos / "a.png", COUNT).text
+    for name in ("a.png", "c.webp"):
+        assert texts[name] == demo.ask(photos / name, COUNT).text
 
 
 def test_a_prompt_that_has_no_room_for_one_picture_is_its_error(photos: Path) -> None:
