@@ -170,7 +170,9 @@ def shards(folder: Path, work: Path, reference: Path) -> dict[str, object]:
 
 
 def undisturbed(folder: Path, work: Path) -> Path:
-    """An album that was made in one go, for kills and shards to be compared with."""
+    """An album that was made in one go, for kills and shards to be compared with: that of `whole`, if it was run."""
+    if (work / "whole.album").exists():
+        return work / "whole.album"
     path = fresh(work / "undisturbed.album")
     subprocess.run(command(folder, path), stderr=subprocess.DEVNULL, check=False)
     return path

@@ -230,6 +230,11 @@ def test_exiftool_reads_and_merges(album: Album) -> None:
         ],
         check=True,
     )
+    one = next(album.rows(album.question(None)))
+    with Export("xmp", Style(existing="overwrite")).beside(waits=True) as writer:
+        for n in range(1, 3):  # exiftool starts anew
+            writer.add(one)
+            assert (writer.report.written, read()["Description"]) == (n, lines()["a.png"])
     for _ in range(2):
         assert write(album, "xmp", Style(existing="overwrite")).written == 3
         assert (read()["Rating"], read()["Description"]) == (4, lines()["a.png"])

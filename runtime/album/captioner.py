@@ -201,9 +201,11 @@ class _Run:
             self._done.append(Event("failed" if given.error else "copied", picture.path, question, given))
 
     def _known(self, question: Question, content: Read, asked: str) -> Given | None:
-        """An answer that needs no model: to the same bytes or pixels, or that they are no picture."""
+        """An answer that needs no model: to the same bytes or pixels, or that they, or its tags, cannot be read."""
         if content.error is not None:
             return Given(error=content.error, asked=asked)
+        if content.tags_error is not None and TAGS in question.prompt:
+            return Given(error=content.tags_error, asked=question.prompt)  # equal to nobody's
         same = self.album.same(question, content.sha256, asked)
         if same is not None and not (same.error and self.plan.retry_errors):
             return same

@@ -51,11 +51,16 @@ class Export:
         """The file or folder that is written, of pictures below root."""
         return self.target or root / FILES[self.format]
 
-    def beside(self) -> Beside:
-        """What writes the files beside pictures. Its tags are never those of the file that it writes."""
+    def beside(self, *, waits: bool = False) -> Beside:
+        """What writes the files beside pictures. Its tags are never those of the file that it writes.
+
+        waits: while a model answers, from one to the next.
+        """
         others = tuple(suffix for suffix in SIDECARS if suffix != self.file_suffix)
         style = replace(self.style, tag_files=others)
-        return XmpSidecars(style, self.naming) if self.format == "xmp" else Sidecars(style, self.file_suffix)
+        if self.format == "xmp":
+            return XmpSidecars(style, self.naming, waits=waits)
+        return Sidecars(style, self.file_suffix)
 
 
 def check(export: Export, walk: Walk) -> None:

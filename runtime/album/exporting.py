@@ -57,7 +57,7 @@ class Exported:
             check_album(album, question, self.export)
         events = run(llava, album, plan, finish=finish, should_stop=should_stop)
         beside = self.export.format in BESIDE
-        with self.export.beside() if beside else nullcontext() as writer:
+        with self.export.beside(waits=True) if beside else nullcontext() as writer:
             if writer is not None:
                 self.report = writer.report
                 yield from self._beside(writer, album, question, events)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketllava.album.words import read_tags
-from pocketllava.errors import InputError
+from pocketllava.errors import ImageError, InputError
 from pocketllava.models.files import read_regular
 from pocketllava.types import MAX_FILE_BYTES
 
@@ -20,7 +20,7 @@ AHEAD = 3  # pictures
 class Read:
     """A picture's bytes and their hash, or why there are none; pixels: its fingerprint, or why it has none.
 
-    tags: of its sidecar, where a prompt names them.
+    tags: of its sidecar, where a prompt names them; tags_error: why they cannot be read.
     """
 
     data: bytes = b""
@@ -28,6 +28,7 @@ class Read:
     pixels: str = ""
     error: str | None = None
     tags: str = ""
+    tags_error: str | None = None
 
 
 def read(path: str, fingerprint: Callable[[bytes], str], *, with_tags: bool = False) -> Read:
@@ -38,10 +39,13 @@ def read(path: str, fingerprint: Callable[[bytes], str], *, with_tags: bool = Fa
         return Read(error=f"cannot be read ({getattr(error, 'strerror', None) or error})")
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        tags = read_tags(Path(path)) if with_tags else ""
-        return Read(data, sha256, fingerprint(data), tags=tags)
-    except InputError as error:
+        pixels = fingerprint(data)
+    except ImageError as error:
         return Read(b"", sha256, error=str(error).removeprefix("image: "))
+    try:
+        return Read(data, sha256, pixels, tags=read_tags(Path(path)) if with_tags else "")
+    except InputError as error:
+        return Read(data, sha256, pixels, tags_error=str(error))
 
 
 def state(path: str) -> os.stat_result | None:

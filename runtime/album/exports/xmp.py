@@ -32,11 +32,14 @@ READY = "{ready}"
 
 
 class XmpSidecars(Beside):
-    """naming: photo.jpg.xmp (digiKam, darktable, Immich) or photo.xmp (Lightroom, Capture One)."""
+    """naming: photo.jpg.xmp (digiKam, darktable, Immich) or photo.xmp (Lightroom, Capture One).
 
-    def __init__(self, style: Style, naming: Naming) -> None:
+    waits: whether others come much later; exiftool is ended meanwhile, which would outlive a process that is killed.
+    """
+
+    def __init__(self, style: Style, naming: Naming, *, waits: bool = False) -> None:
         super().__init__(style)
-        self._naming, self._tool, self._left_alone = naming, _ExifTool(), 0
+        self._naming, self._waits, self._tool, self._left_alone = naming, waits, _ExifTool(), 0
 
     def put(self, row: Row, caption: str) -> None:
         path = sidecar(row.file, self._naming)
@@ -48,6 +51,8 @@ class XmpSidecars(Beside):
         elif not self._tool.merge(path, caption, subjects(row)):
             self._left_alone += 1
             return
+        elif self._waits:
+            self._tool.close()
         self.report.written += 1
 
     def end(self) -> list[str]:
@@ -124,7 +129,11 @@ class _ExifTool:
             return False
         lines = [f"-XMP-dc:Description={_text(caption)}", *(f"-XMP-dc:Subject+={word}" for word in words)]
         unique = [f"-XMP-dc:Subject-={word}" for word in words]  # exiftool: remove, then add
-        return "1 image files updated" in self._run([*unique, *lines, "-overwrite_original", name])
+        try:
+            return "1 image files updated" in self._run([*unique, *lines, "-overwrite_original", name])
+        except OSError:  # it was ended; the next one gets another
+            self._process = None
+            return False
 
     def _run(self, arguments: Sequence[str]) -> str:
         process = self._process = self._process or self._started()
@@ -144,9 +153,12 @@ class _ExifTool:
         return subprocess.Popen(
             [self._command, "-stay_open", "True", "-@", "-", "-common_args", "-charset", "filename=utf8"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
+            # Ctrl-C is for the run, which still writes its last caption
+            start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )  # fmt: skip
 
     def close(self) -> None:
         """End it, where it was started."""
-        if self._process is not None:
-            self._process.communicate("-stay_open\nFalse\n")
+        process, self._process = self._process, None
+        if process is not None:
+            process.communicate("-stay_open\nFalse\n")
