@@ -67,11 +67,9 @@ class Gallery:
         self.facts()
 
     def facts(self) -> Facts:
-        """Its name, how many pictures were answered about, and its columns."""
+        """Its name, how many pictures it knows, and its columns."""
         with self._opened() as album:
-            (n,) = album.database.execute(
-                "SELECT count(DISTINCT picture) FROM answers WHERE error IS NULL"
-            ).fetchone()
+            (n,) = album.database.execute("SELECT count(*) FROM pictures").fetchone()
             return Facts(self.path.stem, n, tuple(album.questions()))
 
     def by_words(self, words: str, column: int | None, limit: int) -> list[Hit]:
