@@ -31,14 +31,14 @@ def _target(name: str, seed: int, cases: int, folder: Path) -> Counts:
 
 
 CAMPAIGNS: dict[str, tuple[Campaign, int, int]] = {  # what runs, quick count, long count
-    "GGUF files": (gguf_files.run, 3000, 20_000),
+    "GGUF files": (gguf_files.run, 4000, 20_000),
     "chat templates and tokenizers": (templates.run, 600, 5000),
-    "checkpoints": (damage.campaign, 60, 1000),
-    **{name: (partial(_target, name), 600, 5000) for name in files.TARGETS},
-    "JSON schemas": (schemas.run, 1000, 20_000),
-    "bodies of requests": (bodies.run, 1500, 5000),
-    "commands in odd places": (streams.run, 20, 100),
-    "interrupts": (interrupts.run, 30, 504),
+    "checkpoints": (damage.campaign, 100, 1000),
+    **{name: (partial(_target, name), 1500, 5000) for name in files.TARGETS},
+    "JSON schemas": (schemas.run, 2000, 20_000),
+    "bodies of requests": (bodies.run, 2500, 5000),
+    "commands in odd places": (streams.run, 30, 100),
+    "interrupts": (interrupts.run, 60, 504),
     "cancelled calls": (isolated.cancels, 20, 50),  # for each of four phases, twice
     "calls in a row": (isolated.calls, 500, 3000),
     "disconnects": (serving.disconnects, 10, 200),  # for each of five phases, twice
