@@ -14,7 +14,7 @@ from pocketllava.integrations.ray import Captioner, done_paths
 from pocketllava.models.demo import scenes
 
 SEED = scenes.HELD_OUT_SEEDS.start + 3
-EXAMPLE = Path(__file__).parent.parent / "examples" / "ray" / "captions.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "cluster" / "ray_captions.py"
 
 
 @pytest.fixture

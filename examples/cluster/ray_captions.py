@@ -1,12 +1,12 @@
 """Captions for a folder by Ray Data: two actors, bytes in, parquet out; run again, it goes on where it stopped.
 
-python examples/ray/captions.py PICTURES OUTPUT [MODEL]       pip install "pocketllava[ray]"
+python examples/cluster/ray_captions.py PICTURES OUTPUT [MODEL]       pip install "pocketllava[ray]"
 """
 
 import sys
 from pathlib import Path
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from pocketllava.integrations.ray import Captioner, done_paths
 
