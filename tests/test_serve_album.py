@@ -159,12 +159,12 @@ def test_only_bytes_that_were_asked_about_are_given(tmp_path: Path) -> None:
 DAMAGED = (
     "UPDATE answers SET text = x'ff'",
     "UPDATE answers SET text = 1, mark = 2, error = NULL",
-    "UPDATE pictures SET path = 5",
-    "UPDATE pictures SET path = x'00', sha256 = 7",
+    "UPDATE pictures SET path = 5 WHERE id = 1",
+    "UPDATE pictures SET path = x'00', sha256 = 7 WHERE id = 1",
     "UPDATE questions SET options = '{'",
     "UPDATE questions SET prompt = 3, model_sha256 = 4",
     "UPDATE features SET mean = x'01'",
-    "UPDATE features SET mean = 'text', pixels = 9",
+    "UPDATE features SET mean = 'text', pixels = 9 WHERE id = 1",
     "DELETE FROM questions",
 )
 
