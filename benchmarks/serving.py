@@ -3,10 +3,10 @@
     python benchmarks/serving.py BUNDLE LLAMA_SERVER [--image FILE] [--runs N] [--clients N] [--turns N] [--ctx N]
         [--threads N]
 
-BUNDLE is a folder with model.gguf and mmproj.gguf, LLAMA_SERVER llama.cpp's own program. One server runs at a time,
-each with the same threads and greedy decoding. "New picture" and "second question" are seconds until the first word,
-alone. Then clients with their own pictures ask in turns, all at once: llama-server gets a slot and a context for each.
-Run it on a quiet machine.
+BUNDLE is a folder with model.gguf and mmproj.gguf, or a model's name, LLAMA_SERVER llama.cpp's own program. One server
+runs at a time, each with the same threads and greedy decoding. "New picture" and "second question" are seconds until
+the first word, alone. Then clients with their own pictures ask in turns, all at once: llama-server gets a slot and a
+context for each. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 from arguments import about, arguments, image_part
 from PIL import Image
+
+from pocketllava.names import open_bundle
 
 QUESTIONS = (
     "Describe this image.",
@@ -105,10 +107,10 @@ def main() -> None:
 
 def _commands(a: Any) -> dict[str, list[str]]:
     """Both servers, without their ports."""
-    bundle, threads = Path(a.bundle), str(a.threads)
+    bundle, threads = open_bundle(a.bundle), str(a.threads)
     slots = ["-np", str(a.clients), "-c", str(a.ctx * a.clients)]
-    llama = ["-m", str(bundle / "model.gguf"), "--mmproj", str(bundle / "mmproj.gguf"), "-t", threads]
-    ours = ["serve", str(bundle), "--ctx", str(a.ctx), "--threads", threads, "--queue", str(2 * a.clients)]
+    llama = ["-m", str(bundle.model), "--mmproj", str(bundle.mmproj), "-t", threads]
+    ours = ["serve", a.bundle, "--ctx", str(a.ctx), "--threads", threads, "--queue", str(2 * a.clients)]
     return {
         "pocketllava serve": [sys.executable, "-m", "pocketllava", *ours],
         "llama-server": [str(a.llama_server), *llama, *slots],

@@ -105,7 +105,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     plain = Path(os.fsdecode(path))
     try:
         return plain.expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # ValueError: no name at all, as with a NUL in it
         return plain
 
 

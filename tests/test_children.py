@@ -226,3 +226,19 @@ def test_modules_in_the_current_folder_are_not_executed(
         assert "features of a drawn picture: moved by" in done.stdout
     elif command != "demo":
         assert json.loads((tmp_path / "out" / "bundle.json").read_text())["types"]["model"] == "Q4_0"
+
+
+def test_an_interrupt_while_a_child_starts_leaves_nothing() -> None:
+    """Where its readers are being started: nobody would end the child, and the readers would wait for it for ever."""
+    program = (
+        "import threading\n"
+        "from pocketllava.llamacpp import children\n"
+        "start = threading.Thread.start\n"
+        "def interrupted(thread):\n"
+        "    start(thread)\n"
+        "    raise KeyboardInterrupt\n"
+        "threading.Thread.start = interrupted\n"
+        "children.run_child('builtins:len', 'x')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"

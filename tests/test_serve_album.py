@@ -7,7 +7,9 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,42 @@ def test_only_bytes_that_were_asked_about_are_given(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"^picture {number}: "):
             gallery.picture(number)
     assert {hit.path for hit in gallery.first(None, 9)} == {"0.png", "1.jpg", "2.webp", "secret.png"}
+
+
+DAMAGED = (
+    "UPDATE answers SET text = x'ff'",
+    "UPDATE answers SET text = 1, mark = 2, error = NULL",
+    "UPDATE pictures SET path = 5 WHERE id = 1",
+    "UPDATE pictures SET path = x'00', sha256 = 7 WHERE id = 1",
+    "UPDATE questions SET options = '{'",
+    "UPDATE questions SET prompt = 3, model_sha256 = 4",
+    "UPDATE features SET mean = x'01'",
+    "UPDATE features SET mean = 'text', pixels = 9 WHERE id = 1",
+    "DELETE FROM questions",
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_album_is_an_error(tmp_path: Path, damage: str) -> None:
+    path = album(tmp_path, CAPTIONS[:2])
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA foreign_keys = OFF")
+        database.execute(damage)
+    database.close()
+    try:
+        gallery = Gallery(path)
+        works: list[Callable[[], Any]] = [
+            gallery.facts,
+            lambda: gallery.first(None, 9),
+            lambda: gallery.by_words("red", None, 9),
+            lambda: gallery.like(1, 9),
+            lambda: gallery.picture(1),
+        ]
+        for work in works:
+            with suppress(InputError):
+                json.dumps(work(), default=lambda found: asdict(found) if is_dataclass(found) else str(found))  # type: ignore[arg-type]
+    except InputError as error:
+        assert str(error).startswith("photos.album: ")
 
 
 def test_a_search_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,11 +67,9 @@ class Gallery:
         self.facts()
 
     def facts(self) -> Facts:
-        """Its name, how many pictures were answered about, and its columns."""
+        """Its name, how many pictures it knows, and its columns."""
         with self._opened() as album:
-            (n,) = album.database.execute(
-                "SELECT count(DISTINCT picture) FROM answers WHERE error IS NULL"
-            ).fetchone()
+            (n,) = album.database.execute("SELECT count(*) FROM pictures").fetchone()
             return Facts(self.path.stem, n, tuple(album.questions()))
 
     def by_words(self, words: str, column: int | None, limit: int) -> list[Hit]:
@@ -139,6 +137,15 @@ class Gallery:
                 yield album
         except InputError as error:
             raise type(error)(str(error).replace(str(self.path), self.path.name)) from error
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+        ) as error:  # SQLite keeps any type anywhere
+            raise InputError(
+                f"{self.path.name}: damaged, found values that no album has ({error})"
+            ) from error
 
 
 def thumbnail(data: bytes) -> bytes:
@@ -176,8 +183,8 @@ def _hits(rows: Iterable[tuple[Row, float | None]]) -> list[Hit]:
 
 def _hit(row: Row, likeness: float | None) -> Hit:
     given = row.given
-    caption = (given.text or "")[:MAX_CAPTION]
-    return Hit(row.id, _shown(row.path), caption, row.question.prompt, given.mark or None, likeness)
+    caption, mark = str(given.text or "")[:MAX_CAPTION], str(given.mark) if given.mark else None
+    return Hit(row.id, _shown(row.path), caption, str(row.question.prompt), mark, likeness)
 
 
 def _shown(path: str) -> str:

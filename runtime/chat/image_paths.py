@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from pocketllava.errors import InputError
+from pocketllava.models.files import expanded
 
 WINDOWS = os.name == "nt"
 MAX_CHARACTERS = 1024  # of a path, as typed
@@ -139,14 +140,7 @@ def _shell_words(typed: str) -> list[str]:
 
 
 def _as_path(value: str) -> Path:
-    return Path(_from_url(value)) if _FILE_URL.match(value) else _expanded(Path(value))
-
-
-def _expanded(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:  # ~ of somebody who has no home here
-        return path
+    return Path(_from_url(value)) if _FILE_URL.match(value) else expanded(value)
 
 
 def _from_url(url: str) -> str:

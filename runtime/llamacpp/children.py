@@ -179,10 +179,11 @@ def _run(command: Sequence[str], task: bytes, folder: str, timeout_s: float) -> 
     assert process.stdout
     assert process.stderr
     streams = (process.stdout, process.stderr)
-    readers = [threading.Thread(target=keep_end, args=pair) for pair in zip(streams, ends, strict=True)]
-    for reader in readers:
-        reader.start()
-    try:
+    pairs = zip(streams, ends, strict=True)
+    readers = [threading.Thread(target=keep_end, args=pair, daemon=True) for pair in pairs]
+    try:  # from here on: Ctrl-C while a reader starts would leave a child that waits, and readers that wait for it
+        for reader in readers:
+            reader.start()
         with contextlib.suppress(OSError), process.stdin:  # a child that reads nothing may be gone
             process.stdin.write(task)
         exit_code: int | None = process.wait(timeout_s)
@@ -192,7 +193,8 @@ def _run(command: Sequence[str], task: bytes, folder: str, timeout_s: float) -> 
         process.kill()
         process.wait()
         for reader, stream in zip(readers, streams, strict=True):
-            reader.join()
+            with contextlib.suppress(RuntimeError):  # one that was not started
+                reader.join()
             stream.close()
     stdout, stderr = (bytes(end).decode("utf-8", "replace") for end in ends)
     return exit_code, stdout, stderr

@@ -13,6 +13,7 @@ import base64
 import json
 import random
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -23,6 +24,7 @@ if __name__ == "__main__":
 
 import json_schemas
 import jsonschema
+from albums import album
 from pictures import png, scene
 from serving import QUESTION, SCENE, serving
 
@@ -268,13 +270,18 @@ def post(url: str, data: bytes) -> tuple[int, str, bytes]:
 def run(seed: int, cases: int, folder: Path) -> Counts:
     """Every case of a seed; then the engine must be the one that was started, and its answer the right one."""
     counts = Counts()
-    with serving() as address:
+    with tempfile.TemporaryDirectory() as place, serving("--album", str(_album(Path(place)))) as address:
         document = json.loads(urllib.request.urlopen(f"{address}/openapi.json", timeout=HANG_S).read())
         bodies, judge = Bodies(document), Judge(address, document, counts)
         for n in range(seed * 1_000_000, seed * 1_000_000 + cases):
             judge.send(f"seed {n}", *bodies.case(random.Random(n)))
         _survived(address, counts)
     return counts
+
+
+def _album(folder: Path) -> Path:
+    """What searches look into."""
+    return album(folder, ("Hello.", "1", "null", "a red square", f"{QUESTION} é"))
 
 
 def _survived(address: str, counts: Counts) -> None:

@@ -61,6 +61,8 @@ def serve(targets: dict[str, Target], seed: int, cases: int, first: int, folder:
         place.mkdir(exist_ok=True)
         (place / "case").write_bytes(data)
         kind, detail = outcome(targets[name], data, place)
+        if detail:  # here, since the next case is written while the parent reads of this one
+            _keep(place, f"{name} {seed} {n}")
         print(json.dumps([number, kind, detail]), flush=True)
 
 
@@ -72,11 +74,15 @@ def campaign(script: Path, names: Sequence[str], seed: int, cases: int, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     counts, first = {name: Counts(cases=cases) for name in names}, 0
 
+    def case(number: int) -> tuple[str, str]:
+        name = names[number // cases]
+        return name, f"{name} {seed} {number % cases}"
+
     def count(number: int, kind: str, detail: str) -> None:
-        name, n = names[number // cases], number % cases
+        name, words = case(number)
         setattr(counts[name], kind, getattr(counts[name], kind) + 1)
         if detail:
-            _keep(counts[name], folder / name.replace(" ", "-"), f"{name} {seed} {n}", f"{kind}: {detail}")
+            counts[name].failures.append(f"{words}: {kind}: {detail}")
 
     while first < cases * len(names):
         words = ["--child", str(seed), str(cases), str(first), str(folder), *names]
@@ -92,6 +98,8 @@ def campaign(script: Path, names: Sequence[str], seed: int, cases: int, folder: 
             kind = "hangs" if child.wait() == -9 else "crashes"
             end = (folder / "stderr").read_text("utf-8", "replace")[-300:]
             count(first, kind, f"exit code {child.wait()} {end}")
+            name, words = case(first)
+            _keep(folder / name.replace(" ", "-"), words)
             first += 1
     return counts
 
@@ -111,7 +119,6 @@ def _answers(child: subprocess.Popen[bytes]) -> Iterator[tuple[int, str, str]]:
         yield json.loads(line)
 
 
-def _keep(counts: Counts, folder: Path, case: str, fault: str) -> None:
-    counts.failures.append(f"{case}: {fault}")
+def _keep(folder: Path, case: str) -> None:
     if (folder / "case").exists():
         (folder / "case").replace(folder / case.replace(" ", "-"))

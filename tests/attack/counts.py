@@ -15,5 +15,6 @@ class Counts:
     crashes: int = 0
     hangs: int = 0
     tracebacks: int = 0
+    leaks: int = 0  # memory, descriptors or processes that stayed
     wrong: int = 0
     failures: list[str] = field(default_factory=list)

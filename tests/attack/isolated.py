@@ -120,7 +120,7 @@ def calls(seed: int, cases: int, folder: Path) -> Counts:
     ):
         print(f"{name}: {early:.0f}, in the end {late:.0f}", file=sys.stderr)
         if late > early + (SLACK_MB if "MB" in name else SLACK_FILES):
-            counts.wrong += 1
+            counts.leaks += 1
             counts.failures.append(f"{name}: {early:.0f} after some calls, {late:.0f} in the end")
     return counts
 
