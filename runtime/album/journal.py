@@ -75,7 +75,7 @@ class Row:
     sha256: str
     question: Question
     given: Given
-    id: int  # the picture's
+    id: int = 0  # the picture's, where the row was read from the album
 
 
 _GIVEN = tuple(Given.__dataclass_fields__)

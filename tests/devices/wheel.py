@@ -81,7 +81,7 @@ def _say_progress(command: list[str], log: Path) -> None:
     start = said = time.monotonic()
     print(f"building with two jobs, 15 to 40 minutes; {log}", flush=True)
     with (
-        log.open("w") as out,
+        log.open("w", encoding="utf-8") as out,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as child,
