@@ -50,7 +50,7 @@ pyright: .venv/dev # on the examples; fetches the npm package of that name once
 
 page: .venv/dev # the web page in the system's Chromium
 	$(BIN)/pip install --quiet -e ".[page]"
-	$(BIN)/pytest tests/test_page.py tests/test_page_odd.py
+	$(BIN)/pytest tests/test_page.py tests/test_page_odd.py tests/test_page_album.py
 
 clients: .venv/dev # real programs ask the server; node's where there is npm, LlamaIndex with the openai it needs
 	$(BIN)/pip install --quiet -e ".[clients]"
