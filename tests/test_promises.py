@@ -178,7 +178,11 @@ def own_class(name: str, text: str) -> bool:
     return bool(re.search(rf"def {attribute}\(|self\.{attribute}\b|^    {attribute}\b", text, re.MULTILINE))
 
 
-FOREIGN = ("._fields_", "._didModify")  # of ctypes' structures and of zipfile's archives
+FOREIGN = (
+    "._fields_",
+    "._name",
+    "._didModify",
+)  # of ctypes' structures and libraries, and of zipfile's archives
 
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])

@@ -26,7 +26,7 @@ from pictures import scene
 from windows import windows_files
 
 from pocketllava import Bundle, ImageError, InputError, Llava, ModelNotFound
-from pocketllava.album.database import _uri
+from pocketllava.album.database import uri
 from pocketllava.cli import cli
 from pocketllava.convert import convert
 from pocketllava.convert.adopt import found
@@ -300,9 +300,9 @@ def test_a_picture_on_a_drive_is_a_file(name: str) -> None:
 
 
 def test_an_album_on_a_server_is_opened_by_sqlite() -> None:
-    assert _uri(PureWindowsPath(r"\\host\share\my photos.album")) == "file:////host/share/my%20photos.album"
-    assert _uri(PureWindowsPath(r"C:\photos\a?.album")) == "file:///C%3A/photos/a%3F.album"
-    assert _uri(PurePosixPath("/photos/a#b.album")) == "file:///photos/a%23b.album"
+    assert uri(PureWindowsPath(r"\\host\share\my photos.album")) == "file:////host/share/my%20photos.album"
+    assert uri(PureWindowsPath(r"C:\photos\a?.album")) == "file:///C%3A/photos/a%3F.album"
+    assert uri(PurePosixPath("/photos/a#b.album")) == "file:///photos/a%23b.album"
 
 
 # Processors and consoles
@@ -411,7 +411,7 @@ def test_a_shared_memory_that_is_short_is_said(bundle: Bundle) -> None:
 
 
 def test_what_a_device_can_do_is_read_where_ggml_writes_it() -> None:
-    ggml_library, props = private("llama_cpp._ggml", "libggml"), devices._Props()
+    ggml_library, props = private("llama_cpp._ggml", "libggml"), devices.Props()
     ggml_library.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     cpu = ctypes.c_void_p(ggml_library.ggml_backend_dev_by_type(CPU_TYPE))
     ggml().ggml_backend_dev_get_props(cpu, ctypes.byref(props))

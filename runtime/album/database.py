@@ -81,7 +81,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
             if create or not exists or path.with_name(path.name + "-wal").exists():
                 raise
         # in a folder that cannot be written, which WAL would need to be, it can be read as long as nobody writes
-        return _opened(path, f"{_uri(path.absolute())}?mode=ro&immutable=1", exists, writable=False)
+        return _opened(path, f"{uri(path.absolute())}?mode=ro&immutable=1", exists, writable=False)
 
 
 def sync(database: sqlite3.Connection) -> None:
@@ -89,7 +89,7 @@ def sync(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
-def _uri(path: PurePath) -> str:
+def uri(path: PurePath) -> str:
     """An absolute path as SQLite takes it: no authority, which Path.as_uri makes of a Windows server's name."""
     name = quote(path.as_posix())
     return f"file://{'' if name.startswith('/') else '/'}{name}"

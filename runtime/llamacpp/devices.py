@@ -35,7 +35,7 @@ class _Caps(ctypes.Structure):
     ]
 
 
-class _Props(ctypes.Structure):
+class Props(ctypes.Structure):
     """struct ggml_backend_dev_props."""
 
     _fields_ = [
@@ -78,7 +78,7 @@ def address_of(name: str) -> int:
     raise BackendError(f"{name}: this llama.cpp has no such device; `pocketllava doctor` lists them")
 
 
-def _all() -> list[tuple[int, _Props]]:
+def _all() -> list[tuple[int, Props]]:
     """Address and properties of every GPU, in ggml's order."""
     import llama_cpp
 
@@ -90,14 +90,14 @@ def _all() -> list[tuple[int, _Props]]:
     lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     found = []
     for i in range(lib.ggml_backend_dev_count()):
-        address, props = lib.ggml_backend_dev_get(i), _Props()
+        address, props = lib.ggml_backend_dev_get(i), Props()
         base.ggml_backend_dev_get_props(address, ctypes.byref(props))
         if props.type in (GPU, INTEGRATED):
             found.append((address, props))
     return found
 
 
-def _device(address: int, props: _Props) -> Device:
+def _device(address: int, props: Props) -> Device:
     name, backend = props.name.decode(), ggml().ggml_backend_dev_backend_reg(address)
     return Device(
         f"{name} ({props.description.decode()})",

@@ -8,15 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pocketllava.album.journal import Row
 from pocketllava.album.quality import CUT, RETRIED, whole_sentences
 from pocketllava.album.words import SIDECARS, TAGS, filled, has_words, read_tags
 from pocketllava.errors import InputError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Existing = Literal["skip", "overwrite", "append", "prepend"]
 EXISTING = ("skip", "overwrite", "append", "prepend")
@@ -98,7 +95,7 @@ class Beside(ABC):
     def put(self, row: Row, caption: str) -> None:
         """Write a caption, and count it in the report."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Beside:
         return self
 
     def __exit__(self, *_: object) -> None:
