@@ -25,7 +25,7 @@ ASKED = (
     ("How many objects are there?", ("1", "2", "3", "4", "5")),
     ("What is at the center?", ("a red square", "a blue star", "nothing", "a green circle")),
 )
-BOUND = 5e-3  # of a probability, for F32 weights; spellings of less than 1e-4 of another are left out
+BOUND = 1e-3  # of a probability, for F32 weights; spellings of less than 1e-4 of another are left out
 
 
 def name_of(seed: int, question: str) -> str:
