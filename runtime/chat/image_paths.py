@@ -41,9 +41,10 @@ _START = re.compile(
     r"(?:^|(?<=\s))(?=\S)|(?<=[(\[{<])(?=[^\s(\[{<])"
     r"|(?<=\S)(?=['\"](?:[/\\~]|file:|[A-Za-z]:[\\/]))|(?<=[?!.,;)'\"])(?=[/~]|file:|[A-Za-z]:[\\/])"
 )
-# Such an ending of any name, wherever it stands: "(see photo.jpg)", "photo.jpg's", but not "photo.jpg.txt" or ".jpg".
+# Such an ending of any name, wherever it stands: "(see photo.jpg)", "photo.jpg's", "photo\.jpg" as a shell may write it, but
+# not "photo.jpg.txt" or ".jpg".
 _LOOKS = re.compile(
-    rf"[^\s.(\[{{<'\"`*/\\,;:]{_EXTENSION}(?![A-Za-z0-9_])(?!(?-i:\.[a-z0-9]{{1,5}}\b))", re.I
+    rf"[^\s.(\[{{<'\"`*/\\,;:]\\?{_EXTENSION}(?![A-Za-z0-9_])(?!(?-i:\.[a-z0-9]{{1,5}}\b))", re.I
 )
 _DATA_URI = re.compile(r"(?<![A-Za-z0-9])data:image/", re.I)
 _WORD = re.compile(

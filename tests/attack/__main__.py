@@ -60,11 +60,12 @@ def main() -> None:
     ap.add_argument("--share", type=float, default=1.0)
     ap.add_argument("--long", action="store_true", default=bool(os.environ.get("LONG")))
     a = ap.parse_intermixed_args()
+    top = a.folder.absolute()  # children run in other folders
     print(f"| class | {' | '.join(COLUMNS)} | s |\n|---{'|---' * len(COLUMNS)}|---|")
     failures: list[str] = []
     for name in a.campaigns:
         campaign, *cases = CAMPAIGNS[name]
-        folder = a.folder / name.replace(" ", "-")
+        folder = top / name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         start = time.perf_counter()
