@@ -41,8 +41,8 @@ _START = re.compile(
     r"(?:^|(?<=\s))(?=\S)|(?<=[(\[{<])(?=[^\s(\[{<])"
     r"|(?<=\S)(?=['\"](?:[/\\~]|file:|[A-Za-z]:[\\/]))|(?<=[?!.,;)'\"])(?=[/~]|file:|[A-Za-z]:[\\/])"
 )
-# Such an ending of any name, wherever it stands: "(see photo.jpg)", "photo.jpg's", "photo\.jpg" as a shell may write it, but
-# not "photo.jpg.txt" or ".jpg".
+# Such an ending of any name, wherever it stands: "(see photo.jpg)", "photo.jpg's", a shell's "photo\.jpg", but not
+# "photo.jpg.txt" or ".jpg".
 _LOOKS = re.compile(
     rf"[^\s.(\[{{<'\"`*/\\,;:]\\?{_EXTENSION}(?![A-Za-z0-9_])(?!(?-i:\.[a-z0-9]{{1,5}}\b))", re.I
 )
