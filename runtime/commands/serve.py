@@ -103,7 +103,7 @@ def serve(
     )
     names = (*hosts, *([host] if host not in ANYWHERE else [socket.gethostname()]))
     app = build(supervisor, served, Access(key, origins, names), gallery)
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         address = _address(host, listener.getsockname()[1])
         _announce(address, key)
         if open_page:
@@ -112,15 +112,18 @@ def serve(
             uvicorn.Server(config(app)).run([listener])
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """A socket that listens; the connections wait there until the server takes them. Raises InputError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()  # IPv4's addresses as well
     try:
-        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+        listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port}: cannot listen there ({reason}); take another --port") from error
+    # asyncio turns Nagle's algorithm off only where the protocol is said; with it, answers of one packet after another
+    # wait 40 ms for the client's acknowledgement.
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, listener.detach())
 
 
 def _album_of(path: Path) -> Path:
