@@ -29,10 +29,8 @@ FILE_TYPE, TEMPLATE = "general.file_type", "tokenizer.chat_template"
 TOKENS, END = "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"
 DEFAULT_END = 2  # llama.cpp's own for SPM vocabularies
 HEADS, KV_HEADS = "llama.attention.head_count", "llama.attention.head_count_kv"
-ROPE_BASE, INSTRUCT_V2 = (
-    "llama.rope.freq_base",
-    1e6,
-)  # Mistral-Instruct 0.2, of LLaVA-1.6; BakLLaVA's 0.1 has 1e4
+ROPE_BASE = "llama.rope.freq_base"
+INSTRUCT_V2 = 1e6  # Mistral-Instruct 0.2, of LLaVA-1.6; BakLLaVA's 0.1 has 1e4
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 OWN = "its own"
 TEMPLATES = {

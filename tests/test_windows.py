@@ -34,7 +34,7 @@ from pocketllava.convert.repair import examine, repair
 from pocketllava.download.choice import source
 from pocketllava.errors import BackendError, ConvertError
 from pocketllava.llamacpp import children, devices
-from pocketllava.llamacpp.library import ggml
+from pocketllava.llamacpp.library import DeviceProps, ggml
 from pocketllava.llamacpp.private import private, set_fields
 from pocketllava.llamacpp.text_model import load_model
 from pocketllava.measure.feature_drift import tiny_text_model
@@ -412,7 +412,7 @@ def test_a_shared_memory_that_is_short_is_said(bundle: Bundle) -> None:
 
 
 def test_what_a_device_can_do_is_read_where_ggml_writes_it() -> None:
-    ggml_library, props = private("llama_cpp._ggml", "libggml"), devices.Props()
+    ggml_library, props = private("llama_cpp._ggml", "libggml"), DeviceProps()
     ggml_library.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     cpu = ctypes.c_void_p(ggml_library.ggml_backend_dev_by_type(CPU_TYPE))
     ggml().ggml_backend_dev_get_props(cpu, ctypes.byref(props))

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from pocketllava.errors import BackendError
-from pocketllava.llamacpp.library import ggml
+from pocketllava.llamacpp.library import DeviceProps, ggml
 from pocketllava.llamacpp.load_log import short_name
 from pocketllava.llamacpp.log import capture_log
 from pocketllava.llamacpp.private import private
@@ -20,33 +20,6 @@ from pocketllava.models.machine import Device, Machine, rearranged_types, this_m
 
 GPU, INTEGRATED = 1, 2  # enum ggml_backend_dev_type (ggml-backend.h)
 METAL = ("MTL", "Metal")  # its names in llama.cpp
-
-
-class _Caps(ctypes.Structure):
-    """struct ggml_backend_dev_caps, with room for more."""
-
-    _fields_ = [
-        ("asynchronous", ctypes.c_bool),
-        ("host_buffer", ctypes.c_bool),
-        ("buffer_from_host_ptr", ctypes.c_bool),
-        ("events", ctypes.c_bool),
-        ("mmap_support", ctypes.c_bool),
-        ("more", ctypes.c_bool * 59),
-    ]
-
-
-class Props(ctypes.Structure):
-    """struct ggml_backend_dev_props."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("description", ctypes.c_char_p),
-        ("memory_free", ctypes.c_size_t),
-        ("memory_total", ctypes.c_size_t),
-        ("type", ctypes.c_int),
-        ("device_id", ctypes.c_char_p),
-        ("caps", _Caps),
-    ]
 
 
 def gpus() -> list[str]:
@@ -78,7 +51,7 @@ def address_of(name: str) -> int:
     raise BackendError(f"{name}: this llama.cpp has no such device; `pocketllava doctor` lists them")
 
 
-def _all() -> list[tuple[int, Props]]:
+def _all() -> list[tuple[int, DeviceProps]]:
     """Address and properties of every GPU, in ggml's order."""
     import llama_cpp
 
@@ -90,14 +63,14 @@ def _all() -> list[tuple[int, Props]]:
     lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     found = []
     for i in range(lib.ggml_backend_dev_count()):
-        address, props = lib.ggml_backend_dev_get(i), Props()
+        address, props = lib.ggml_backend_dev_get(i), DeviceProps()
         base.ggml_backend_dev_get_props(address, ctypes.byref(props))
         if props.type in (GPU, INTEGRATED):
             found.append((address, props))
     return found
 
 
-def _device(address: int, props: Props) -> Device:
+def _device(address: int, props: DeviceProps) -> Device:
     name, backend = props.name.decode(), ggml().ggml_backend_dev_backend_reg(address)
     return Device(
         f"{name} ({props.description.decode()})",

@@ -42,6 +42,33 @@ class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
+class DeviceCaps(ctypes.Structure):
+    """struct ggml_backend_dev_caps (ggml-backend.h), with room for more."""
+
+    _fields_ = [
+        ("asynchronous", ctypes.c_bool),
+        ("host_buffer", ctypes.c_bool),
+        ("buffer_from_host_ptr", ctypes.c_bool),
+        ("events", ctypes.c_bool),
+        ("mmap_support", ctypes.c_bool),
+        ("more", ctypes.c_bool * 59),
+    ]
+
+
+class DeviceProps(ctypes.Structure):
+    """struct ggml_backend_dev_props (ggml-backend.h)."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("caps", DeviceCaps),
+    ]
+
+
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
