@@ -511,6 +511,12 @@ def test_the_commands(photos: Path) -> None:
     assert "6 answers, 1 failed" in listed
     dry = invoke("caption", "demo", str(photos), "-r", "--dry-run", "-p", COUNT)
     assert "to be asked: 7 pictures; nothing was done" in dry.stderr
+    taken = photos / "metadata.jsonl"
+    taken.write_text("a file of the user's")
+    refused = invoke(
+        "caption", "demo", str(photos), "-r", "--dry-run", "--to", "metadata.jsonl", "--out", str(taken)
+    )
+    assert str(refused.exception) == f"{taken}: exists; --existing overwrite replaces it"
 
 
 def exporting(

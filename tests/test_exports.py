@@ -232,7 +232,7 @@ def test_exiftool_reads_and_merges(album: Album) -> None:
     )
     one = next(album.rows(album.question(None)))
     with Export("xmp", Style(existing="overwrite")).beside(waits=True) as writer:
-        for n in range(1, 3):  # exiftool starts anew
+        for n in range(1, 3):  # at once
             writer.add(one)
             assert (writer.report.written, read()["Description"]) == (n, lines()["a.png"])
     for _ in range(2):

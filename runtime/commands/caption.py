@@ -158,6 +158,7 @@ def caption(
     """
     from pocketllava import Options
     from pocketllava.album.captioner import Plan
+    from pocketllava.album.export import check
     from pocketllava.album.prompts import DEFAULT_PROMPT, questions, read_prompts
     from pocketllava.album.quality import patterns
     from pocketllava.album.walk import Count, Walk
@@ -176,14 +177,17 @@ def caption(
         tuple(patterns(run.deny)), run.batch,
     )  # fmt: skip
     path = expanded(album_path) if album_path else default_album(walk)
+    exported = _exported(export, run.every)
     show: Show = Lines() if run.as_json else Bar(run.quiet)
     try:
         count.wait(COUNT_S)
         show.start(_first_line(bundle, load, plan, path, count), count, plan)
+        if exported is not None:
+            check(exported.export, plan.walk)
         if run.dry_run:
             _show_dry(path, plan, show)
             return 0
-        return _captioned(model, path, plan, load, _exported(export, run.every), show)
+        return _captioned(model, path, plan, load, exported, show)
     finally:
         count.stop()
 
@@ -210,12 +214,9 @@ def _captioned(
 ) -> int:
     from pocketllava import Llava
     from pocketllava.album.captioner import run
-    from pocketllava.album.export import check
     from pocketllava.album.journal import Album
     from pocketllava.engine.background import in_background
 
-    if exported is not None:
-        check(exported.export, plan.walk)
     with ExitStack() as stack:
         album = stack.enter_context(Album(path, root=plan.walk.root))
         llava = stack.enter_context(Llava.load(model, **load))

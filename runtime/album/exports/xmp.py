@@ -7,10 +7,12 @@ there is one, and else it is left alone.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 from xml.etree import ElementTree as ET
 
@@ -28,43 +30,53 @@ META, RDF, DC = (
     "http://purl.org/dc/elements/1.1/",
 )
 LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
-READY = "{ready}"
+UPDATED = re.compile(r"^\s*(\d+) image files updated", re.MULTILINE)
+TOGETHER = 64  # sidecars for each process of exiftool, whose start takes longer than a merge
 
 
 class XmpSidecars(Beside):
     """naming: photo.jpg.xmp (digiKam, darktable, Immich) or photo.xmp (Lightroom, Capture One).
 
-    waits: whether others come much later; exiftool is ended meanwhile, which would outlive a process that is killed.
+    waits: whether others come much later; each is merged at once then, not with others.
     """
 
     def __init__(self, style: Style, naming: Naming, *, waits: bool = False) -> None:
         super().__init__(style)
-        self._naming, self._waits, self._tool, self._left_alone = naming, waits, _ExifTool(), 0
+        self._naming, self._together, self._left_alone = naming, 1 if waits else TOGETHER, 0
+        self._command = shutil.which("exiftool")
+        self._merges: list[list[str]] = []
 
     def put(self, row: Row, caption: str) -> None:
         path = sidecar(row.file, self._naming)
         if not path.exists():
             _write(path, caption, subjects(row))
+            self.report.written += 1
         elif self.style.existing == "skip":
             self.report.kept += 1
-            return
-        elif not self._tool.merge(path, caption, subjects(row)):
+        elif self._command is None or not str(path.absolute()).isprintable():
             self._left_alone += 1
-            return
-        elif self._waits:
-            self._tool.close()
-        self.report.written += 1
+        else:
+            self._merges.append(_merge(path, caption, subjects(row)))
+            if len(self._merges) >= self._together:
+                self._run_merges()
 
     def end(self) -> list[str]:
-        self._tool.close()
+        self._run_merges()
         if not self._left_alone:
             return []
         why = (
-            "exiftool refused them"
-            if self._tool.found
-            else "only exiftool merges them, and it is not installed"
+            "only exiftool merges them, and it is not installed"
+            if self._command is None
+            else "exiftool refused them"
         )
         return [f"{self._left_alone} sidecars that exist were left alone: {why}"]
+
+    def _run_merges(self) -> None:
+        merges, self._merges = self._merges, []
+        if merges and self._command is not None:
+            merged = _merged(self._command, merges)
+            self.report.written += merged
+            self._left_alone += len(merges) - merged
 
 
 def sidecar(picture: Path, naming: Naming) -> Path:
@@ -114,51 +126,32 @@ def _write(path: Path, caption: str, words: Sequence[str]) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-class _ExifTool:
-    """One process for all files (-stay_open), started when the first is merged."""
+def _merge(path: Path, caption: str, words: Sequence[str]) -> list[str]:
+    """exiftool's arguments that set the description and add the words; everything else in the file stays."""
+    unique = [f"-XMP-dc:Subject-={word}" for word in words]  # exiftool: remove, then add
+    added = [f"-XMP-dc:Subject+={word}" for word in words]
+    return [
+        *unique,
+        f"-XMP-dc:Description={_text(caption)}",
+        *added,
+        "-overwrite_original",
+        str(path.absolute()),
+    ]
 
-    def __init__(self) -> None:
-        self._command = shutil.which("exiftool")
-        self._process: subprocess.Popen[str] | None = None
-        self.found = self._command is not None
 
-    def merge(self, path: Path, caption: str, words: Sequence[str]) -> bool:
-        """Whether the description and the words were set; everything else in the file stays."""
-        name = str(path.absolute())
-        if self._command is None or "\n" in name or "\r" in name or not name.isprintable():
-            return False
-        lines = [f"-XMP-dc:Description={_text(caption)}", *(f"-XMP-dc:Subject+={word}" for word in words)]
-        unique = [f"-XMP-dc:Subject-={word}" for word in words]  # exiftool: remove, then add
+def _merged(command: str, merges: Sequence[Sequence[str]]) -> int:
+    """How many of these one process of exiftool did. It ends by itself, whatever becomes of this one."""
+    with TemporaryDirectory() as folder:
+        listed = Path(folder, "arguments")
+        listed.write_text("\n".join(line for merge in merges for line in (*merge, "-execute", "")), "utf-8")
         try:
-            return "1 image files updated" in self._run([*unique, *lines, "-overwrite_original", name])
-        except OSError:  # it was ended; the next one gets another
-            self._process = None
-            return False
-
-    def _run(self, arguments: Sequence[str]) -> str:
-        process = self._process = self._process or self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("\n".join((*arguments, "-execute", "")))
-        process.stdin.flush()
-        answer = ""
-        for line in process.stdout:
-            if line.strip() == READY:
-                break
-            answer += line
-        return answer
-
-    def _started(self) -> subprocess.Popen[str]:
-        assert self._command is not None
-        return subprocess.Popen(
-            [self._command, "-stay_open", "True", "-@", "-", "-common_args", "-charset", "filename=utf8"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
-            # Ctrl-C is for the run, which still writes its last caption
-            start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """End it, where it was started."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.communicate("-stay_open\nFalse\n")
+            with subprocess.Popen(  # which an interrupt does not kill, amid a file
+                [command, "-@", str(listed), "-common_args", "-charset", "filename=utf8"],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
+                errors="replace",
+                start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            ) as process:  # fmt: skip
+                said, _ = process.communicate()
+        except OSError:
+            return 0
+    return sum(int(n) for n in UPDATED.findall(said))
