@@ -25,7 +25,13 @@ from pocketllava.models.demo.picture import drawn_picture
 CHAT = [sys.executable, "-m", "pocketllava.cli", "chat"]
 DEADLINE_S = 60
 # Makes the terminal on stdin the one that Ctrl-C comes from, then becomes the command.
-ON_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+# A shell that starts pytest with & has it ignore SIGINT, and its children after it; one that starts a chat does not.
+ON_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 def chat(*arguments: str, lines: str = "") -> subprocess.CompletedProcess[str]:
