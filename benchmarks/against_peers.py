@@ -111,11 +111,16 @@ def read(*files: Path) -> None:
                 pass
 
 
+def figure(value: float) -> str:
+    """Three digits, all of them where there are more before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def table(medians: dict[str, dict[str, float]]) -> list[str]:
     """All medians as markdown."""
     lines = [f"| | {' | '.join(medians)} |", "|---" * (len(medians) + 1) + "|"]
     for row, name in ROWS:
-        cells = (f"{side[row]:.3g}" if row in side else "-" for side in medians.values())
+        cells = (figure(side[row]) if row in side else "-" for side in medians.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
