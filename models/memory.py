@@ -39,7 +39,7 @@ class Memory:
     results of the vision tower and of one batch; picture: its features and pixels; vocabulary: its pieces, in libllama
     and here; process: Python and libraries.
     Not part of the total: full, what buffers take beyond that once the context is full; reserved, what llama.cpp asks
-    for beyond `buffers`, touched or not; prefix, for each evaluated picture that is kept to go back to; work and
+    for beyond `buffers`, touched or not; prefix, of an evaluated picture; work and
     vision_work, what a device's backend takes by itself for products (the text model's, the vision tower's).
     """
 

@@ -14,13 +14,15 @@ from typing import Literal
 from pocketllava.models.advice import Change, changes, quantizes, shown_tokens
 from pocketllava.models.bundle import Bundle
 from pocketllava.models.machine import Machine
-from pocketllava.models.memory import context_size, memory, shares, smaller_contexts
-from pocketllava.models.placement import FREE, REARRANGED, Part, Placement, Room
+from pocketllava.models.memory import Memory, context_size, memory, shares, smaller_contexts
+from pocketllava.models.placement import FREE, MEMORY, REARRANGED, Part, Placement, Room
 from pocketllava.models.taken_devices import text_devices, tower_device
 from pocketllava.types import LoadOptions
 
 Verdict = Literal["fits", "slow", "too large"]
-KEPT_PREFIXES = 2  # engine/prefix_cache.py keeps so many
+MAX_KEPT = 16  # conversations that engine/prefix_cache.py keeps: of a small model their bytes would hold thousands
+MAX_KEPT_BYTES = 4 << 30  # a dozen pictures at 7B; llama-server's --cache-ram is twice as much
+LEAST_KEPT = 2.5  # pictures: two, and what is said about them
 # On CPUs flash attention shortens the wait for a new image's first token by a tenth and slows decoding behind it by a
 # fifth: over a conversation it loses (benchmarks/README.md). On GPUs it helps both, but its F16 sums flipped 4 of 60
 # greedy tokens of an F16 bundle: nothing beside a quantized type's own error, too much where tokens are promised.
@@ -32,8 +34,8 @@ class Plan:
     """How a bundle will be loaded on a machine, and what that takes, in bytes.
 
     n_gpu_layers counts the output layer, as llama.cpp does, of n_layers. vision_device: where the vision tower goes,
-    None for the CPU. later: what a full context and pictures that
-    are kept to go back to may take beyond the total. chosen: what was not said and differs from the usual choice;
+    None for the CPU. kept: what conversations that are kept to go back to may take beyond the total; later: they, and a
+    full context. chosen: what was not said and differs from the usual choice;
     changes: what would take less, in the order of harm, where it does not fit.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     machine: Machine
     parts: tuple[Part, ...]
     rooms: tuple[Room, ...]
+    kept: int
     later: int
     chosen: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
@@ -160,6 +163,8 @@ def planned(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
     on_device = tower is not None and (options.mmproj_device is not None or placed.vision_fits(layers))
     in_memory = placed.in_memory(layers, options.weights)
     parts = placed.parts(layers, on_device, in_memory)
+    rooms = placed.rooms(parts, in_memory)
+    kept = options.kept_bytes if options.kept_bytes is not None else _kept(needed, rooms)
     return Plan(
         model=str(bundle.folder),
         n_ctx=needed.n_ctx,
@@ -171,9 +176,17 @@ def planned(bundle: Bundle, options: LoadOptions, machine: Machine) -> Plan:
         vision_device=tower.name if tower and on_device else None,
         machine=machine,
         parts=parts,
-        rooms=placed.rooms(parts, in_memory),
-        later=needed.full + KEPT_PREFIXES * needed.prefix,
+        rooms=rooms,
+        kept=kept,
+        later=needed.full + kept,
     )
+
+
+def _kept(needed: Memory, rooms: tuple[Room, ...]) -> int:
+    """Bytes for conversations to go back to: a quarter of what is left to memory, for two of them in any case."""
+    left = min(room.margin for room in rooms if room.where == MEMORY) // 4
+    most = min(MAX_KEPT_BYTES, MAX_KEPT * needed.kv_cache, left)
+    return max(round(LEAST_KEPT * needed.prefix), most)
 
 
 def _chosen(usual: Plan, taken: Plan) -> tuple[str, ...]:

@@ -16,9 +16,7 @@ def plan_lines(plan: Plan) -> list[str]:
     rows = [
         f"  {name:<{width}}  {size(part.n_bytes):>9}" for name, part in zip(names, plan.parts, strict=True)
     ]
-    later = (
-        f"later    {size(plan.later)} more, for a full context and two pictures that are kept to go back to"
-    )
+    later = f"later    up to {size(plan.later)} more, for a full context and conversations to go back to"
     return [
         f"model    {plan.model}",
         *(f"{'machine' if n == 0 else '':<9}{line}" for n, line in enumerate(_machine(plan))),

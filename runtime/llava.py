@@ -90,8 +90,8 @@ class Llava:
                 EngineDied, and the next one loads the model again. This process never loads llama.cpp.
             worker_command: With isolated, what starts a worker in a frozen application, such as [python, "-I",
                 "-m", "pocketllava.engine.child"].
-            **load: Fields of LoadOptions: n_ctx, n_threads, n_gpu_layers, max_pixels, kv_type, weights, cache_dir,
-                cache_bytes, keep_prefixes; mmproj, template and pad of a GGUF text model.
+            **load: Fields of LoadOptions: n_ctx, n_threads, n_gpu_layers, max_pixels, kv_type, weights, kept_bytes,
+                cache_dir, cache_bytes, keep_prefixes; mmproj, template and pad of a GGUF text model.
 
         Returns:
             The loaded model.

@@ -228,6 +228,8 @@ class LoadOptions:
         flash_attn: Flash attention in the text model: "auto" takes it on GPUs for quantized types, and never for F32,
             F16 and BF16, whose tokens are the reference's. "on" suits CPUs and short answers (benchmarks/README.md).
         weights: "memory" reads them, "mapped" maps the file, "auto" does what suits the device and the free memory.
+        kept_bytes: Evaluated conversations that show a picture are kept in memory up to this, to go back to: 0.3 GB
+            each for a 7B model. None: a quarter of the free memory, at most 4 GB.
         cache_dir: A folder to keep encoded images in, for the next time they are shown.
         cache_bytes: The oldest files in cache_dir go beyond this.
         keep_prefixes: Keep evaluated images in cache_dir too, 0.3 GB each for a 7B model.
@@ -289,6 +291,10 @@ class LoadOptions:
     weights: str = option(
         WEIGHTS[0], "choice", "--weights",
         "Read the weights into memory, or map the file; auto does what suits the free memory.", choices=WEIGHTS,
+    )  # fmt: skip
+    kept_bytes: int | None = option(
+        None, "whole", "--kept-size", "Keep evaluated conversations in memory up to this, to go back to; 0 keeps none.",
+        low=0, unit=GIGA, optional=True, default_text="a quarter of what is free, at most 4", metavar="GB",
     )  # fmt: skip
     cache_dir: str | PathLike[str] | None = option(
         None, "folder", "--cache-dir", "Keep encoded images there, for the next time they are shown.",

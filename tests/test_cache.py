@@ -132,7 +132,7 @@ def test_a_second_question_keeps_the_image(llava: Llava, fresh: Llava) -> None:
 
 
 def test_a_repeated_question_sees_the_same_bits(llava: Llava) -> None:
-    """So that a seed repeats its answer, whatever was asked in between."""
+    """So that a seed repeats its answer, whatever other picture was asked about in between."""
     one = Options(max_tokens=1)
     question = [Message("user", "What is it?", (pictures.four()[0],))]
     later = [*question, Message("assistant", "word " * 40), Message("user", "Sure?")]
@@ -144,6 +144,9 @@ def test_a_repeated_question_sees_the_same_bits(llava: Llava) -> None:
         found = logits(llava)
         assert llava.chat(turns, options=one).timings.cached_tokens > 576
         assert np.array_equal(logits(llava), found)
+    llava.clear_cache()
+    llava.chat(question, options=one)
+    assert np.array_equal(logits(llava), first)
     llava.ask(pictures.four()[1], "Something in between?", options=one)
     llava.chat(question, options=one)
     assert np.array_equal(logits(llava), first)

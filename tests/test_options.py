@@ -66,6 +66,7 @@ def test_wrong_sampling_is_refused_in_one_line(name: str, wrong: Any) -> None:
         *(("max_pixels", value) for value in (0, -1, 1e6, "1")),
         *(("kv_type", value) for value in ("q4_0", "F16", None, 1)),
         *(("weights", value) for value in ("ram", True)),
+        *(("kept_bytes", value) for value in (-1, 1e9, "1GB")),
         *(("cache_dir", value) for value in ("", 5, b"folder", True)),
         *(("cache_bytes", value) for value in (0, math.nan, math.inf, 4e9, "4GB", None)),
         *(("keep_prefixes", value) for value in (1, "yes", None)),

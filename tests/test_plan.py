@@ -225,10 +225,22 @@ def test_the_text_shows_parts_total_verdict_and_changes(bundle: Bundle) -> None:
     assert "\n" not in shortage(planned)
 
 
+def test_conversations_to_go_back_to_take_a_part_of_what_is_free(bundle: Bundle) -> None:
+    needed = memory(bundle)
+    one = plan(bundle, LoadOptions(), machine()).total
+    roomy, tight = (plan(bundle, LoadOptions(), machine(one + more)) for more in (40 * GIGA, 0))
+    assert roomy.kept == min(4 << 30, 16 * needed.kv_cache)
+    assert tight.kept == round(2.5 * needed.prefix)
+    assert plan(bundle, LoadOptions(), machine(one + 4 * needed.kv_cache)).kept == needed.kv_cache
+    assert plan(bundle, LoadOptions(kept_bytes=7), machine()).kept == 7
+    assert roomy.later == needed.full + roomy.kept
+
+
 def test_fewer_image_tokens_take_less(bundle: Bundle) -> None:
     few, all_of_them = (plan(bundle, LoadOptions(image_tokens=n), machine()) for n in (64, None))
     assert few.total < all_of_them.total
-    assert few.later < all_of_them.later + few.total  # more is left to a full context
+    # more is left to a full context
+    assert few.later - few.kept < all_of_them.later - all_of_them.kept + few.total
 
 
 def test_the_command_prints_what_python_gives(bundle: Bundle) -> None:

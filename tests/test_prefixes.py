@@ -26,6 +26,7 @@ from pocketllava import (
     Timings,
 )
 from pocketllava.models.blob_cache import SUFFIX, BlobCache
+from pocketllava.models.plan import MAX_KEPT
 
 SHORT = Options(max_tokens=3)
 ONE = Options(max_tokens=1)
@@ -68,11 +69,72 @@ def test_going_back_to_a_picture_restores_it_bit_for_bit(llava: Llava, expected:
         assert (timings.cached_tokens > 576) == kept
 
 
-def test_only_a_few_are_kept_in_memory(llava: Llava, expected: Any) -> None:
-    for picture in (A, B, C, *pictures.four()[3:]):
-        evaluated(llava, picture)
-    assert evaluated(llava, A)[1].cached_tokens < 20  # two others were used since
-    assert np.array_equal(logits(llava), expected[0])
+def in_turns(model: Llava, rounds: int) -> list[tuple[int, Timings]]:
+    """Three people talk about a picture of their own, a turn each; of every turn but the first: its person, timings."""
+    talks = [[Message("user", "What is it?", picture)] for picture in (A, B, C)]
+    found = []
+    for n in range(rounds):
+        for person, turns in enumerate(talks):
+            if n:
+                turns.append(Message("user", f"And number {n}?"))
+            answer = model.chat(turns, options=SHORT)
+            turns.append(Message("assistant", "A thing."))
+            if n:
+                found.append((person, answer.timings))
+    return found
+
+
+def test_people_who_take_turns_find_their_conversations_kept(llava: Llava) -> None:
+    llava.clear_cache()
+    for _, timings in in_turns(llava, 4):
+        assert timings.cached_tokens > 576
+        assert timings.prompt_tokens - timings.cached_tokens < 30  # the last answer and the question: no earlier turn
+
+
+def test_a_conversation_that_was_kept_goes_on_as_a_fresh_model_does(llava: Llava) -> None:
+    turns = [Message("user", "What is it?", A), Message("assistant", "A thing."), Message("user", "Is it red?")]
+    llava.clear_cache()
+    expected = llava.chat(turns, options=SHORT)
+    llava.clear_cache()
+    llava.chat(turns[:1], options=ONE)
+    evaluated(llava, B)
+    found = llava.chat(turns, options=SHORT)
+    assert found.token_ids == expected.token_ids
+    assert found.timings.cached_tokens > 576 + 5  # its text, too
+
+
+def test_a_seed_repeats_its_answer_after_other_conversations(llava: Llava) -> None:
+    drawn = Options(max_tokens=8, temperature=1.0, seed=7)
+    first = llava.ask(A, "What is it?", options=drawn)
+    llava.ask([B, C], "Which?", options=ONE)
+    again = llava.ask(A, "What is it?", options=drawn)
+    assert again.token_ids == first.token_ids
+    assert again.timings.cached_tokens == again.timings.prompt_tokens
+
+
+def test_the_bytes_of_what_is_kept_are_bounded(bundle: Bundle, expected: Any) -> None:
+    with Llava.load(bundle.folder) as model:
+        model.ask(A, "What is it?", options=ONE)
+        with model.session() as session:
+            one = session.text.state_bytes()
+    for kept_bytes, n_kept in ((0, 0), (one - 1, 1), (one, 1), (2 * one, 2)):
+        with Llava.load(bundle.folder, kept_bytes=kept_bytes) as model:
+            for picture in (A, B, C):
+                evaluated(model, picture)
+            for picture, n, is_kept in ((B, 1, n_kept > 0), (A, 0, n_kept > 1)):
+                found, timings = evaluated(model, picture)
+                assert (timings.cached_tokens > 576) == is_kept
+                assert np.array_equal(found, expected[n])
+            with model.session() as session:
+                assert session._prefixes.n_bytes <= kept_bytes
+
+
+def test_a_small_model_keeps_a_few_conversations(bundle: Bundle) -> None:
+    with Llava.load("demo", kept_bytes=1 << 30) as model:
+        for n in range(MAX_KEPT + 5):
+            model.ask(np.full((64, 64, 3), 5 * n, np.uint8), "What is this?", options=ONE)
+        with model.session() as session:
+            assert len(session._prefixes._prefixes) == MAX_KEPT
 
 
 def test_a_kept_pair_of_pictures_serves_for_its_first(llava: Llava, expected: Any) -> None:

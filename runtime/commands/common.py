@@ -61,7 +61,8 @@ class SettingType(ParamType):
 
     @property
     def _expected_units(self) -> str:
-        return f"{self._setting.metavar} above 0" if self._setting.unit != 1 else ""
+        least = "above 0" if self._setting.low else "from 0 on"
+        return f"{self._setting.metavar} {least}" if self._setting.unit != 1 else ""
 
     def _parsed(self, text: str) -> int | float | str | list[str] | list[float]:
         if self._setting.kind == "shares":

@@ -53,9 +53,9 @@ class KvCache:
     def reuse(self, prompt: list[PromptItem], *, to_sample: bool = True) -> int:
         """Make the cache hold what is known of a prompt; returns how many items need no evaluation.
 
-        What the cache holds is used, or an image prefix that was kept, whichever is longer. An image that
-        gets lost is kept as a prefix first. to_sample: evaluate the last item in any case, because its
-        logits are what sampling needs.
+        What the cache holds is used, or a conversation that was kept, whichever has more of the prompt. A conversation
+        whose image gets lost is kept first. to_sample: evaluate the last item in any case, because its logits are what
+        sampling needs.
         """
         contents = self.contents()
         n_reused = self._reusable(contents, prompt, to_sample)
@@ -63,15 +63,21 @@ class KvCache:
             if to_sample:
                 self._repeat(prompt)
             return n_reused  # else the text behind it stays, too
-        n_restorable = self._prefixes.longest(prompt)
-        self._save_images(contents, n_reused)
-        if n_restorable <= n_reused:
+        n_kept = self._prefixes.longest(prompt)
+        kept = self._prefixes.take(prompt[:n_kept]) if n_kept > n_reused else None
+        self._keep(contents, n_reused)
+        if kept is None:
             return n_reused
         self.clear()
-        if (restored := self._prefixes.restore(self._text, prompt[:n_restorable])) is None:
+        if not self._text.restore(kept.state, n_positions(kept.items)):
+            self._prefixes.discard(kept)
             return 0
-        self._remember(restored)
-        return n_restorable
+        self._remember(kept.items)
+        if to_sample and kept.logits is not None and prompt == kept.items[: kept.n_prompt]:
+            self._logits = kept.logits
+            self._repeat(prompt)
+            return n_kept
+        return self._reusable(kept.items, prompt, to_sample)
 
     def _reusable(self, contents: list[PromptItem], prompt: list[PromptItem], to_sample: bool) -> int:
         """Items that the cache holds: what both prompts begin with.
@@ -91,10 +97,12 @@ class KvCache:
         self._text.restore_logits(logits)
         self._logits = logits
 
-    def _save_images(self, contents: list[PromptItem], n_reused: int) -> None:
-        """Before items beyond n_reused are lost: keep the state up to the last image among them."""
+    def _keep(self, contents: list[PromptItem], n_reused: int) -> None:
+        """Before items beyond n_reused are lost: keep the conversation, or it up to its last image, if that is among them."""
         end = next(iter(image_ends(contents)), 0)
-        if end > n_reused:
+        if end <= n_reused:
+            return
+        if not self._prefixes.save(self._text, contents, len(self._prompt), self._logits):
             self._truncate(contents[:end])
             self._prefixes.save(self._text, contents[:end])
 

@@ -88,8 +88,9 @@ def _load(bundle: Bundle, fitted: Plan, options: LoadOptions) -> Loaded:
         exact = is_exact(bundle, options)
         with _explained(fitted):
             kind = text_kind(fitted, options)
+            said = replace(options, kept_bytes=fitted.kept)
             session = Session(
-                text, bundle.mmproj, bundle, options, vision_device=vision, exact=exact, text_kind=kind
+                text, bundle.mmproj, bundle, said, vision_device=vision, exact=exact, text_kind=kind
             )
             return Loaded(session, device)
     except BaseException:

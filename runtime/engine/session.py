@@ -18,7 +18,7 @@ from pocketllava.engine.choices import Scored, scored
 from pocketllava.engine.generation import Token, constrained, free
 from pocketllava.engine.kv_cache import KvCache
 from pocketllava.engine.local import ROOM
-from pocketllava.engine.prefix_cache import PrefixCache
+from pocketllava.engine.prefix_cache import MAX_BYTES, PrefixCache
 from pocketllava.engine.structured import Constraint, Grammars
 from pocketllava.errors import ContextOverflow, InputError
 from pocketllava.llamacpp.guard import Interrupted, ShouldStop, translated
@@ -149,7 +149,11 @@ class Session:
         )
         self._features = FeatureCache(store=store)
         settings = repr((self._identity(text.path, text.header), encoder, *text.settings)) + text_kind
-        self._prefixes = PrefixCache(store=store if options.keep_prefixes else None, settings=settings)
+        self._prefixes = PrefixCache(
+            MAX_BYTES if options.kept_bytes is None else options.kept_bytes,
+            store if options.keep_prefixes else None,
+            settings,
+        )
         self.cache = KvCache(text, self.image_id, self._prefixes)
         self._grammars: Grammars | None = None
 

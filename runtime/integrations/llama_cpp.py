@@ -31,7 +31,7 @@ from pocketllava.names import open_bundle
 from pocketllava.prompt.openai import as_messages
 from pocketllava.types import load_options, sampling
 
-OWN_OPTIONS = ("max_pixels", "cache_dir", "cache_bytes", "keep_prefixes", "image_tokens")
+OWN_OPTIONS = ("max_pixels", "kept_bytes", "cache_dir", "cache_bytes", "keep_prefixes", "image_tokens")
 
 
 class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
@@ -60,8 +60,8 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
                 the chat template is the text model's own, and images are prepared as llava-1.5 prepares them).
             verbose: As in llama_cpp.
             use_gpu: Whether the vision tower may be on a GPU.
-            **load: max_pixels, cache_dir, cache_bytes, keep_prefixes and image_tokens, as in Llava.load; others are
-                the Llama's.
+            **load: max_pixels, kept_bytes (1 GiB), cache_dir, cache_bytes, keep_prefixes and image_tokens, as in
+                Llava.load; others are the Llama's.
 
         Raises:
             ModelNotFound, BundleError, UnsupportedOption.

@@ -288,14 +288,19 @@ class TextModel:
         """End evaluation inside the block once should_stop() is true: raises Interrupted."""
         return interruptible(self._llama.ctx, should_stop)
 
+    def state_bytes(self) -> int:
+        """Bytes of state()."""
+        from llama_cpp import llama_cpp
+
+        return int(llama_cpp.llama_state_seq_get_size(self._llama.ctx, 0))
+
     @deferred_interrupts()
     def state(self) -> State:
         """What the KV cache holds, as bytes: (n_bytes,) uint8. Raises EngineDied rather than give what is not so."""
         from llama_cpp import llama_cpp
 
-        n_bytes = llama_cpp.llama_state_seq_get_size(self._llama.ctx, 0)
-        state = np.empty(n_bytes, np.uint8)
-        written = llama_cpp.llama_state_seq_get_data(self._llama.ctx, _pointer(state), n_bytes, 0)
+        state = np.empty(self.state_bytes(), np.uint8)
+        written = llama_cpp.llama_state_seq_get_data(self._llama.ctx, _pointer(state), len(state), 0)
         check_device()
         return state[:written]
 
