@@ -20,7 +20,9 @@ from pocketllava.models.taken_devices import text_devices, tower_device
 from pocketllava.types import LoadOptions
 
 Verdict = Literal["fits", "slow", "too large"]
-MAX_KEPT = 16  # conversations that engine/prefix_cache.py keeps: of a small model their bytes would hold thousands
+MAX_KEPT = (
+    16  # conversations that engine/prefix_cache.py keeps: of a small model their bytes would hold thousands
+)
 MAX_KEPT_BYTES = 4 << 30  # a dozen pictures at 7B; llama-server's --cache-ram is twice as much
 LEAST_KEPT = 2.5  # pictures: two, and what is said about them
 # On CPUs flash attention shortens the wait for a new image's first token by a tenth and slows decoding behind it by a
@@ -34,8 +36,8 @@ class Plan:
     """How a bundle will be loaded on a machine, and what that takes, in bytes.
 
     n_gpu_layers counts the output layer, as llama.cpp does, of n_layers. vision_device: where the vision tower goes,
-    None for the CPU. kept: what conversations that are kept to go back to may take beyond the total; later: they, and a
-    full context. chosen: what was not said and differs from the usual choice;
+    None for the CPU. kept: what conversations to go back to may take beyond the total; later: they, and a full
+    context. chosen: what was not said and differs from the usual choice;
     changes: what would take less, in the order of harm, where it does not fit.
     """
 

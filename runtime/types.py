@@ -293,7 +293,7 @@ class LoadOptions:
         "Read the weights into memory, or map the file; auto does what suits the free memory.", choices=WEIGHTS,
     )  # fmt: skip
     kept_bytes: int | None = option(
-        None, "whole", "--kept-size", "Keep evaluated conversations in memory up to this, to go back to; 0 keeps none.",
+        None, "whole", "--kept-size", "Keep evaluated conversations in memory up to this; 0 keeps none.",
         low=0, unit=GIGA, optional=True, default_text="a quarter of what is free, at most 4", metavar="GB",
     )  # fmt: skip
     cache_dir: str | PathLike[str] | None = option(

@@ -88,11 +88,17 @@ def test_people_who_take_turns_find_their_conversations_kept(llava: Llava) -> No
     llava.clear_cache()
     for _, timings in in_turns(llava, 4):
         assert timings.cached_tokens > 576
-        assert timings.prompt_tokens - timings.cached_tokens < 30  # the last answer and the question: no earlier turn
+        assert (
+            timings.prompt_tokens - timings.cached_tokens < 30
+        )  # the last answer and the question: no earlier turn
 
 
 def test_a_conversation_that_was_kept_goes_on_as_a_fresh_model_does(llava: Llava) -> None:
-    turns = [Message("user", "What is it?", A), Message("assistant", "A thing."), Message("user", "Is it red?")]
+    turns = [
+        Message("user", "What is it?", A),
+        Message("assistant", "A thing."),
+        Message("user", "Is it red?"),
+    ]
     llava.clear_cache()
     expected = llava.chat(turns, options=SHORT)
     llava.clear_cache()

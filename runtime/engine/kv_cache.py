@@ -98,7 +98,10 @@ class KvCache:
         self._logits = logits
 
     def _keep(self, contents: list[PromptItem], n_reused: int) -> None:
-        """Before items beyond n_reused are lost: keep the conversation, or it up to its last image, if that is among them."""
+        """Before items beyond n_reused are lost: keep the conversation if its last image is among them.
+
+        Where the whole of it is too large, it is kept up to that image.
+        """
         end = next(iter(image_ends(contents)), 0)
         if end <= n_reused:
             return

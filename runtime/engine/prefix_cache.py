@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pocketllava.llamacpp.text_model import State, TextModel
 from pocketllava.models.blob_cache import BlobCache
 from pocketllava.models.plan import MAX_KEPT
-from pocketllava.prompt.items import PromptItem, image_ends, n_positions, shared
+from pocketllava.prompt.items import PromptItem, image_ends, shared
 
 MAX_BYTES = 1 << 30  # unless the plan says how many
 
@@ -73,7 +73,9 @@ class PrefixCache:
     def longest(self, prompt: list[PromptItem]) -> int:
         """How many items at a prompt's start can be restored, an image among them; 0 for none."""
         n = max((prefix.shares(prompt) for prefix in self._prefixes), default=0)
-        on_disk = (end for end in image_ends(prompt) if self._store and self._store.has(self._name(prompt[:end])))
+        on_disk = (
+            end for end in image_ends(prompt) if self._store and self._store.has(self._name(prompt[:end]))
+        )
         return max(n, next(on_disk, 0))
 
     def save(
@@ -91,9 +93,7 @@ class PrefixCache:
         if n_bytes > self.max_bytes:
             return False
         self._prefixes = [p for p in self._prefixes if items[: len(p.to_image)] != p.to_image]
-        while self._prefixes and (
-            self.n_bytes + n_bytes > self.max_bytes or len(self._prefixes) >= MAX_KEPT
-        ):
+        while self._prefixes and (self.n_bytes + n_bytes > self.max_bytes or len(self._prefixes) >= MAX_KEPT):
             self._prefixes.pop(0)  # before the new one is made: both together could be too much
         self._prefixes.append(Prefix(items, text.state(), n_prompt, logits))
         return True
@@ -104,7 +104,7 @@ class PrefixCache:
             self._store.put(self._name(items), text.state())
 
     def take(self, items: list[PromptItem]) -> Prefix | None:
-        """A state that begins with these items, to be restored; from memory it is gone then, unless it shows more images.
+        """A state that begins with these items, to be restored; gone from memory then, unless it shows more images.
 
         The KV cache will hold it, and gives it back to save() before it is lost: so one state more can be kept.
         """
