@@ -132,7 +132,7 @@ def test_the_bytes_of_what_is_kept_are_bounded(bundle: Bundle, expected: Any) ->
                 assert (timings.cached_tokens > 576) == is_kept
                 assert np.array_equal(found, expected[n])
             with model.session() as session:
-                assert session._prefixes.n_bytes <= kept_bytes
+                assert session.prefixes.n_bytes <= kept_bytes
 
 
 def test_a_small_model_keeps_a_few_conversations(bundle: Bundle) -> None:
@@ -140,7 +140,7 @@ def test_a_small_model_keeps_a_few_conversations(bundle: Bundle) -> None:
         for n in range(MAX_KEPT + 5):
             model.ask(np.full((64, 64, 3), 5 * n, np.uint8), "What is this?", options=ONE)
         with model.session() as session:
-            assert len(session._prefixes._prefixes) == MAX_KEPT
+            assert len(session.prefixes) == MAX_KEPT
 
 
 def test_a_kept_pair_of_pictures_serves_for_its_first(llava: Llava, expected: Any) -> None:

@@ -34,7 +34,11 @@ class KvCache:
     """
 
     def __init__(self, text: TextModel, image_id: int = 0, prefixes: PrefixCache | None = None) -> None:
-        self._text, self._image_id, self._prefixes = text, image_id, prefixes or PrefixCache()
+        self._text, self._image_id = text, image_id
+        self._prefixes = PrefixCache() if prefixes is None else prefixes
+        self._has_row = (
+            False  # of logits, in the context: of the last prompt, or of what was generated after it
+        )
         self.clear()
 
     def clear(self) -> None:
@@ -63,7 +67,7 @@ class KvCache:
             if to_sample:
                 self._repeat(prompt)
             return n_reused  # else the text behind it stays, too
-        n_kept = self._prefixes.longest(prompt)
+        n_kept, has_row = self._prefixes.longest(prompt), bool(contents) and self._has_row
         kept = self._prefixes.take(prompt[:n_kept]) if n_kept > n_reused else None
         self._keep(contents, n_reused)
         if kept is None:
@@ -73,7 +77,7 @@ class KvCache:
             self._prefixes.discard(kept)
             return 0
         self._remember(kept.items)
-        if to_sample and kept.logits is not None and prompt == kept.items[: kept.n_prompt]:
+        if to_sample and has_row and kept.logits is not None and prompt == kept.items[: kept.n_prompt]:
             self._logits = kept.logits
             self._repeat(prompt)
             return n_kept
@@ -127,6 +131,7 @@ class KvCache:
             return
         self._truncate(prompt[:n_reused])
         self.clear()
+        self._has_row = False
         first, last = self._text.n_tokens, n_positions(prompt)
 
         def report() -> None:
@@ -142,7 +147,8 @@ class KvCache:
             self._truncate(prompt[:n_reused])
             raise
         self._remember(prompt)
-        if isinstance(prompt[-1], int):
+        self._has_row = isinstance(prompt[-1], int)
+        if self._has_row:
             self._logits = self._text.logits()
 
     @contextmanager

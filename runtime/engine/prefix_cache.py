@@ -61,6 +61,10 @@ class PrefixCache:
         """Whether states are kept on disk, too."""
         return self._store is not None
 
+    def __len__(self) -> int:
+        """States in memory."""
+        return len(self._prefixes)
+
     @property
     def n_bytes(self) -> int:
         """Bytes of the states in memory."""

@@ -149,12 +149,12 @@ class Session:
         )
         self._features = FeatureCache(store=store)
         settings = repr((self._identity(text.path, text.header), encoder, *text.settings)) + text_kind
-        self._prefixes = PrefixCache(
+        self.prefixes = PrefixCache(
             MAX_BYTES if options.kept_bytes is None else options.kept_bytes,
             store if options.keep_prefixes else None,
             settings,
         )
-        self.cache = KvCache(text, self.image_id, self._prefixes)
+        self.cache = KvCache(text, self.image_id, self.prefixes)
         self._grammars: Grammars | None = None
 
     @property
@@ -291,7 +291,7 @@ class Session:
     def clear(self) -> None:
         """Evaluate the next prompt from its beginning; features and what is on disk stay."""
         self.cache.clear()
-        self._prefixes.clear()
+        self.prefixes.clear()
 
     def close(self) -> None:
         """Free the vision tower and the text model, whose vocabulary the grammars point to."""

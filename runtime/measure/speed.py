@@ -90,7 +90,7 @@ def _one_run(
     preparing_s = time.perf_counter() - start
     prepared = llava.ask(b, FIRST, options=short).timings
     progress()
-    back = llava.ask(a, SECOND, options=short).timings
+    back = llava.ask(a, MORE[1], options=short).timings
     speed = decoding_speed(answers(lambda question: llava.ask(a, question, options=long), answer))
     progress()
     cold = answer.timings
