@@ -11,7 +11,7 @@ from pocketllava.commands.common import Place, load_options, quiet_option, refus
 from pocketllava.commands.completion import Model
 from pocketllava.models.files import expanded
 
-CACHING = ("cache_dir", "cache_bytes", "keep_prefixes")
+CACHING = ("kept_bytes", "cache_dir", "cache_bytes", "keep_prefixes")
 
 
 @click.command()
