@@ -20,9 +20,7 @@ from pocketllava.models.taken_devices import text_devices, tower_device
 from pocketllava.types import LoadOptions
 
 Verdict = Literal["fits", "slow", "too large"]
-MAX_KEPT = (
-    16  # conversations that engine/prefix_cache.py keeps: of a small model their bytes would hold thousands
-)
+MAX_KEPT = 16  # conversations in engine/prefix_cache.py: of a small model their bytes would hold thousands
 MAX_KEPT_BYTES = 4 << 30  # a dozen pictures at 7B; llama-server's --cache-ram is twice as much
 LEAST_KEPT = 2.5  # pictures: two, and what is said about them
 # On CPUs flash attention shortens the wait for a new image's first token by a tenth and slows decoding behind it by a

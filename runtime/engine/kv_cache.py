@@ -18,7 +18,7 @@ from pocketllava.llamacpp.text_model import Mark, TextModel
 from pocketllava.prompt.items import (
     ImageSpan,
     PromptItem,
-    image_ends,
+    last_image_end,
     n_positions,
     position_ids,
     runs,
@@ -36,9 +36,8 @@ class KvCache:
     def __init__(self, text: TextModel, image_id: int = 0, prefixes: PrefixCache | None = None) -> None:
         self._text, self._image_id = text, image_id
         self._prefixes = PrefixCache() if prefixes is None else prefixes
-        self._has_row = (
-            False  # of logits, in the context: of the last prompt, or of what was generated after it
-        )
+        # Whether the context has a row of logits, the last prompt's or of what was generated after it.
+        self._has_row = False
         self.clear()
 
     def clear(self) -> None:
@@ -106,7 +105,7 @@ class KvCache:
 
         Where the whole of it is too large, it is kept up to that image.
         """
-        end = next(iter(image_ends(contents)), 0)
+        end = last_image_end(contents)
         if end <= n_reused:
             return
         if not self._prefixes.save(self._text, contents, len(self._prompt), self._logits):
@@ -170,7 +169,7 @@ class KvCache:
         report: Callable[[], None],
     ) -> None:
         """A prefix that goes to disk ends at its last image, so that what follows is evaluated after it."""
-        end = next(iter(image_ends(prompt)), 0)
+        end = last_image_end(prompt)
         if end <= n_reused or not self._prefixes.on_disk:
             self._evaluate_items(prompt[n_reused:], features)
             return

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pocketllava.llamacpp.text_model import State, TextModel
 from pocketllava.models.blob_cache import BlobCache
 from pocketllava.models.plan import MAX_KEPT
-from pocketllava.prompt.items import PromptItem, image_ends, shared
+from pocketllava.prompt.items import PromptItem, image_ends, last_image_end, shared
 
 MAX_BYTES = 1 << 30  # unless the plan says how many
 
@@ -38,7 +38,7 @@ class Prefix:
     @property
     def to_image(self) -> list[PromptItem]:
         """The items up to the end of the last image."""
-        return self.items[: _image_end(self.items)]
+        return self.items[: last_image_end(self.items)]
 
     def shares(self, prompt: Sequence[PromptItem]) -> int:
         """How many items a prompt begins with, too; 0 where that is text alone, which is soon evaluated."""
@@ -130,7 +130,3 @@ class PrefixCache:
     def _name(self, items: list[PromptItem]) -> str:
         keys = [item if isinstance(item, int) else [item.key, item.n_tokens] for item in items]
         return hashlib.sha256(json.dumps([self._settings, keys]).encode()).hexdigest() + ".prefix"
-
-
-def _image_end(items: Sequence[PromptItem]) -> int:
-    return next(iter(image_ends(items)), 0)

@@ -36,7 +36,7 @@ from pocketllava.prompt.items import (
     PromptItem,
     fill,
     fitting_image_tokens,
-    image_ends,
+    last_image_end,
     n_positions,
     placeholders,
 )
@@ -206,7 +206,7 @@ class Session:
             work.prompt, images = self._prompt(messages, work.prompt, image_tokens, should_stop)
             work.all_image_tokens = _all_tokens(work.prompt, images)
             if not to_sample:
-                work.prompt = work.prompt[: next(iter(image_ends(work.prompt)), 0)]
+                work.prompt = work.prompt[: last_image_end(work.prompt)]
         with work.timed("prompt"), translated("restoring the prompt"):
             work.n_reused = self.cache.reuse(work.prompt, to_sample=to_sample)
         with work.timed("encode"):

@@ -69,6 +69,11 @@ def image_ends(items: Sequence[PromptItem]) -> list[int]:
     return [n for n in range(len(items), 0, -1) if isinstance(items[n - 1], ImageSpan)]
 
 
+def last_image_end(items: Sequence[PromptItem]) -> int:
+    """How many items there are up to the end of the last image; 0 without one."""
+    return next(iter(image_ends(items)), 0)
+
+
 def runs(items: Sequence[PromptItem]) -> list[list[int] | ImageSpan]:
     """Text between images as lists of ids, images as they are."""
     parts: list[list[int] | ImageSpan] = []
