@@ -35,7 +35,6 @@ FLASH_ATTENTION = ("auto", "on", "off")
 GIGA = 1_000_000_000
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 2  # llama.cpp takes 2**32 - 1 for "draw one"
-MAX_DEVICES = 16  # llama_max_devices() of llama.cpp
 MAX_DEVICES = 16  # llama_max_devices()
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 MAX_CHOICES = 1000

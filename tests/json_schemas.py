@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import decimal
+import json
 import random
 import string
 from typing import Any
 
+import jsonschema
+
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
+DIGITS = 10_000  # of a quotient, more than what is answered has
 
 
 def _deep(n: int) -> Schema:
@@ -207,3 +212,19 @@ def recursive() -> Schema:
         "additionalProperties": False,
     }
     return {"$ref": "#/$defs/node", "$defs": {"node": node}}
+
+
+def validate(text: str, schema: Schema) -> None:
+    """jsonschema's, on numbers as they are written: -301.66 is no multiple of 0.01 in floats. Raises ValidationError."""
+    with decimal.localcontext(decimal.Context(prec=DIGITS)):
+        jsonschema.validate(_exact(text), _exact(json.dumps(schema)))
+
+
+def _exact(text: str) -> Any:
+    return json.loads(text, parse_float=_number_as_written)
+
+
+def _number_as_written(text: str) -> int | decimal.Decimal:
+    """1.0 is an integer to a schema."""
+    number = decimal.Decimal(text)
+    return int(number) if abs(number) < 10**20 and number == int(number) else number

@@ -70,7 +70,7 @@ def _attempts(text: TextModel, seeds: list[int], results: Any) -> None:
         try:
             found = answer(text, grammars, schema, seed)
             if found is not None:
-                jsonschema.validate(json.loads(found), schema)
+                json_schemas.validate(found, schema)
             results.put((seed, "accepted" if found is not None else "long", ""))
         except UnsupportedSchema as error:
             results.put((seed, "refused", str(error)))
