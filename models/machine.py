@@ -22,7 +22,7 @@ REARRANGED_BY = {
     "MATMUL_INT8": {2, 8, 12, 13, 14},
     "AMX_INT8": {2, 3, 8, 12, 13, 14, 23},
 }
-RELEASES_PAGES = sys.platform == "linux"  # llamacpp/mapped_pages.py
+RELEASES_PAGES = sys.platform == "linux"  # llamacpp/pages.py
 
 
 @dataclass(frozen=True)

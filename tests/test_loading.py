@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from pocketllava.engine.loading import or_on_cpu
 from pocketllava.llamacpp import private
 from pocketllava.llamacpp.devices import cores, gpus
 from pocketllava.llamacpp.log import log_lines
+from pocketllava.llamacpp.text_model import TextModel
 
 CUDA = ["CUDA0 (NVIDIA RTX 4070)"]
 
@@ -24,6 +27,32 @@ def test_no_line_is_lost_however_many_follow(bundle: Bundle) -> None:
             Llava.load(bundle.folder, n_ctx=256).close()
     assert sum("n_ctx" in line for line in lines) >= 4
     assert len(lines) > 300
+
+
+def huge_bytes() -> int:
+    """Of this process's memory, what may have huge pages (proc_pid_smaps(5): hg)."""
+    kb = total = 0
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        kb = int(value.split()[0]) if name == "Size" else kb
+        total += kb * 1024 if name == "VmFlags" and "hg" in value.split() else 0
+    return total
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages to ask for"
+)
+def test_large_buffers_get_huge_pages_and_what_others_have_does_not(bundle: Bundle) -> None:
+    """A KV cache of 64 MB, and memory of the program that loads the model."""
+    with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE) as of_the_program:
+        before = huge_bytes()
+        info = bundle.text_info
+        position = 2 * info.n_layer * info.n_head_kv * info.head_size * 2  # bytes of keys and values in F16
+        text, _ = TextModel.load(bundle.model, n_ctx=(64 << 20) // position, n_threads=1, info=info)
+        added = huge_bytes() - before
+        text.close()
+        assert len(of_the_program) == 64 << 20
+    assert 60 << 20 <= added < 120 << 20
 
 
 DROPPED = """

@@ -25,7 +25,7 @@ logging.getLogger("pocketllava").addHandler(logging.NullHandler())  # nothing on
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
 _recent: deque[str] = deque(maxlen=200)
 _readers: list[list[str]] = []
-_on_progress: list[Callable[[], None]] = []
+_watchers: list[Callable[[str], None]] = []
 _failures: list[str] = []
 # ggml-metal-context.m: what was computed is lost, but the call that waited for it reports nothing. The next one fails,
 # as all do until the backend is made anew.
@@ -44,10 +44,11 @@ def capture_log() -> Any:
 
     def on_log(level: int, text: bytes, _user_data: Any) -> None:
         line = text.decode("utf-8", "replace").rstrip("\n")
+        for call in _watchers:
+            call(line)
         if line == PROGRESS:
-            for call in _on_progress:
-                call()
-        elif line.strip() and getattr(_unremarked, "inside", False):
+            return
+        if line.strip() and getattr(_unremarked, "inside", False):
             logger.debug("tried: %s", line)
         elif line.strip():
             _recent.append(line)
@@ -110,14 +111,14 @@ def _without_complaints() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_marks(call: Callable[[], None]) -> Iterator[None]:
-    """Inside the block, call() in the thread that loads a model, about once a percent."""
+def watched_log(call: Callable[[str], None]) -> Iterator[None]:
+    """Inside the block, call(line) for each line and PROGRESS, once a percent, in the thread that loads a model."""
     capture_log()
-    _on_progress.append(call)
+    _watchers.append(call)
     try:
         yield
     finally:
-        _on_progress.remove(call)
+        _watchers.remove(call)
 
 
 def device_failure() -> str:

@@ -31,7 +31,7 @@ from pocketllava.llamacpp.guard import (
 from pocketllava.llamacpp.library import give_back_memory
 from pocketllava.llamacpp.load_log import missing_part
 from pocketllava.llamacpp.log import device_failure, keep_file_descriptors, log_lines
-from pocketllava.llamacpp.mapped_pages import released_pages
+from pocketllava.llamacpp.pages import huge_pages, released_pages
 from pocketllava.llamacpp.part_of_file import loaded_from
 from pocketllava.llamacpp.private import check_llama, set_fields
 from pocketllava.llamacpp.sampling import Sampler
@@ -118,6 +118,7 @@ class TextModel:
             translated(f"{path}: loading the text model"),
             log_lines() as lines,
             released_pages(path) if releases_pages else nullcontext(),
+            huge_pages(),
             loaded_from(header.part) if header.part else nullcontext(),
             keep_file_descriptors(),
             deferred_interrupts(),
