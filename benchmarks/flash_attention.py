@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 import time
 
-from arguments import about, arguments
+from arguments import about, arguments, medians_in_turn
 
 from pocketllava import Llava, Message, Options
 from pocketllava.measure.speed import FIRST, MORE, SECOND, jpeg, unseen
@@ -64,17 +61,11 @@ def main() -> None:
     if a.side:
         print(json.dumps(one_side(a)))
         return
-    rounds: dict[str, list[dict[str, float]]] = {"on": [], "off": []}
-    for n in range(a.runs):
-        for side in ("on", "off") if n % 2 == 0 else ("off", "on"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-            rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {n + 1}, {side}: {rounds[side][-1]}", file=sys.stderr, flush=True)
+    found = medians_in_turn(__file__, ("on", "off"), a.runs)
     print(about(rounds=a.runs) + "\n")
     print("| flash attention | on | off | on / off |\n|---|---|---|---|")
     for row, name in ROWS.items():
-        on, off = (statistics.median(values[row] for values in rounds[side]) for side in ("on", "off"))
+        on, off = found["on"][row], found["off"][row]
         print(f"| {name} | {on:.3g} | {off:.3g} | {on / off:.3f} |")
 
 

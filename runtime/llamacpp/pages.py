@@ -49,8 +49,8 @@ def released_pages(file: Path) -> Iterator[None]:
 def huge_pages() -> Iterator[None]:
     """While llama.cpp loads: ask for pages of 2 MB for what it allocates, where Linux gives them only if asked.
 
-    Every token reads all weights, and a page of 4 kB costs an address translation: 7B in Q4_K_M decodes a twentieth
-    faster with huge ones. Ubuntu's and Fedora's setting is "madvise" (transparent_hugepage/enabled).
+    Every small page costs the kernel a fault when it is filled, and an address translation with every token that reads
+    it (benchmarks/huge_pages.py). "madvise" is Ubuntu's setting of transparent_hugepage/enabled.
     """
     before = set(_blocks()) if SUPPORTED else set()
 
