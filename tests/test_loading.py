@@ -40,7 +40,8 @@ def huge_bytes() -> int:
 
 
 @pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages to ask for"
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this system has no huge pages to ask for",
 )
 def test_large_buffers_get_huge_pages_and_what_others_have_does_not(bundle: Bundle) -> None:
     """A KV cache of 64 MB and what computes with it, beside a GB of the program that loads the model."""
