@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ MADV_DONTNEED = 4  # of a file's map: nothing is lost, the next access reads the
 MADV_HUGEPAGE = 14
 HUGE = 2 << 20  # x86-64's, and AArch64's with small pages of 4 kB
 LARGE = 16 * HUGE  # of a map: smaller ones gain nothing
-ALLOCATED = "buffer size"  # logged once a buffer is allocated, and before anything is written to it
+# Logged once such a buffer is allocated, before it is filled. What a batch computes in is never filled: it would grow.
+FILLED = re.compile("(?:model|KV) buffer size")
 
 
 @contextlib.contextmanager
@@ -47,7 +49,7 @@ def released_pages(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def huge_pages() -> Iterator[None]:
-    """While llama.cpp loads: ask for pages of 2 MB for what it allocates, where Linux gives them only if asked.
+    """While llama.cpp loads: ask for pages of 2 MB for weights and KV cache, where Linux gives them only if asked.
 
     Every small page costs the kernel a fault when it is filled, and an address translation with every token that reads
     it (benchmarks/huge_pages.py). "madvise" is Ubuntu's setting of transparent_hugepage/enabled.
@@ -55,7 +57,7 @@ def huge_pages() -> Iterator[None]:
     before = set(_blocks()) if SUPPORTED else set()
 
     def ask(line: str) -> None:
-        if ALLOCATED in line:
+        if FILLED.search(line):
             for start, end in _runs(block for block in _blocks() if block not in before):
                 _madvise(start, end, MADV_HUGEPAGE)
 
