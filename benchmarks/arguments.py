@@ -8,6 +8,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,35 @@ def about(**facts: Any) -> str:
     return "; ".join(f"{name}: {value}" for name, value in {**machine(), **facts}.items())
 
 
-def medians_in_turn(script: str, sides: tuple[str, str], runs: int) -> dict[str, dict[str, float]]:
-    """By side, medians of what `script --side SIDE`, with this process's arguments, prints as JSON in its last line.
+def compare(
+    parser: argparse.ArgumentParser,
+    script: str,
+    measure: Callable[[argparse.Namespace], dict[str, float]],
+    sides: tuple[str, str],
+    rows: dict[str, str],
+    title: str,
+) -> None:
+    """Print a table of two sides' medians, a row for each name that `measure` gives values under.
 
-    Each run is a process of its own; the sides take turns, and who begins alternates.
+    Each run is a process of its own, this script with --side SIDE; the sides take turns, and who begins alternates.
     """
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.side:
+        print(json.dumps(measure(a)))
+        return
     rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for n in range(runs):
+    for n in range(a.runs):
         for side in sides[:: 1 if n % 2 == 0 else -1]:
             command = [sys.executable, script, *sys.argv[1:], "--side", side]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
             rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {n + 1}, {side}: {rounds[side][-1]}", file=sys.stderr, flush=True)
-    return {
-        side: {row: statistics.median(values[row] for values in found) for row in found[0]}
-        for side, found in rounds.items()
-    }
+    print(about(rounds=a.runs) + "\n")
+    print(f"| {title} | {' | '.join(sides)} | {' / '.join(sides)} |\n|---|---|---|---|")
+    for row, name in rows.items():
+        one, other = (statistics.median(values[row] for values in rounds[side]) for side in sides)
+        print(f"| {name} | {one:.3g} | {other:.3g} | {one / other:.3f} |")
 
 
 def image_part(picture: bytes) -> dict[str, Any]:

@@ -9,10 +9,9 @@ with pictures that it has not seen; medians of wall seconds. Answers do not end 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 
-from arguments import about, arguments, medians_in_turn
+from arguments import arguments, compare
 
 from pocketllava import Llava, Message, Options
 from pocketllava.measure.speed import FIRST, MORE, SECOND, jpeg, unseen
@@ -56,17 +55,7 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__)
     parser.add_argument("--image-tokens", type=int)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.side:
-        print(json.dumps(one_side(a)))
-        return
-    found = medians_in_turn(__file__, ("on", "off"), a.runs)
-    print(about(rounds=a.runs) + "\n")
-    print("| flash attention | on | off | on / off |\n|---|---|---|---|")
-    for row, name in ROWS.items():
-        on, off = found["on"][row], found["off"][row]
-        print(f"| {name} | {on:.3g} | {off:.3g} | {on / off:.3f} |")
+    compare(parser, __file__, one_side, ("on", "off"), ROWS, "flash attention")
 
 
 if __name__ == "__main__":

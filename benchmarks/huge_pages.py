@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import time
 
-from arguments import about, arguments, medians_in_turn
+from arguments import arguments, compare
 
 from pocketllava import Llava, Message, Options
 from pocketllava.llamacpp import text_model
@@ -48,17 +47,7 @@ def one_side(a: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.side:
-        print(json.dumps(one_side(a)))
-        return
-    found = medians_in_turn(__file__, ("huge", "usual"), a.runs)
-    print(about(rounds=a.runs) + "\n")
-    print("| | usual pages | huge pages | huge / usual |\n|---|---|---|---|")
-    for row, name in ROWS.items():
-        usual, huge = found["usual"][row], found["huge"][row]
-        print(f"| {name} | {usual:.3g} | {huge:.3g} | {huge / usual:.3f} |")
+    compare(parser, __file__, one_side, ("huge", "usual"), ROWS, "pages")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,9 @@ def huge_pages() -> Iterator[None]:
 
     def ask(line: str) -> None:
         if FILLED.search(line):
-            for start, end in _runs(block for block in _blocks() if block not in before):
-                _madvise(start, end, MADV_HUGEPAGE)
+            for block in _blocks():
+                if block not in before:
+                    _madvise(block * HUGE, (block + 1) * HUGE, MADV_HUGEPAGE)
 
     with watched_log(ask) if SUPPORTED else contextlib.nullcontext():
         yield
@@ -70,13 +70,6 @@ def _blocks() -> Iterator[int]:
     for start, end, name in _maps():
         if not name and end - start >= LARGE:
             yield from range(-(-start // HUGE), end // HUGE)
-
-
-def _runs(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Neighboring blocks, as the addresses of their beginning and end."""
-    for _, group in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
-        run = [block for _, block in group]
-        yield run[0] * HUGE, (run[-1] + 1) * HUGE
 
 
 def _maps() -> Iterator[tuple[int, int, str]]:
