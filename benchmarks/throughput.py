@@ -34,7 +34,7 @@ from pocketllava.models.demo import scenes
 from pocketllava.names import open_bundle
 
 SLOTS = 4
-BATCHES = (2, 4, 8)  # of --agreement
+BATCHES = (2, 4, 8, 16)  # of --agreement
 SERVERS = {"llama-server": 1, f"llama-server, {SLOTS} slots": SLOTS}
 # None: ask() in a loop
 OURS: dict[str, int | Literal["auto"] | None] = {"ask": None, "batch 1": 1, "batch auto": "auto"}

@@ -7,7 +7,7 @@ and knows whose call comes first; answers are the work of an Engine, in this pro
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from os import PathLike
@@ -597,9 +597,11 @@ class Llava:
         engine = self._engine
         with suppress(Interrupted):  # while it waited for other calls
             if isinstance(engine, LocalEngine) and at_once != 1:
-                n_ctx = self._positions(asked, call, timeout_s)
+                n_ctx = self._positions(engine, asked, call, timeout_s)
                 if at_once is None:
-                    at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx), engine.session.text.on_gpu)
+                    at_once = answers_at_once(self.bundle, min(n_ctx, self.n_ctx))
+                if isinstance(images, Sized):
+                    at_once = max(1, min(at_once, len(images)))
                 if at_once != 1:
                     yield from self._ask_together(engine, images, asked, at_once, n_ctx, call, timeout_s)
                     return
@@ -613,12 +615,13 @@ class Llava:
                     call.should_stop,
                 )
 
-    def _positions(self, asked: Question, call: Call, timeout_s: float | None) -> int:
+    def _positions(self, engine: LocalEngine, asked: Question, call: Call, timeout_s: float | None) -> int:
         """At most, that an image's prompt and its answer take."""
         with self._lock.lease(call.should_stop, timeout_s):
-            n = self._engine.count_tokens(asked.about(None), None)
+            n, shown = engine.count_tokens(asked.about(None), None), engine.session.image_tokens
+        image = min(self.bundle.image_tokens, call.options.image_tokens or shown or self.bundle.image_tokens)
         begun = (call.options.prefill or "").encode("utf-8", "replace")
-        return n + self.bundle.image_tokens + call.options.max_tokens + len(begun)
+        return n + image + call.options.max_tokens + len(begun)
 
     def _ask_together(
         self,

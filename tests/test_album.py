@@ -600,7 +600,7 @@ def test_ctrl_c_ends_after_the_running_picture(photos: Path) -> None:
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "stopping after this picture" in err
+    assert "stopping after what is running" in err
     end = json.loads(out.splitlines()[-1])
     assert end["stopped"]
     assert len(rows(photos.parent / "photos.album")) < 300

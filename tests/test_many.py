@@ -23,8 +23,13 @@ from pocketllava import (
     Options,
     StateError,
 )
+from pocketllava.engine import many
 from pocketllava.engine.many import AHEAD, answers_at_once, in_order, read_ahead
+from pocketllava.llamacpp import sequences
+from pocketllava.llamacpp.sequences import Sequences
+from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models.demo import scenes
+from pocketllava.models.memory import memory
 
 QUESTION = "What's the content of the image?"
 SCENES = [scenes.scene(scenes.HELD_OUT_SEEDS.start + n).draw() for n in range(12)]
@@ -273,6 +278,28 @@ def test_no_more_is_read_ahead_than_is_said() -> None:
     assert list(in_order([(1, "b"), (0, "a"), (2, "c")])) == ["a", "b", "c"]
 
 
-def test_how_many_at_once(bundle: Bundle) -> None:
-    assert answers_at_once(bundle, 768, on_gpu=False) == 8
-    assert answers_at_once(bundle, 768, on_gpu=True) == 16
+@pytest.mark.parametrize(("room_for", "at_once"), [(100, 16), (15, 12), (8, 8), (7, 4), (3, 3), (0, 1)])
+def test_how_many_at_once(
+    bundle: Bundle, room_for: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are not left over from fours, which ggml's kernels for CPUs take together."""
+    each = memory(bundle, 768, "f16").kv_cache
+    monkeypatch.setattr(many, "available_bytes", lambda: 2 * each * room_for)
+    assert answers_at_once(bundle, 768) == at_once
+
+
+def test_no_more_sequences_than_pictures(demo: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their KV caches are cleared, which touches all of their memory."""
+    made: list[tuple[int, int]] = []
+
+    class Noted(Sequences):
+        def __init__(self, text: TextModel, n: int, n_ctx: int) -> None:
+            made.append((n, n_ctx))
+            super().__init__(text, n, n_ctx)
+
+    monkeypatch.setattr(sequences, "Sequences", Noted)
+    answers = list(demo.ask_many(SCENES[:3], QUESTION, max_tokens=8))
+    list(demo.ask_many(iter(SCENES[:3]), QUESTION, max_tokens=8, image_tokens=6))
+    assert [n for n, _ in made] == [3, 16]
+    assert made[0][1] - made[1][1] == 30  # 6 of 36 image tokens
+    assert all(isinstance(answer, Answer) for answer in answers)

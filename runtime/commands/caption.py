@@ -236,13 +236,13 @@ def _captioned(
 
 @contextmanager
 def finish_on_interrupt(show: Show) -> Iterator[threading.Event]:
-    """The first Ctrl-C lets the running picture end; the second one is as everywhere."""
+    """The first Ctrl-C lets the running pictures end; the second one is as everywhere."""
     finish = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 
     def stop(_number: int, _frame: Any) -> None:
         finish.set()
-        show.say("stopping after this picture; Ctrl-C once more stops at once")
+        show.say("stopping after what is running; Ctrl-C once more stops at once")
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, stop)

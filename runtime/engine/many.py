@@ -28,10 +28,10 @@ R = TypeVar("R")
 READERS = 2  # threads, which decode while the model evaluates
 AHEAD = 4  # images that wait, preprocessed
 MAX_AT_ONCE = 256  # LLAMA_MAX_SEQ
-MOST_AT_ONCE = {
-    False: 8,
-    True: 16,
-}  # on CPUs, on GPUs: beyond it published figures gain little (docs/embedding.md)
+MOST_AT_ONCE = (
+    16  # x86's kernels for Q4_K unpack a weight once for so many rows (ggml-cpu/arch/x86/repack.cpp)
+)
+ROWS = 4  # that they take together else; those left over are taken one by one (ggml-cpu/repack.cpp)
 SHARE = 2  # the part of the free memory that KV caches of further answers may take is one in SHARE
 
 
@@ -60,10 +60,11 @@ class Question:
                 yield number, error.with_traceback(None)
 
 
-def answers_at_once(bundle: Bundle, n_ctx: int, on_gpu: bool) -> int:
+def answers_at_once(bundle: Bundle, n_ctx: int) -> int:
     """How many answers, with n_ctx positions each, are decoded together: what speeds up, and has room."""
     each = memory(bundle, n_ctx, "f16").kv_cache
-    return max(1, min(MOST_AT_ONCE[on_gpu], available_bytes() // SHARE // each))
+    n = min(MOST_AT_ONCE, available_bytes() // SHARE // each)
+    return n - n % ROWS if n > ROWS else max(1, n)
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], None]) -> Generator[T, None, None]:
