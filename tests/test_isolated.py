@@ -34,6 +34,7 @@ from pocketllava import (
     Progress,
     UnsupportedOption,
 )
+from pocketllava.engine import process
 from pocketllava.models.demo.picture import drawn_picture
 
 LONG = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 60}  # an answer that takes a while
@@ -261,6 +262,22 @@ def test_the_next_call_is_answered_after_the_engine_died(isolated: Llava, pictur
     assert not isolated.loaded
     assert isolated.ask(picture, QUESTION, max_tokens=8).token_ids == expected
     assert isolated.loaded
+
+
+def test_an_engine_that_goes_on_after_a_cancel_is_replaced(
+    isolated: Llava, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = isolated.ask(picture, QUESTION, max_tokens=8).token_ids
+    monkeypatch.setattr(process, "GRACE_S", 0.3)
+    stop = threading.Event()
+    messages = [Message(text="Describe the image.", images=picture)]
+    stream = isolated.stream(messages, max_tokens=200, schema=LONG, should_stop=stop.is_set)
+    next(stream)
+    child_of(isolated).suspend()
+    stop.set()
+    with pytest.raises(EngineDied, match=r"went on for 0.3 s after its call was cancelled\); ask again"):
+        list(stream)
+    assert isolated.ask(picture, QUESTION, max_tokens=8).token_ids == expected
 
 
 PARENT = """

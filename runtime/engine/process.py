@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 
 MODULE = "pocketllava.engine.child"
 POLL_S = 0.01  # how often should_stop is asked while the child works
-GRACE_S = 5.0  # for a cancelled call to end, before the child is killed
+# For a cancelled call to end, before the child is killed. Beside other programs on one core Linux let a child wait for
+# 5 s where it needed 0.02.
+GRACE_S = 20.0
 ENDINGS = ("done", "error", "interrupted")  # types of the frame that ends a call
 
 
@@ -105,11 +107,11 @@ class _Process:
             raise self.died()
         return frame
 
-    def died(self) -> EngineDied:
-        """The error for what happened to it; it is gone after this."""
+    def died(self, reason: str = "") -> EngineDied:
+        """The error for what happened to it, or why it is ended; it is gone after this."""
         self.end()
         said = last_line(bytes(self._errors).decode("utf-8", "replace"))
-        reason = ChildResult(None, self._child.returncode, said).reason
+        reason = reason or ChildResult(None, self._child.returncode, said).reason
         return EngineDied(f"engine: its process ended ({reason}); ask again, the model is loaded anew")
 
     def end(self) -> None:
@@ -160,7 +162,7 @@ class _Watch:
         """Tell the child once should_stop() is true, and kill it if it goes on. Raises EngineDied."""
         if self._told_s is not None:
             if time.monotonic() - self._told_s > GRACE_S:
-                raise self._process.died()
+                raise self._process.died(f"it went on for {GRACE_S:g} s after its call was cancelled")
         elif self._should_stop is not None and self._should_stop():
             self._process.send({"do": "cancel", "id": self._number})
             self._told_s = time.monotonic()

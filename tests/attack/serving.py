@@ -233,6 +233,10 @@ def mixed_load(seed: int, minutes: int, folder: Path) -> Counts:
             counts.cases += 1
             _judge(rng.choice(works)(), f"case {counts.cases}", counts)
             if counts.cases % 20 == 0:
+                if _restarts(server):
+                    counts.crashes += 1
+                    counts.failures.append(f"case {counts.cases}: the engine ended")
+                    return counts
                 samples.append((time.monotonic(), *_size(server.process), *_size(server.engine)))
     _flat(samples, counts)
     return counts
