@@ -148,7 +148,9 @@ def test_a_kept_pair_of_pictures_serves_for_its_first(llava: Llava, expected: An
     evaluated(llava, C)
     found, timings = evaluated(llava, A)
     assert timings.cached_tokens > 576
-    assert np.array_equal(found, expected[0])
+    # a GPU's backend takes other kernels for the longer batch that both pictures were evaluated in
+    tolerance = 0 if llava.devices[0].startswith("CPU") else 1e-4
+    assert np.allclose(found, expected[0], rtol=0, atol=tolerance)
 
 
 def on_disk(bundle: Bundle, folder: Path, **how: Any) -> Llava:
