@@ -81,12 +81,13 @@ def log_lines() -> Iterator[list[str]]:
 def unremarked() -> Iterator[None]:
     """Inside the block, what this thread makes llama.cpp complain about is an answer, no error."""
     capture_log()
+    before = getattr(_unremarked, "inside", False)
     _unremarked.inside = True
     try:
         with _without_complaints():
             yield
     finally:
-        _unremarked.inside = False
+        _unremarked.inside = before
 
 
 @contextlib.contextmanager
