@@ -20,8 +20,6 @@ from pocketllava.llamacpp.private import set_fields
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models.memory import CONTEXT_STEP
 
-FEWER_AT_ONCE = (128, 32)  # positions of a batch that are computed together, where there is no memory for all
-
 
 class SecondContext:
     """Evaluates prompts beside a TextModel's own context. A context manager."""
@@ -42,19 +40,16 @@ class SecondContext:
         size = text.n_ctx if n_ctx is None else -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
         set_fields(params, n_ctx=size, cb_eval=callback.function, cb_eval_user_data=None)
         self.n_ctx, self._n_batch = int(params.n_ctx), int(params.n_batch)
-        self._context: Any = None
-        for n_ubatch in (params.n_ubatch, *(n for n in FEWER_AT_ONCE if n < params.n_ubatch)):
-            set_fields(params, n_ubatch=n_ubatch)
-            with unremarked():
-                self._context = llama_cpp.llama_init_from_model(text.model, params)
-                if self._context and not text.has_room():
-                    llama_cpp.llama_free(self._context)
-                    self._context = None
-            if self._context:
-                return
-        raise BackendError(
-            "llama.cpp: no second context could be made; free some memory, or keep layers off the GPU"
-        )
+        with unremarked():
+            self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
+            if self._context and not text.has_room():
+                llama_cpp.llama_free(self._context)
+                self._context = None
+        if not self._context:
+            raise BackendError(
+                "llama.cpp: no second context could be made; free some memory, or keep layers off the GPU"
+                " (n_gpu_layers)"
+            )
 
     def __enter__(self) -> SecondContext:
         return self
