@@ -74,6 +74,8 @@ def environment(folder: Path, exact: bool = True) -> dict[str, str]:
         "VK_ICD_FILENAMES": str(driver()),  # its name before loader 1.3.207
         "GGML_VK_VISIBLE_DEVICES": "0",
         "GGML_NO_BACKTRACE": "1",
+        # Flash attention of 2 to 8 tokens at once ends in libvulkan_lvp.so of Mesa 22.3.6, in the stock handler, too.
+        "GGML_VK_DISABLE_FUSION": "1",
         "MESA_SHADER_CACHE_DIR": str(folder / "shaders"),
         **({"GGML_VK_DISABLE_F16": "1"} if exact else {}),
     }
