@@ -252,7 +252,8 @@ def _hang_up(server: Served, rng: random.Random) -> bool:
     few = random.Random(rng.randrange(N_PICTURES))
     with server.ask(long_request(few, 200, stream=rng.random() < 0.5)):
         time.sleep(rng.uniform(0, 0.3))
-    return server.idle_after(10) < 10
+        before = _cpu_s(server.engine)
+    return server.idle_after(FREE_S) < FREE_S and _cpu_s(server.engine) - before <= FREE_CPU_S
 
 
 def _size(process: psutil.Process) -> tuple[float, int]:
