@@ -391,6 +391,14 @@ def test_whatever_is_looked_for_is_one_line_at_most(words: str) -> None:
             assert "fts5" in str(error) or "unterminated" in str(error) or "no such column" in str(error)
 
 
+def test_every_f16_number_is_read_as_numpy_reads_it() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view("<f2")
+    every = every[np.isfinite(every)]
+    found = np.empty(every.shape, np.float32)
+    alike._widen(every.view("<i2"), found)
+    assert np.array_equal((found * alike.BIAS).view(np.int32), every.astype(np.float32).view(np.int32))
+
+
 def test_pictures_that_look_alike(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     with small(tmp_path / "a.album", *"abc") as album:

@@ -15,6 +15,9 @@ from pocketllava.album.journal import Album
 Vector = npt.NDArray[np.float32]
 AT_ONCE = 256  # rows that are compared together, 2 MB of a 7B model's: they stay in the processor's cache
 MAPPED_BYTES = 1 << 32  # of the album, read without copying
+# F16 to F32 by shifting, twice as fast as numpy's conversion: the exponent's bias is 15 in one, 127 in the other.
+MANTISSA_SHIFT, BIAS = 13, np.float32(2.0 ** (127 - 15))
+NOT_SIGN_COPIES = ~np.int32(0b111 << 28)  # of F16's sign, which widening has put there
 
 
 def has(album: Album, pixels: str, tower: str) -> bool:
@@ -64,9 +67,17 @@ def _cosines(album: Album, tower: str, wanted: Vector) -> Iterator[tuple[list[st
     rows = album.database.execute(
         "SELECT pixels, mean FROM features WHERE +tower = ? AND length(mean) = ? ORDER BY id", (tower, 2 * len(wanted))
     )  # fmt: skip
-    matrix = np.empty((AT_ONCE, len(wanted)), np.float32)
+    matrix, scaled = np.empty((AT_ONCE, len(wanted)), np.float32), wanted * BIAS
     while some := rows.fetchmany(AT_ONCE):
         contents, means = zip(*some, strict=True)
         part = matrix[: len(means)]
-        part[...] = np.frombuffer(b"".join(means), "<f2").reshape(part.shape)
-        yield list(contents), part @ wanted
+        _widen(np.frombuffer(b"".join(means), "<i2").reshape(part.shape), part)
+        yield list(contents), part @ scaled
+
+
+def _widen(halves: npt.NDArray[np.int16], out: Vector) -> None:
+    """The bits of finite F16 numbers as F32 numbers that are smaller by BIAS, bit for bit."""
+    bits = out.view(np.int32)
+    bits[...] = halves
+    np.left_shift(bits, MANTISSA_SHIFT, out=bits)
+    np.bitwise_and(bits, NOT_SIGN_COPIES, out=bits)
