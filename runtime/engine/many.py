@@ -28,9 +28,8 @@ R = TypeVar("R")
 READERS = 2  # threads, which decode while the model evaluates
 AHEAD = 4  # images that wait, preprocessed
 MAX_AT_ONCE = 256  # LLAMA_MAX_SEQ
-MOST_AT_ONCE = (
-    16  # x86's kernels for Q4_K unpack a weight once for so many rows (ggml-cpu/arch/x86/repack.cpp)
-)
+# x86's kernels for Q4_K unpack a weight once for so many rows (ggml-cpu/arch/x86/repack.cpp)
+MOST_AT_ONCE = 16
 ROWS = 4  # that they take together else; those left over are taken one by one (ggml-cpu/repack.cpp)
 SHARE = 2  # the part of the free memory that KV caches of further answers may take is one in SHARE
 

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.batch import Logits, decode_features, decode_tokens
 from pocketllava.llamacpp.guard import EvalCallback, interruptible
-from pocketllava.llamacpp.log import unremarked
 from pocketllava.llamacpp.private import set_fields
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models.memory import CONTEXT_STEP
@@ -40,11 +39,7 @@ class SecondContext:
         size = text.n_ctx if n_ctx is None else -(-n_ctx // CONTEXT_STEP) * CONTEXT_STEP
         set_fields(params, n_ctx=size, cb_eval=callback.function, cb_eval_user_data=None)
         self.n_ctx, self._n_batch = int(params.n_ctx), int(params.n_batch)
-        with unremarked():
-            self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
-            if self._context and not text.has_room():
-                llama_cpp.llama_free(self._context)
-                self._context = None
+        self._context: Any = text.another_context(params)
         if not self._context:
             raise BackendError(
                 "llama.cpp: no second context could be made; free some memory, or keep layers off the GPU"

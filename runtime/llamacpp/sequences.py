@@ -15,7 +15,6 @@ import numpy.typing as npt
 from pocketllava.errors import BackendError
 from pocketllava.llamacpp.batch import decode_features, decode_next, decode_tokens
 from pocketllava.llamacpp.guard import ShouldStop, check_device, interruptible
-from pocketllava.llamacpp.log import unremarked
 from pocketllava.llamacpp.private import set_fields
 from pocketllava.llamacpp.text_model import Features, TextModel
 from pocketllava.models.memory import CONTEXT_STEP
@@ -33,11 +32,8 @@ class Sequences:
         params = text.context_params
         # kv_unified: attention of one sequence would pass over the others' positions
         set_fields(params, n_seq_max=n, n_ctx=n * self.n_ctx, kv_unified=False)
-        with unremarked():
-            self._context: Any = llama_cpp.llama_init_from_model(text.model, params)
-            text.adopt(self)
-            if self._context and not text.has_room():
-                self.close()
+        self._context: Any = text.another_context(params)
+        text.adopt(self)
         if not self._context:
             raise BackendError(
                 f"llama.cpp: no context for {n} answers at once; use a smaller batch, or free some memory"

@@ -30,7 +30,7 @@ from pocketllava.llamacpp.guard import (
 )
 from pocketllava.llamacpp.library import give_back_memory
 from pocketllava.llamacpp.load_log import missing_part
-from pocketllava.llamacpp.log import device_failure, keep_file_descriptors, log_lines
+from pocketllava.llamacpp.log import device_failure, keep_file_descriptors, log_lines, unremarked
 from pocketllava.llamacpp.pages import huge_pages, released_pages
 from pocketllava.llamacpp.part_of_file import loaded_from
 from pocketllava.llamacpp.private import check_llama, set_fields
@@ -153,6 +153,17 @@ class TextModel:
         params = llama_cpp.llama_context_default_params()
         ctypes.pointer(params)[0] = self._llama.context_params
         return params
+
+    def another_context(self, params: Any) -> Any:
+        """A llama_context of its own on the model's weights; None where its devices or this machine lack memory."""
+        from llama_cpp import llama_cpp
+
+        with unremarked():
+            context = llama_cpp.llama_init_from_model(self.model, params)
+            if context and not self.has_room():
+                llama_cpp.llama_free(context)
+                return None
+        return context
 
     @property
     def n_batch(self) -> int:
