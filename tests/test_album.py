@@ -395,7 +395,7 @@ def test_every_f16_number_is_read_as_numpy_reads_it() -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view("<f2")
     every = every[np.isfinite(every)]
     found = np.empty(every.shape, np.float32)
-    alike._widen(every.view("<i2"), found)
+    alike.widen(every.view("<i2"), found)
     assert np.array_equal((found * alike.BIAS).view(np.int32), every.astype(np.float32).view(np.int32))
 
 

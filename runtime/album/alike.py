@@ -61,6 +61,14 @@ def nearest(album: Album, tower: str, wanted: Vector, limit: int) -> list[tuple[
     return best
 
 
+def widen(halves: npt.NDArray[np.int16], out: Vector) -> None:
+    """The bits of finite F16 numbers as F32 numbers that are smaller by BIAS, bit for bit."""
+    bits = out.view(np.int32)
+    bits[...] = halves
+    np.left_shift(bits, MANTISSA_SHIFT, out=bits)
+    np.bitwise_and(bits, NOT_SIGN_COPIES, out=bits)
+
+
 def _cosines(album: Album, tower: str, wanted: Vector) -> Iterator[tuple[list[str], Vector]]:
     album.database.execute(f"PRAGMA mmap_size = {MAPPED_BYTES}")
     # + keeps SQLite from an index, which would have it sort 800 MB
@@ -71,13 +79,5 @@ def _cosines(album: Album, tower: str, wanted: Vector) -> Iterator[tuple[list[st
     while some := rows.fetchmany(AT_ONCE):
         contents, means = zip(*some, strict=True)
         part = matrix[: len(means)]
-        _widen(np.frombuffer(b"".join(means), "<i2").reshape(part.shape), part)
+        widen(np.frombuffer(b"".join(means), "<i2").reshape(part.shape), part)
         yield list(contents), part @ scaled
-
-
-def _widen(halves: npt.NDArray[np.int16], out: Vector) -> None:
-    """The bits of finite F16 numbers as F32 numbers that are smaller by BIAS, bit for bit."""
-    bits = out.view(np.int32)
-    bits[...] = halves
-    np.left_shift(bits, MANTISSA_SHIFT, out=bits)
-    np.bitwise_and(bits, NOT_SIGN_COPIES, out=bits)
