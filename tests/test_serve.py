@@ -24,6 +24,7 @@ import pytest
 import uvicorn
 from click.testing import CliRunner
 from pictures import png, scene
+from processes import cpu_s
 
 from pocketllava import Llava, Message, Options
 from pocketllava.album.gallery import Gallery
@@ -451,11 +452,6 @@ def test_a_cancelled_answer_ends_within_a_few_tokens(server: Server) -> None:
         return [event async for event in job.events()]
 
     assert len(asyncio.run(late())) <= MAX_TOKENS_LATE
-
-
-def cpu_s(process: psutil.Process) -> float:
-    """Seconds of computing until now."""
-    return sum(process.cpu_times()[:2])
 
 
 def test_an_engine_that_dies_is_started_again(answer: str) -> None:

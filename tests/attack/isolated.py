@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 from attack.counts import Counts
 from pictures import scene
+from processes import cpu_s
 
 from pocketllava import Llava, Message, Options
 from pocketllava.types import Progress
@@ -61,7 +62,7 @@ def _cancel(
     delay = rng.uniform(0, 0.02)
 
     def end() -> None:
-        seen[:] = time.monotonic(), _cpu_s(child)
+        seen[:] = time.monotonic(), _worked_s(child)
         stop.set()
 
     def cancel() -> None:
@@ -90,7 +91,7 @@ def _cancel(
         reason = chunk.finish_reason
         if phase == "decoding":
             cancel()
-    took, worked = time.monotonic() - seen[0], _cpu_s(child) - seen[1]
+    took, worked = time.monotonic() - seen[0], _worked_s(child) - seen[1]
     if took > ENDS_S or worked > ENDS_CPU_S or (looks[0] > LOOKS and not isolated):
         counts.hangs += 1
         counts.failures.append(f"{name}: ended after {took:.2f} s, {worked:.2f} s of work, {looks[0]} looks")
@@ -125,9 +126,9 @@ def calls(seed: int, cases: int, folder: Path) -> Counts:
     return counts
 
 
-def _cpu_s(process: psutil.Process | None) -> float:
-    """Seconds of work of a child."""
-    return sum(process.cpu_times()[:2]) if process is not None else 0.0
+def _worked_s(child: psutil.Process | None) -> float:
+    """Seconds of work of a child, if there is one."""
+    return cpu_s(child) if child is not None else 0.0
 
 
 def _size(process: psutil.Process) -> tuple[float, int]:
