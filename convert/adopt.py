@@ -15,11 +15,12 @@ from pathlib import Path
 from pocketllava.convert import foreign
 from pocketllava.convert.foreign import OTHERS, OWN, REFER, TEXTS, Pair, shared_words
 from pocketllava.convert.llamafile import is_extracted, is_llamafile
-from pocketllava.convert.pair import Style, type_name
+from pocketllava.convert.pair import Style
 from pocketllava.errors import BundleError, InputError, ModelNotFound, PocketLlavaError
 from pocketllava.models import catalog
 from pocketllava.models.bundle import MANIFEST, Bundle
 from pocketllava.models.catalog import Group, Root
+from pocketllava.models.file_type import type_name
 from pocketllava.models.files import expanded
 from pocketllava.models.gguf_header import ARCHITECTURE, Header
 from pocketllava.models.manifest import Source
@@ -106,7 +107,7 @@ def default_name(pair: Pair) -> str:
     last = pair.source.id.removeprefix(OLLAMA).rpartition("/")[2].lower()
     base, _, tag = last.partition(":")
     base = _clean(_TYPE.sub("", base), MAX_BASE) or "model"
-    kind = type_name(pair.text).lower()
+    kind = type_name(pair.text.keys).lower()
     tag = _clean(tag, MAX_TAG) or ("" if kind == "unknown" else kind)
     name = f"{base}:{tag}" if tag else base
     return parsed(name if is_name(name) else f"model-{base}:{tag}")
@@ -157,7 +158,7 @@ def _row(group: Group, model: Path, projectors: Sequence[Path]) -> Row:
         return Row(group.app, name, kind, "", str(model), str(projectors[0]), 0, (), str(error))
     projector = pair.projector
     n_bytes = pair.text.file_bytes + (0 if projector.faults else projector.header.file_bytes)
-    types = f"{type_name(pair.text)} + {type_name(projector.header)}"
+    types = f"{type_name(pair.text.keys)} + {type_name(projector.header.keys)}"
     kind = "LLaVA-1.6" if pair.tiled else "LLaVA-1.5"
     return Row(group.app, name, kind, types, str(model), str(projector.path), n_bytes, projector.faults)
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from pocketllava.convert.llamafile import copy_of, gguf_parts
-from pocketllava.convert.pair import Style, manifest, type_name, write_manifest
+from pocketllava.convert.pair import Style, manifest, write_manifest
 from pocketllava.convert.repair import Repair, examine, repair
 from pocketllava.errors import BundleError, ConvertError, DiskFull, InputError, ModelNotFound
 from pocketllava.models.bundle import MMPROJ, MODEL, Bundle, describe_file, file_identity, sha256
+from pocketllava.models.file_type import type_name
 from pocketllava.models.files import atomic_write, cache_folder, utf8
 from pocketllava.models.gguf_header import ARCHITECTURE, Header, Part, architecture
 from pocketllava.models.manifest import FileRecord, Reference, Source
@@ -196,7 +197,7 @@ def said(pair: Pair, how: Style) -> str:
     if _HASH.fullmatch(model):  # blobs tell nobody anything
         model, vision = pair.source.id, "its projector"
     chosen = f"{model}: a LLaVA-1.{6 if pair.tiled else 5} with {vision}"
-    others = f" ({type_name(pair.projector.header)}, rather than {', '.join(pair.others[:3])})"
+    others = f" ({type_name(pair.projector.header.keys)}, rather than {', '.join(pair.others[:3])})"
     mended = "; mended in a copy: " + "; ".join(pair.projector.faults) if pair.projector.faults else ""
     pictures = "cut into tiles" if pair.tiled else "padded to a square" if how.pad else "cropped"
     return (
@@ -296,7 +297,7 @@ def _best(text: Header, fitting: list[Repair]) -> Repair:
 
 
 def _rank(header: Header) -> int:
-    kind = type_name(header)
+    kind = type_name(header.keys)
     return PROJECTOR_TYPES.index(kind) if kind in PROJECTOR_TYPES else len(PROJECTOR_TYPES)
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import LlamaFileType
 
 from pocketllava.convert.read.original import CHATML, LLAMA_3, MISTRAL_INSTRUCT, VICUNA_V1, conversation
 from pocketllava.errors import BundleError, ConvertError, UnsupportedOption
 from pocketllava.models.bundle import DEFAULT_TEMPLATE, MANIFEST, MMPROJ, MODEL, Bundle, describe_file, sha256
+from pocketllava.models.file_type import type_name
 from pocketllava.models.files import atomic_write, utf8
 from pocketllava.models.gguf_header import Header, architecture
 from pocketllava.models.manifest import IMAGE_TOKEN, FileRecord, Manifest, Reference, Source, Types
@@ -25,7 +25,7 @@ from pocketllava.models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from pocketllava.models.text_contract import check_text
 from pocketllava.version import __version__
 
-FILE_TYPE, TEMPLATE = "general.file_type", "tokenizer.chat_template"
+TEMPLATE = "tokenizer.chat_template"
 TOKENS, END = "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"
 DEFAULT_END = 2  # llama.cpp's own for SPM vocabularies
 HEADS, KV_HEADS = "llama.attention.head_count", "llama.attention.head_count_kv"
@@ -138,7 +138,7 @@ def manifest(
     return Manifest(
         version=__version__,
         source=source,
-        types=Types(type_name(text), type_name(vision)),
+        types=Types(type_name(text.keys), type_name(vision.keys)),
         files=files,
         file_names=file_names or {},
         references=references or {},
@@ -183,12 +183,3 @@ def _three(stored: list[float], exact: tuple[float, float, float]) -> tuple[floa
     """CLIP's own numbers where the file holds them, which it does in float32."""
     r, g, b = exact if np.allclose(stored, exact, rtol=1e-6, atol=0) else stored
     return float(r), float(g), float(b)
-
-
-def type_name(header: Header) -> str:
-    """Such as "Q4_K_M"; "unknown" where the file does not say."""
-    try:
-        kind = LlamaFileType(header.keys.get(FILE_TYPE))
-    except ValueError:
-        return "unknown"
-    return str(kind.name).removeprefix("MOSTLY_").removeprefix("ALL_")

@@ -26,13 +26,12 @@ from pocketllava.convert.write.writer import Progress
 from pocketllava.errors import UnsupportedOption
 from pocketllava.llamacpp.devices import cores
 from pocketllava.models.bundle import Bundle, Manifest, sha256
+from pocketllava.models.file_type import FILE_TYPE
 from pocketllava.models.gguf_header import ARCHITECTURE, Header
 from pocketllava.models.gguf_writer import stored_keys
 from pocketllava.models.manifest import QuantizedFrom, Types
 from pocketllava.models.text_contract import TextInfo
 from pocketllava.version import __version__
-
-FILE_TYPE = "general.file_type"
 
 
 def requantize(

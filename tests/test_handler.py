@@ -6,8 +6,10 @@ import base64
 import gc
 import json
 import math
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -111,6 +113,26 @@ def test_what_is_refused(llama: Any, options: dict[str, Any], name: str) -> None
     with pytest.raises((UnsupportedOption, UnsupportedSchema), match=f"^{name}[: ]"):
         answer(llama, **options)
     assert answer(llama)["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("of", "own", "exact"),
+    [("F16", "F16", True), ("F16", "Q8_0", False), (None, "F16", True), (None, "Q8_0", False)],
+)
+def test_the_text_model_says_whether_tokens_are_promised(
+    make_bundle: Any, tmp_path: Path, of: str | None, own: str, exact: bool
+) -> None:
+    """Its own file does: the mmproj may stand alone, or belong to a bundle of another type."""
+    from llama_cpp import Llama
+
+    bundle = make_bundle(of or own, "F16")
+    mmproj = bundle.mmproj if of else shutil.copy(bundle.mmproj, tmp_path / "mmproj.gguf")
+    handler = LlavaChatHandler(mmproj)
+    llama: Any = Llama(
+        str(make_bundle(own, "F16").model), chat_handler=handler, n_ctx=256, n_threads=1, verbose=False
+    )
+    assert handler.session(llama).is_exact == exact
+    llama.close()
 
 
 def test_a_prompt_that_ends_in_an_image(make_bundle: Any, tmp_path: Any) -> None:

@@ -418,7 +418,7 @@ def test_the_key() -> None:
 def long_request(server: Server, stream: bool) -> socket.socket:
     """A connection that has asked for a long answer."""
     turns = [{"role": "user", "content": "Tell me."}]
-    form = {"type": "json_schema", "json_schema": {"schema": {"type": "string", "minLength": 900}}}
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "string", "minLength": 5000}}}
     fields = {
         "messages": turns,
         "max_tokens": 1900,
@@ -462,7 +462,7 @@ def test_an_engine_that_dies_is_started_again(answer: str) -> None:
             used_s = cpu_s(engine)
             with closing(long_request(server, False)) as connection:
                 # a request that the engine has not begun is answered by the next one, and never hears of it
-                server.until(lambda: cpu_s(engine) > used_s + 0.2)  # noqa: B023
+                server.until(lambda: cpu_s(engine) > used_s + 0.1)  # noqa: B023
                 engine.kill()
                 head = http.client.HTTPResponse(connection)
                 head.begin()

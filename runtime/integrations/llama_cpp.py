@@ -24,6 +24,7 @@ from pocketllava.llamacpp.devices import devices
 from pocketllava.llamacpp.private import private
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models import Bundle
+from pocketllava.models.file_type import type_name
 from pocketllava.models.gguf_header import Header
 from pocketllava.models.limits import check_room
 from pocketllava.models.plan import EXACT
@@ -122,20 +123,16 @@ class LlavaChatHandler(Llava15ChatHandler):  # type: ignore[misc]
             text = TextModel(weakref.proxy(llama))
             mmproj = Path(self.clip_model_path)
             check_room(mmproj, mmproj.stat().st_size)
-            self._session = Session(
-                text, mmproj, self.bundle, self.options, **self._placed(mmproj, on_gpu=text.on_gpu)
-            )
+            self._session = Session(text, mmproj, self.bundle, self.options, **self._placed(mmproj, text))
             self._llama = weakref.ref(llama)
         return self._session
 
-    def _placed(self, mmproj: Path, *, on_gpu: bool) -> dict[str, Any]:
+    def _placed(self, mmproj: Path, text: TextModel) -> dict[str, Any]:
         """Where the vision tower goes, and what a Llama of one's own is taken to be on."""
-        bundle = self.bundle
-        exact = bundle is not None and bundle.manifest.types.model in EXACT
-        header = bundle.mmproj_header if bundle else Header.read(mmproj)
-        kind = bundle.manifest.types.mmproj if bundle else "F16"
-        device = device_beside(header, kind, exact=exact) if self.use_gpu else None
-        kinds = repr([d.kind for d in devices()]) if on_gpu else ""
+        exact = type_name(text.metadata) in EXACT  # the Llama's own file, which need not be the bundle's
+        header = self.bundle.mmproj_header if self.bundle else Header.read(mmproj)
+        device = device_beside(header, type_name(header.keys), exact=exact) if self.use_gpu else None
+        kinds = repr([d.kind for d in devices()]) if text.on_gpu else ""
         return {"vision_device": device, "exact": exact, "text_kind": kinds}
 
     def close(self) -> None:
