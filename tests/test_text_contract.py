@@ -20,11 +20,13 @@ from test_quantize import LAYOUTS as SHAPES
 from test_quantize import model_file
 
 from pocketllava import Bundle, BundleError, InputError
+from pocketllava.llamacpp.devices import gpus
 from pocketllava.llamacpp.text_model import TextModel
 from pocketllava.models.gguf_header import ARRAY, STRING, Header
 from pocketllava.models.text_contract import MATRIX_TYPES, MAX_RUN, check_text
 
 U16, U32, I32, FLOAT, BOOL = 2, 4, 5, 6, 7
+COMPILES_S = 900.0  # the shaders of one type, on a software GPU
 LAYOUTS = {
     **variants.LAYOUTS,
     **ORIGINAL,
@@ -305,7 +307,7 @@ def test_per_layer_sizes_that_are_equal_pass(small: dict[str, Path], tmp_path: P
 def test_every_accepted_type_is_one_that_llama_cpp_computes_with(
     small: dict[str, Path], tmp_path: Path
 ) -> None:
-    child = attack.Child()
+    child = attack.Child(COMPILES_S if gpus() else attack.USE_S)
     try:
         for kind in MATRIX_TYPES:
             file, path = File.read(small["grouped"]), tmp_path / f"{kind}.gguf"

@@ -265,8 +265,10 @@ class Result:
 class Child:
     """A process that takes files one way after the other, and is started again when one killed it."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_s: float = USE_S) -> None:
+        """most_s: seconds that a file may take."""
         self.process: subprocess.Popen[str] | None = None
+        self.most_s = most_s
 
     def ask(self, way: str, folder: Path, full: bool = False) -> Result:
         """Take a bundle's folder one way."""
@@ -280,7 +282,7 @@ class Child:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([way, str(folder), full]) + "\n")
         self.process.stdin.flush()
-        watch = threading.Timer(USE_S, self.process.kill)
+        watch = threading.Timer(self.most_s, self.process.kill)
         watch.start()
         answer = self.process.stdout.readline()
         hung = not watch.is_alive()

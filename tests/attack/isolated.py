@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 from attack.counts import Counts
+from attack.steps import work_left_s
 from pictures import scene
 from processes import cpu_s
 
@@ -28,7 +30,6 @@ from pocketllava.types import Progress
 QUESTION = "What is at the center?"
 PHASES = ("waiting", "image", "prompt", "decoding")
 LOOKS = 8  # at should_stop() once it is true; llama.cpp looks before each node of a graph, of which a step has hundreds
-ENDS_CPU_S = 0.25  # of a child's work, which other programs on its core do not change; it cannot be asked how often it looked
 ENDS_S = 20.0  # by the clock
 PICTURES, SETTLED = 100, 200  # asked about in turn, and calls until the features of all are kept
 SLACK_MB, SLACK_FILES = 16, 2
@@ -41,10 +42,13 @@ def cancels(seed: int, cases: int, folder: Path) -> Counts:
         with Llava.load("demo", n_ctx=2048, n_threads=1, isolated=isolated) as model:
             picture = np.asarray(scene(96, 80))
             expected = model.ask(picture, QUESTION, max_tokens=8).token_ids
+            child = _newest_child() if isolated else None
+            # a child cannot be asked how often it looked
+            most_s = work_left_s(child, partial(model.ask, *_long(rng), max_tokens=1)) if child else 0.0
             for n in range(cases * len(PHASES)):
                 counts.cases += 1
                 name = f"{PHASES[n % len(PHASES)]}, isolated {isolated}, case {n}"
-                _cancel(model, PHASES[n % len(PHASES)], rng, name, counts, isolated=isolated)
+                _cancel(model, PHASES[n % len(PHASES)], rng, name, counts, child, most_s)
                 if model.ask(picture, QUESTION, max_tokens=8).token_ids != expected:
                     counts.wrong += 1
                     counts.failures.append(f"{name}: another answer afterwards")
@@ -52,13 +56,14 @@ def cancels(seed: int, cases: int, folder: Path) -> Counts:
 
 
 def _cancel(
-    model: Llava, phase: str, rng: random.Random, name: str, counts: Counts, *, isolated: bool
-) -> None:
-    """Ask for something long and end it amid a phase: as soon as its first sign is seen, or a moment later."""
+    model: Llava, phase: str, rng: random.Random, name: str, counts: Counts,
+    child: psutil.Process | None, most_s: float,
+) -> None:  # fmt: skip
+    """Ask for something long and end it amid a phase: as soon as its first sign is seen, or a moment later.
+
+    The child, if the model is in one, may work for most_s more.
+    """
     stop, seen, looks = threading.Event(), [0.0, 0.0], [0]
-    child = (
-        max(psutil.Process().children(), key=lambda p: p.create_time(), default=None) if isolated else None
-    )
     delay = rng.uniform(0, 0.02)
 
     def end() -> None:
@@ -78,8 +83,7 @@ def _cancel(
         if progress.stage == phase:
             cancel()
 
-    picture = np.random.default_rng(rng.randrange(1 << 30)).integers(0, 255, (300, 300, 3), np.uint8)
-    text = " ".join(rng.choices(["red", "star", "left", "circle"], k=500))
+    picture, text = _long(rng)
     if phase == "waiting":
         cancel()
     reason: str | None = None
@@ -92,7 +96,7 @@ def _cancel(
         if phase == "decoding":
             cancel()
     took, worked = time.monotonic() - seen[0], _worked_s(child) - seen[1]
-    if took > ENDS_S or worked > ENDS_CPU_S or (looks[0] > LOOKS and not isolated):
+    if took > ENDS_S or worked > most_s or (looks[0] > LOOKS and child is None):
         counts.hangs += 1
         counts.failures.append(f"{name}: ended after {took:.2f} s, {worked:.2f} s of work, {looks[0]} looks")
     elif reason != "cancelled":
@@ -107,7 +111,7 @@ def calls(seed: int, cases: int, folder: Path) -> Counts:
     counts = Counts()
     with Llava.load("demo", n_ctx=512, n_threads=1, isolated=True) as model:
         own = psutil.Process()
-        child = max(own.children(), key=lambda p: p.create_time())
+        child = _newest_child()
         sizes: list[tuple[Any, ...]] = []
         for n in range(cases):
             picture = np.random.default_rng((seed, n % PICTURES)).integers(0, 255, (64, 64, 3), np.uint8)
@@ -124,6 +128,17 @@ def calls(seed: int, cases: int, folder: Path) -> Counts:
             counts.leaks += 1
             counts.failures.append(f"{name}: {early:.0f} after some calls, {late:.0f} in the end")
     return counts
+
+
+def _long(rng: random.Random) -> tuple[Any, str]:
+    """A new picture and a long question."""
+    picture = np.random.default_rng(rng.randrange(1 << 30)).integers(0, 255, (300, 300, 3), np.uint8)
+    return picture, " ".join(rng.choices(["red", "star", "left", "circle"], k=500))
+
+
+def _newest_child() -> psutil.Process:
+    """That of the model loaded last."""
+    return max(psutil.Process().children(), key=lambda p: p.create_time())
 
 
 def _worked_s(child: psutil.Process | None) -> float:
