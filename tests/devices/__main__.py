@@ -66,7 +66,7 @@ def tested(python: Path, folder: Path, name: str) -> Row:
         last = ""
         for line in child.stdout:
             print(line, end="", flush=True)
-            last = line.strip() or last
+            last = line if COUNTS.search(line) else last
     counts = ", ".join(f"{n} {word}" for n, word in COUNTS.findall(last)) or f"exit status {child.returncode}"
     return Row(f"tests/test_{name}.py", counts, time.perf_counter() - start, child.returncode == 0)
 
