@@ -14,6 +14,6 @@ def type_name(keys: Mapping[str, Any]) -> str:
 
     try:
         kind = LlamaFileType(int(keys[FILE_TYPE]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return "unknown"
     return str(kind.name).removeprefix("MOSTLY_").removeprefix("ALL_")

@@ -25,6 +25,7 @@ from pocketllava import (
     UnsupportedSchema,
 )
 from pocketllava.integrations.llama_cpp import LlavaChatHandler
+from pocketllava.models.file_type import FILE_TYPE, type_name
 from pocketllava.prompt.openai import from_openai
 
 URI = "data:image/png;base64," + base64.b64encode(pictures.four()[0]).decode()
@@ -133,6 +134,11 @@ def test_the_text_model_says_whether_tokens_are_promised(
     )
     assert handler.session(llama).is_exact == exact
     llama.close()
+
+
+@pytest.mark.parametrize("value", [None, "", "x", -1, 1 << 31, math.inf, math.nan, [1], {}])
+def test_a_type_that_no_file_has_is_unknown(value: Any) -> None:
+    assert type_name({FILE_TYPE: value}) == type_name({}) == "unknown"
 
 
 def test_a_prompt_that_ends_in_an_image(make_bundle: Any, tmp_path: Any) -> None:
