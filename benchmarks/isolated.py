@@ -26,6 +26,7 @@ from pocketllava import Llava, Options
 QUESTION = "What is this?"
 SCHEMA = {"type": "string", "minLength": 2000}  # no answer ends by itself
 CTX = 2048
+RESTS_S = 4.0  # uvicorn closes a connection without requests after 5
 Ask = Callable[[int], None]
 
 
@@ -86,7 +87,7 @@ def _of_model(model: Llava, picture: bytes) -> Ask:
 
 @contextmanager
 def _served(bundle: str, picture: bytes) -> Iterator[Ask]:
-    """Over one connection, as clients keep it."""
+    """Over one connection, as clients keep it; one that rests while the other sides are asked is opened anew."""
     command = [sys.executable, "-m", "pocketllava", "serve", bundle, "--port", "0", "--ctx", str(CTX)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -94,8 +95,12 @@ def _served(bundle: str, picture: bytes) -> Iterator[Ask]:
     connection = http.client.HTTPConnection("127.0.0.1", int(lines[0].rsplit(":", 1)[1]), timeout=600)
     content = [{"type": "text", "text": QUESTION}, image_part(picture)]
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    used_s = 0.0
 
     def ask(tokens: int) -> None:
+        nonlocal used_s
+        if time.monotonic() - used_s > RESTS_S:
+            connection.close()
         body = {
             "messages": [{"role": "user", "content": content}],
             "max_tokens": tokens,
@@ -105,6 +110,7 @@ def _served(bundle: str, picture: bytes) -> Iterator[Ask]:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
         usage = json.loads(connection.getresponse().read())["usage"]
         assert usage["completion_tokens"] == tokens
+        used_s = time.monotonic()
 
     try:
         yield ask

@@ -3,10 +3,10 @@
     python benchmarks/serving.py BUNDLE LLAMA_SERVER [--image FILE] [--runs N] [--clients N] [--turns N] [--ctx N]
         [--threads N]
 
-BUNDLE is a folder with model.gguf and mmproj.gguf, or a model's name, LLAMA_SERVER llama.cpp's own program. One server
-runs at a time, each with the same threads and greedy decoding. "New picture" and "second question" are seconds until
-the first word, alone. Then clients with their own pictures ask in turns, all at once: llama-server gets a slot and a
-context for each. Run it on a quiet machine.
+BUNDLE is a folder with model.gguf and mmproj.gguf, or a model's name, LLAMA_SERVER llama.cpp's own program. Both run,
+with the same threads and greedy decoding, and are asked in turns; the last column is what the one that rests takes
+meanwhile. "New picture" and "second question" are seconds until the first word, alone. Then clients with their own
+pictures ask in turns, all at once: llama-server gets a slot and a context for each. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from arguments import about, arguments, image_part
 from PIL import Image
 
@@ -91,16 +92,13 @@ def main() -> None:
     ap.add_argument("--ctx", type=int, default=2048)
     ap.add_argument("--threads", type=int, default=2)
     a = ap.parse_args()
-    pictures = _pictures(Path(a.image), 2 * a.runs + a.clients)
-    rows = {}
-    for name, command in _commands(a).items():
-        with _running(command) as port:
-            rows[name] = _measured(port, pictures, a.runs, a.turns)
+    pictures = _pictures(Path(a.image), 1 + a.runs + a.clients)
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(_running(command)) for name, command in _commands(a).items()}
+        rows = _measured(servers, pictures, a.runs, a.turns)
     print(about(runs=a.runs, clients=a.clients, turns=a.turns, tokens=TOKENS, threads=a.threads))
-    print(
-        "\n| | new picture, s | second question, s | turn's first word, s | slowest, s | answers a minute |"
-    )
-    print("|---|---|---|---|---|---|")
+    heads = ("new picture, s", "second question, s", "turn's first word, s", "slowest, s", "answers a minute")
+    print(f"\n| | {' | '.join(heads)} | CPU while the other was asked, s |\n|---|{'---|' * (len(heads) + 1)}")
     for name, values in rows.items():
         print(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
 
@@ -117,26 +115,76 @@ def _commands(a: Any) -> dict[str, list[str]]:
     }
 
 
-def _measured(port: int, pictures: list[bytes], runs: int, turns: int) -> list[float]:
-    """A row of the table. The first picture warms up; the next are asked about alone, the last by clients at once."""
-    Client(port, pictures[0]).ask(QUESTIONS[0])
-    alone = [Client(port, picture) for picture in pictures[1 : runs + 1]]
-    for client in alone:
+@dataclass
+class Server:
+    """A program that answers, and what it took."""
+
+    port: int
+    process: psutil.Process
+    alone: list[Client] = field(default_factory=list)
+    clients: list[Client] = field(default_factory=list)
+    minutes: float = 0.0
+    idle_cpu_s: float = 0.0
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU time of its processes so far."""
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in family)
+
+    def ask_alone(self, picture: bytes) -> None:
+        """A new picture, and a second question about it."""
+        client = Client(self.port, picture)
         client.ask(QUESTIONS[0])
         client.ask(QUESTIONS[1])
-    clients = [Client(port, picture) for picture in pictures[2 * runs :]]
-    start = time.perf_counter()
-    with ThreadPoolExecutor(len(clients)) as pool:
-        list(pool.map(lambda c: [c.ask(QUESTIONS[n % len(QUESTIONS)]) for n in range(turns)], clients))
-    minutes = (time.perf_counter() - start) / 60
-    later = [second for client in clients for second in client.first_s[1:] or client.first_s]
-    return [
-        statistics.median(client.first_s[0] for client in alone),
-        statistics.median(client.first_s[1] for client in alone),
-        statistics.median(later),
-        max(later),
-        len(clients) * turns / minutes,
-    ]
+        self.alone.append(client)
+
+    def ask_together(self, pictures: list[bytes], turns: int) -> None:
+        """A client for each picture, all at once."""
+        self.clients = [Client(self.port, picture) for picture in pictures]
+        questions = [QUESTIONS[n % len(QUESTIONS)] for n in range(turns)]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(pictures)) as pool:
+            list(pool.map(lambda client: [client.ask(question) for question in questions], self.clients))
+        self.minutes = (time.perf_counter() - start) / 60
+
+    def row(self) -> list[float]:
+        """Of the table."""
+        later = [second for client in self.clients for second in client.first_s[1:] or client.first_s]
+        return [
+            statistics.median(client.first_s[0] for client in self.alone),
+            statistics.median(client.first_s[1] for client in self.alone),
+            statistics.median(later),
+            max(later),
+            sum(len(client.first_s) for client in self.clients) / self.minutes,
+            self.idle_cpu_s,
+        ]
+
+
+def _measured(
+    servers: dict[str, Server], pictures: list[bytes], runs: int, turns: int
+) -> dict[str, list[float]]:
+    """The table's rows. The first picture warms up; the next are asked about alone, the last by clients at once."""
+    for server in servers.values():
+        server.ask_alone(pictures[0])
+        server.alone.clear()
+    for picture in pictures[1 : runs + 1]:
+        for server in servers.values():
+            with _others_rest(server, servers):
+                server.ask_alone(picture)
+    for server in servers.values():
+        with _others_rest(server, servers):
+            server.ask_together(pictures[runs + 1 :], turns)
+    return {name: server.row() for name, server in servers.items()}
+
+
+@contextmanager
+def _others_rest(asked: Server, servers: dict[str, Server]) -> Iterator[None]:
+    """Notes the CPU time that the other servers take."""
+    others = [server for server in servers.values() if server is not asked]
+    before = [server.cpu_s() for server in others]
+    yield
+    for server, cpu_s in zip(others, before, strict=True):
+        server.idle_cpu_s += server.cpu_s() - cpu_s
 
 
 def _pictures(path: Path, count: int) -> list[bytes]:
@@ -155,8 +203,8 @@ def _pictures(path: Path, count: int) -> list[bytes]:
 
 
 @contextmanager
-def _running(command: list[str]) -> Iterator[int]:
-    """A server's port, once it is well."""
+def _running(command: list[str]) -> Iterator[Server]:
+    """A server, once it is well."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     process = subprocess.Popen(
@@ -170,7 +218,7 @@ def _running(command: list[str]) -> Iterator[int]:
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"{command[0]}: did not start (exit code {process.poll()})")
             time.sleep(0.1)
-        yield port
+        yield Server(port, psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait(20)

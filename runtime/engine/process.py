@@ -151,10 +151,8 @@ class _Watch:
     def next(self) -> Frame:
         """The next frame. Raises EngineDied."""
         while True:
-            frame = self._process.next(POLL_S if self._should_stop else None)
-            if frame is not None and frame.fields["type"] in ENDINGS:
-                return frame
             self._look()
+            frame = self._process.next(POLL_S if self._should_stop else None)
             if frame is not None:
                 return frame
 
@@ -209,8 +207,8 @@ class ProcessEngine:
         packed, blobs = wire.pack_messages(messages)
         with contextlib.closing(self._stream("answer", call, blobs, messages=packed)) as frames:
             for frame in frames:
-                if frame.fields["type"] == "chunk":
-                    yield wire.unpack_chunk(frame.fields["value"])
+                if frame.fields["type"] == "chunks":
+                    yield from map(wire.unpack_chunk, frame.fields["value"])
 
     def prefill(self, messages: Sequence[Message], call: Call) -> None:
         packed, blobs = wire.pack_messages(messages)
