@@ -85,6 +85,19 @@ def test_answers_are_those_of_a_model_in_this_process(here: Llava, isolated: Lla
     )
 
 
+def test_a_stream_s_chunks_are_the_same_though_they_travel_together(
+    here: Llava, isolated: Llava, picture: bytes
+) -> None:
+    messages = [Message(text="Describe the image.", images=picture)]
+    options = Options(max_tokens=200, schema=LONG)
+    expected, found = (
+        [(chunk.text, chunk.token_ids, chunk.finish_reason) for chunk in m.stream(messages, options=options)]
+        for m in (here, isolated)
+    )
+    assert found == expected
+    assert len(found) > 60  # one for each token: a pipe's frame holds many of them
+
+
 def test_everything_else_is_the_same(here: Llava, isolated: Llava, picture: bytes, tmp_path: Path) -> None:
     (tmp_path / "scene.png").write_bytes(picture)
     path = tmp_path / "scene.png"
