@@ -1,6 +1,10 @@
-"""Machines to plan for, whatever this one is; and what this one calls the place of a whole text model."""
+"""Machines to plan for, whatever this one is; and of this one, what can be tested here and how it names places."""
 
 from __future__ import annotations
+
+import sys
+
+import pytest
 
 from pocketllava.llamacpp.devices import gpus
 from pocketllava.models.limits import Limit
@@ -9,6 +13,9 @@ from pocketllava.models.machine import Device, Machine, rearranged_types
 GIGA = 10**9
 AVX2 = frozenset({"AVX2", "REPACK"})
 ARM = frozenset({"NEON", "DOTPROD", "MATMUL_INT8", "REPACK"})
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces these limits")
+no_driver = pytest.mark.skipif(bool(gpus()), reason="a driver takes memory of its own, which no plan has")
 
 
 def machine(

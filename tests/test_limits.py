@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from machines import linux, no_driver
 
 from pocketllava import BackendError, Bundle
-from pocketllava.llamacpp.devices import gpus
 from pocketllava.models.limits import cgroup_limits, check_room, limits
 from pocketllava.models.memory import memory
 
 MIB = 1 << 20
 PHOTO = Path(__file__).parent / "photo.jpg"
-linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces these limits")
-no_driver = pytest.mark.skipif(bool(gpus()), reason="a driver takes memory of its own, which no plan has")
 CHILD = """
 import resource, sys
 import psutil
@@ -63,6 +61,7 @@ def test_too_little_room_is_one_line(bundle: Bundle, kind: str, weights: str, ro
 
 
 @linux
+@no_driver
 def test_enough_room_is_enough(bundle: Bundle) -> None:
     assert loaded("RLIMIT_AS", 320 * MIB, bundle.folder, "mapped") in ("stop", "length")
 

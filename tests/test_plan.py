@@ -14,7 +14,7 @@ from typing import Any
 import pictures
 import pytest
 from click.testing import CliRunner
-from machines import ARM, GIGA, machine
+from machines import ARM, GIGA, linux, machine, no_driver
 
 from pocketllava import Bundle, Llava, LoadOptions, OutOfMemory
 from pocketllava.cli import cli
@@ -28,7 +28,6 @@ from pocketllava.models.plan_text import plan_lines, shortage
 
 MIB = 1 << 20
 WITHIN = 0.10  # planned against measured
-linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces these limits")
 
 
 def logged(pattern: str, text: str) -> float:
@@ -99,7 +98,7 @@ def script() -> Any:
 
 @linux
 @pytest.mark.slow
-@pytest.mark.skipif(bool(gpus()), reason="a driver takes memory of its own, which no plan has")
+@no_driver
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 @pytest.mark.parametrize("weights", ["mapped", "memory"])
 def test_the_plan_is_what_a_process_takes(make_bundle: Any, weights: str, kv_type: str) -> None:
