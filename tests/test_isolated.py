@@ -256,6 +256,23 @@ def test_a_stream_that_is_left_or_stopped_leaves_the_model_free(isolated: Llava,
     assert isolated.chat(messages, max_tokens=24).text == whole
 
 
+def test_who_comes_back_late_for_the_end_of_a_cancelled_stream_finds_it(
+    isolated: Llava, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketllava.engine.process.GRACE_S", 1.0)
+    event = threading.Event()
+    messages = [Message(text="Describe the image.", images=picture)]
+    stream = isolated.stream(messages, max_tokens=200, schema=LONG, should_stop=event.is_set)
+    child = child_of(isolated)
+    for chunk in stream:
+        event.set()
+        if chunk.finish_reason is not None:
+            break
+    time.sleep(1.2)
+    assert list(stream) == []
+    assert child.is_running()
+
+
 def test_the_next_call_is_answered_after_the_engine_died(isolated: Llava, picture: bytes) -> None:
     expected = isolated.ask(picture, QUESTION, max_tokens=8).token_ids
     for _ in range(2):

@@ -151,17 +151,18 @@ class _Watch:
     def next(self) -> Frame:
         """The next frame. Raises EngineDied."""
         while True:
-            self._look()
+            self._tell()
             frame = self._process.next(POLL_S if self._should_stop else None)
+            if frame is not None and frame.fields["type"] in ENDINGS:
+                return frame
+            if self._told_s is not None and time.monotonic() - self._told_s > GRACE_S:
+                raise self._process.died(f"it went on for {GRACE_S:g} s after its call was cancelled")
             if frame is not None:
                 return frame
 
-    def _look(self) -> None:
-        """Tell the child once should_stop() is true, and kill it if it goes on. Raises EngineDied."""
-        if self._told_s is not None:
-            if time.monotonic() - self._told_s > GRACE_S:
-                raise self._process.died(f"it went on for {GRACE_S:g} s after its call was cancelled")
-        elif self._should_stop is not None and self._should_stop():
+    def _tell(self) -> None:
+        """Tell the child once should_stop() is true. Raises EngineDied."""
+        if self._told_s is None and self._should_stop is not None and self._should_stop():
             self._process.send({"do": "cancel", "id": self._number})
             self._told_s = time.monotonic()
 
