@@ -273,6 +273,23 @@ def test_who_comes_back_late_for_the_end_of_a_cancelled_stream_finds_it(
     assert child.is_running()
 
 
+def test_a_caller_s_pauses_are_not_taken_for_a_child_that_goes_on(
+    isolated: Llava, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketllava.engine.process.GRACE_S", 1.0)
+    event = threading.Event()
+    messages = [Message(text="Describe the image.", images=picture)]
+    stream = isolated.stream(messages, max_tokens=200, schema=LONG, should_stop=event.is_set)
+    child = child_of(isolated)
+    next(stream)
+    time.sleep(0.3)  # frames wait to be taken
+    event.set()
+    next(stream)
+    time.sleep(1.2)
+    assert list(stream)[-1].finish_reason is not None
+    assert child.is_running()
+
+
 def test_the_next_call_is_answered_after_the_engine_died(isolated: Llava, picture: bytes) -> None:
     expected = isolated.ask(picture, QUESTION, max_tokens=8).token_ids
     for _ in range(2):

@@ -142,29 +142,32 @@ class _Process:
 
 
 class _Watch:
-    """One call's frames, and the wish to end it."""
+    """One call's frames, and the wish to end it. Grace is what was waited here: a caller's pauses are its own."""
 
     def __init__(self, process: _Process, number: int, should_stop: ShouldStop | None) -> None:
         self._process, self._number, self._should_stop = process, number, should_stop
-        self._told_s: float | None = None
+        self._told, self._waited_s = False, 0.0
 
     def next(self) -> Frame:
         """The next frame. Raises EngineDied."""
         while True:
             self._tell()
+            start_s = time.monotonic()
             frame = self._process.next(POLL_S if self._should_stop else None)
+            if self._told:
+                self._waited_s += time.monotonic() - start_s
             if frame is not None and frame.fields["type"] in ENDINGS:
                 return frame
-            if self._told_s is not None and time.monotonic() - self._told_s > GRACE_S:
+            if self._waited_s > GRACE_S:
                 raise self._process.died(f"it went on for {GRACE_S:g} s after its call was cancelled")
             if frame is not None:
                 return frame
 
     def _tell(self) -> None:
         """Tell the child once should_stop() is true. Raises EngineDied."""
-        if self._told_s is None and self._should_stop is not None and self._should_stop():
+        if not self._told and self._should_stop is not None and self._should_stop():
             self._process.send({"do": "cancel", "id": self._number})
-            self._told_s = time.monotonic()
+            self._told = True
 
 
 class ProcessEngine:
