@@ -179,6 +179,10 @@ class Screen:
         return self.process.wait(DEADLINE_S)
 
 
+# Forty letters. Not of a bar, which returns to the line's beginning, and is drawn where a prompt takes a while.
+OF_AN_ANSWER = r"(?:(?:[^\S\r]|\r\n)*[^\s|]){40}"
+
+
 def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
@@ -189,11 +193,11 @@ def test_a_conversation_on_a_terminal(endless: Bundle, tmp_path: Path) -> None:
     screen = Screen([str(endless.folder), "--ctx", "4096", "--max-tokens", "4000"], tmp_path)
     screen.until("Ctrl-D leaves.*>")
     screen.types("Count.\r")
-    screen.until("Count.*\n.{40}")
+    screen.until(f"Count.*\n{OF_AN_ANSWER}")
     screen.types("\x03")
     screen.until(r"\(stopped\).*>")
     screen.types("\x1b[200~one\ntwo\x1b[201~ and\\\rthree\r")  # a paste of two lines, and a line that goes on
-    screen.until("three.*\n.{40}")
+    screen.until(f"three.*\n{OF_AN_ANSWER}")
     screen.types("\x03")
     screen.until(r"\(stopped\).*>")
     screen.types("/save chat.json\r")
