@@ -40,8 +40,10 @@ def test_a_batch_of_bytes_becomes_captions_and_errors(folder: Path) -> None:
         "path": np.array([str(f) for f in files]),
         "bytes": np.array([f.read_bytes() for f in files], object),
     }
-    captioner = Captioner("demo", actors=max(1, cores() - 1), options={"max_tokens": 40})
-    assert captioner.llava.devices[0].startswith(f"CPU, {cores() // max(1, cores() - 1)} thread")
+    actors = max(1, cores() - 1)
+    captioner = Captioner("demo", actors=actors, options={"max_tokens": 40})
+    with captioner.llava.session() as session:
+        assert session.text.n_threads == cores() // actors
     rows = captioner(batch)
     assert list(rows["path"]) == [str(f) for f in files]
     with Llava.load("demo") as llava:
