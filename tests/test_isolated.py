@@ -22,6 +22,7 @@ from PIL import Image
 
 from pocketllava import (
     BundleError,
+    Chunk,
     ContextOverflow,
     EngineDied,
     ImageError,
@@ -61,6 +62,13 @@ def isolated() -> Iterator[Llava]:
 def child_of(_model: Llava) -> psutil.Process:
     """The child of this process that started last."""
     return max(psutil.Process().children(), key=lambda p: p.create_time())
+
+
+def stoppable(model: Llava, picture: bytes) -> tuple[Iterator[Chunk], threading.Event]:
+    """A long answer, and what cancels it."""
+    stop = threading.Event()
+    messages = [Message(text="Describe the image.", images=picture)]
+    return model.stream(messages, max_tokens=200, schema=LONG, should_stop=stop.is_set), stop
 
 
 def test_answers_are_those_of_a_model_in_this_process(here: Llava, isolated: Llava, picture: bytes) -> None:
@@ -260,9 +268,7 @@ def test_who_comes_back_late_for_the_end_of_a_cancelled_stream_finds_it(
     isolated: Llava, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pocketllava.engine.process.GRACE_S", 1.0)
-    event = threading.Event()
-    messages = [Message(text="Describe the image.", images=picture)]
-    stream = isolated.stream(messages, max_tokens=200, schema=LONG, should_stop=event.is_set)
+    stream, event = stoppable(isolated, picture)
     child = child_of(isolated)
     for chunk in stream:
         event.set()
@@ -277,9 +283,7 @@ def test_a_caller_s_pauses_are_not_taken_for_a_child_that_goes_on(
     isolated: Llava, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pocketllava.engine.process.GRACE_S", 1.0)
-    event = threading.Event()
-    messages = [Message(text="Describe the image.", images=picture)]
-    stream = isolated.stream(messages, max_tokens=200, schema=LONG, should_stop=event.is_set)
+    stream, event = stoppable(isolated, picture)
     child = child_of(isolated)
     next(stream)
     time.sleep(0.3)  # frames wait to be taken
@@ -316,9 +320,7 @@ def test_an_engine_that_goes_on_after_a_cancel_is_replaced(
 ) -> None:
     expected = isolated.ask(picture, QUESTION, max_tokens=8).token_ids
     monkeypatch.setattr(process, "GRACE_S", 0.3)
-    stop = threading.Event()
-    messages = [Message(text="Describe the image.", images=picture)]
-    stream = isolated.stream(messages, max_tokens=200, schema=LONG, should_stop=stop.is_set)
+    stream, stop = stoppable(isolated, picture)
     next(stream)
     child_of(isolated).suspend()
     stop.set()

@@ -10,7 +10,7 @@ from processes import cpu_s
 from pocketllava.llamacpp.devices import gpus
 
 CPU_S = 0.25  # of its own work, which other programs on its core do not change
-SPREAD = 1.5  # of a device's step: a software GPU's work for the same call differs by a tenth and more
+SPREAD = 1.5  # room for a device's step, which is measured once; chosen after one run that took longer, not measured
 
 
 def work_left_s(engine: psutil.Process, ask: Callable[[], object]) -> float:
