@@ -176,8 +176,8 @@ def server_side(bundle: Bundle, pictures: dict[str, bytes], asked: Asked) -> Fou
         return {**found, "peak": server_peak(process.pid) / 1e9}
 
 
-def server_times(port: int, picture: bytes, texts: Texts, n: int) -> Times:
-    """From sending a request to the first line of the stream with a token, and to its last line."""
+def server_times(port: int, picture: bytes | None, texts: Texts, n: int) -> Times:
+    """From sending a request, about no picture too, to the first line of the stream with a token and to its last."""
     body = json.dumps({
         "messages": openai_messages(picture, texts), "max_tokens": n, "temperature": 0,
         "stream": True, "cache_prompt": True, "timings_per_token": True, "ignore_eos": True,
@@ -258,7 +258,7 @@ def server_peak(pid: int) -> int:
     return peak_bytes(status) if status.exists() else int(getattr(memory, "peak_wset", memory.rss))
 
 
-def openai_messages(picture: bytes, texts: Texts) -> list[dict[str, Any]]:
+def openai_messages(picture: bytes | None, texts: Texts) -> list[dict[str, Any]]:
     """A conversation about a picture as OpenAI's clients send it."""
     later = [
         {"role": "assistant" if i % 2 == 0 else "user", "content": text} for i, text in enumerate(texts[1:])
@@ -266,8 +266,10 @@ def openai_messages(picture: bytes, texts: Texts) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content(picture, texts[0])}, *later]
 
 
-def content(picture: bytes, question: str) -> list[dict[str, Any]]:
-    """A question about a picture as OpenAI's clients send it."""
+def content(picture: bytes | None, question: str) -> list[dict[str, Any]]:
+    """A question about a picture, or about none, as OpenAI's clients send it."""
+    if picture is None:
+        return [{"type": "text", "text": question}]
     url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
 

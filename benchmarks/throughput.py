@@ -4,11 +4,11 @@
         [--tokens 60] [--image-tokens 128] [--ctx 1024] [--only SIDE ...]
     python benchmarks/throughput.py demo --agreement 300
 
-Every side loads the model anew and is shown one picture first, which does not count; then the clock runs from the
-first of the pictures to the end of the last answer. The sides take turns, no side sees a picture twice, and medians
-are printed. The end of an answer is ignored, so that every caption has as many tokens, with random weights too.
-llama-server has no way to show fewer image tokens. --agreement compares ask_many's greedy answers about scenes of the
-demo's world with ask's, token by token, and times nothing. Run it alone.
+Every side loads the model anew and answers a question about no picture first, which does not count; then the clock
+runs from the first of the pictures to the end of the last answer. The sides take turns, no side sees a picture twice,
+and medians are printed. The end of an answer is ignored, so that every caption has as many tokens, with random weights
+too. llama-server has no way to show fewer image tokens. --agreement compares ask_many's greedy answers about scenes of
+the demo's world with ask's, token by token, and times nothing. Run it alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Asked:
     tokens: int
 
 
-Measure = Callable[[Asked, list[bytes]], float]  # the first picture does not count -> seconds
+Measure = Callable[[Asked, list[bytes]], float]  # pictures -> seconds
 
 
 def our_seconds(
@@ -59,14 +59,14 @@ def our_seconds(
     options = Options(max_tokens=asked.tokens, image_tokens=image_tokens)
     with Llava.load(asked.bundle.folder, n_ctx=asked.n_ctx) as llava:
         endless(llava)
-        llava.ask(pictures[0], FIRST, options=options)
+        llava.ask(None, FIRST, options=options)
         start = time.perf_counter()
         if batch is None:
             results: Iterable[Answer | PocketLlavaError] = (
-                llava.ask(picture, FIRST, options=options) for picture in pictures[1:]
+                llava.ask(picture, FIRST, options=options) for picture in pictures
             )
         else:
-            results = llava.ask_many(pictures[1:], FIRST, batch=batch, options=options)
+            results = llava.ask_many(pictures, FIRST, batch=batch, options=options)
         lengths = [len(checked(result).token_ids) for result in results]
         seconds = time.perf_counter() - start
     return counted(lengths, asked, pictures, seconds)
@@ -75,9 +75,9 @@ def our_seconds(
 def server_seconds(asked: Asked, pictures: list[bytes], slots: int) -> float:
     """Of llama-server with so many slots, each of them asked all the time."""
     with llama_server(asked.bundle, asked.n_ctx, slots) as (port, _), ThreadPoolExecutor(slots) as pool:
-        server_times(port, pictures[0], [FIRST], asked.tokens)
+        server_times(port, None, [FIRST], asked.tokens)
         start = time.perf_counter()
-        results = pool.map(lambda picture: server_times(port, picture, [FIRST], asked.tokens), pictures[1:])
+        results = pool.map(lambda picture: server_times(port, picture, [FIRST], asked.tokens), pictures)
         lengths = [times.n_after + 1 for times in results]
         seconds = time.perf_counter() - start
     return counted(lengths, asked, pictures, seconds)
@@ -98,8 +98,8 @@ def checked(result: Answer | PocketLlavaError) -> Answer:
 
 def counted(lengths: list[int], asked: Asked, pictures: list[bytes], seconds: float) -> float:
     """The seconds, if every caption is there and whole."""
-    if lengths != [asked.tokens] * (len(pictures) - 1):
-        raise SystemExit(f"captions: found {lengths} tokens, expected {len(pictures) - 1} of {asked.tokens}")
+    if lengths != [asked.tokens] * len(pictures):
+        raise SystemExit(f"captions: found {lengths} tokens, expected {len(pictures)} of {asked.tokens}")
     return seconds
 
 
@@ -130,7 +130,7 @@ def measured(
     found: dict[str, list[float]] = {side: [] for side in sides}
     for run in range(runs):
         for side in [*sides][run % len(sides) :] + [*sides][: run % len(sides)]:
-            pictures = [jpeg(unseen(image)) for _ in range(n + 1)]
+            pictures = [jpeg(unseen(image)) for _ in range(n)]
             found[side].append(n * 3600 / sides[side](asked, pictures))
             print(json.dumps({"round": run + 1, side: found[side][-1]}), file=sys.stderr, flush=True)
     return found
